@@ -1,0 +1,143 @@
+"""The domain pairs that protection is measured on: model, original domain, restricted domain, all seeded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sophon_hf.data import Domain, Stream, build_domain, load_domain, select_classes, split_domain
+from sophon_hf.tasks import evaluate_model, infer_task
+
+DATA = Path(os.environ.get("SOPHON_DATA", "../shared/data"))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResidualNet(nn.Module):
+    """The `animals` model: 3x3 stem, one block a stage, batch norm, linear head; 80 k parameters at 5 classes."""
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64)):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        before = (widths[0], *widths)
+        self.stages = nn.Sequential(
+            *(ResidualBlock(i, o, 1 if n == 0 else 2) for n, (i, o) in enumerate(zip(before, widths, strict=False)))
+        )
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stages(self.stem(pixel_values)).mean(dim=(2, 3)))
+
+
+@dataclass
+class Pair:
+    """A domain pair. `adversary` is the half of the restricted training split that the defender never sees."""
+
+    model: nn.Module
+    original: datasets.Dataset
+    original_test: Domain
+    defender: datasets.Dataset
+    adversary: datasets.Dataset
+    validation: Domain
+    restricted_test: Domain
+
+    def adversary_domain(self, examples: int | None, seed: int = 0) -> Domain:
+        """The adversary's first `examples`, stratified; all where None."""
+        part = self.adversary
+        if examples is not None and examples < len(part):
+            part, _ = split_domain(part, seed=seed, share=(examples + 0.5) / len(part))
+        return build_domain(part, infer_task(self.model).inputs(self.model), name="restricted")
+
+
+def _small(dataset: datasets.Dataset) -> datasets.Dataset:
+    """16x16 by the mean of 2x2 pixels, normalised to [-1, 1]."""
+
+    def shrink(rows: dict) -> dict:
+        import numpy as np
+
+        pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in rows["image"]])
+        pixels = pixels.reshape(len(pixels), 16, 2, 16, 2, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2)
+        return {"pixel_values": pixels / 127.5 - 1}
+
+    features = datasets.Features(
+        {"pixel_values": datasets.Array3D((3, 16, 16), "float32"), "label": dataset.features["label"]}
+    )
+    return dataset.map(shrink, batched=True, remove_columns=["image"], features=features).with_format("numpy")
+
+
+def animals(cache: Path, seed: int = 0) -> Pair:
+    """CIFAR-10's vehicles (and frog) are original, its other animals restricted; the model is pre-trained here."""
+    original_classes = ("airplane", "automobile", "frog", "ship", "truck")
+    restricted_classes = ("bird", "cat", "deer", "dog", "horse")
+    source = {split: load_domain(str(DATA / "cifar10"), split) for split in ("train", "test")}
+    parts = {
+        (name, split): _small(select_classes(dataset, classes))
+        for split, dataset in source.items()
+        for name, classes in (("original", original_classes), ("restricted", restricted_classes))
+    }
+    defender, adversary = split_domain(parts["restricted", "train"], seed=seed)
+    validation, adversary = split_domain(adversary, seed=seed, share=0.1)
+    torch.manual_seed(seed)
+    model = ResidualNet(len(original_classes))
+    needs = infer_task(model).inputs(model)
+    pair = Pair(
+        model=model,
+        original=parts["original", "train"],
+        original_test=build_domain(parts["original", "test"], needs, name="original"),
+        defender=defender,
+        adversary=adversary,
+        validation=build_domain(validation, needs, name="restricted"),
+        restricted_test=build_domain(parts["restricted", "test"], needs, name="restricted"),
+    )
+    weights = cache / f"animals-{seed}.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        pretrain(model, build_domain(pair.original, needs, name="original"), pair.original_test, seed=seed)
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), weights)
+    return pair
+
+
+def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, size: int = 128, seed: int = 0) -> None:
+    """Train with flips, Adam and a one-cycle rate, as a publisher would before protecting."""
+    task = infer_task(model)
+    stream = Stream(domain, task, seed)
+    steps = epochs * len(domain) // size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        batch = stream.batch(step * size, size)
+        flipped = torch.rand(len(batch["labels"]), generator=generator) < 0.5
+        batch["pixel_values"][flipped] = batch["pixel_values"][flipped].flip(-1)
+        loss = task.loss(task.predict(model, batch), task.target(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    print(f"pre-trained: {task.metric} {evaluate_model(task, model, test, 500).metric:.3f} in the original domain")

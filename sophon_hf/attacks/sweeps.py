@@ -1,0 +1,64 @@
+"""The sweeps: named lists of fine-tuning strategies, from the paper's own to stronger ones."""
+
+from __future__ import annotations
+
+from sophon_hf.finetuning import FineTuningStrategy
+
+PAPER = FineTuningStrategy(optimizer="momentum", learning_rate=1e-4, weight_decay=1e-4, batch_size=200)
+
+_STARTS = ({"initialization": "direct"}, {"initialization": "new_head"}, {"initialization": "new_head", "reinitialized_blocks": 1})
+_STRONG_OPTIMIZERS = (("adam", 3e-4), ("adam", 1e-3), ("adam", 3e-3), ("momentum", 1e-2), ("momentum", 1e-1))
+
+
+def paper() -> list[FineTuningStrategy]:
+    """The three strategies of table 1 (direct+all, initFC+FC, initFC+all) under the paper's default optimizer."""
+    return [
+        PAPER,
+        PAPER.with_changes(initialization="new_head", transfer="head"),
+        PAPER.with_changes(initialization="new_head"),
+    ]
+
+
+def paper_optimizers() -> list[FineTuningStrategy]:
+    """Table 5: five optimizers at the paper's rate; Adadelta, whose rate only scales its own, at torch's default 1."""
+    names = ("momentum", "nesterov", "adagrad", "adadelta", "adam")
+    return [PAPER.with_changes(optimizer=n, learning_rate=1.0 if n == "adadelta" else 1e-4) for n in names]
+
+
+def paper_rates() -> list[FineTuningStrategy]:
+    """Table 6: five learning rates."""
+    return [PAPER.with_changes(learning_rate=rate) for rate in (5e-6, 1e-5, 1e-4, 1e-3, 1e-2)]
+
+
+def paper_batches() -> list[FineTuningStrategy]:
+    """Table 7: five batch sizes."""
+    return [PAPER.with_changes(batch_size=size) for size in (50, 100, 150, 200, 250)]
+
+
+def strong() -> list[FineTuningStrategy]:
+    """Usual rates of good optimizers from every start, and two partial transfers."""
+    sweep = [
+        FineTuningStrategy(optimizer=optimizer, learning_rate=rate, **start)
+        for start in _STARTS
+        for optimizer, rate in _STRONG_OPTIMIZERS
+    ]
+    return [
+        *sweep,
+        FineTuningStrategy(initialization="new_head", transfer="head", learning_rate=1e-3),
+        FineTuningStrategy(initialization="new_head", transfer="norm", learning_rate=1e-3),
+    ]
+
+
+def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
+    """Training from scratch (baseline B1), tuned over the optimizers and rates of a sweep."""
+    tuned = [s.with_changes(initialization="scratch", reinitialized_blocks=0, transfer="all", pattern=None) for s in sweep]
+    return list(dict.fromkeys(tuned))
+
+
+SWEEPS = {
+    "paper": paper,
+    "paper-optimizers": paper_optimizers,
+    "paper-rates": paper_rates,
+    "paper-batches": paper_batches,
+    "strong": strong,
+}

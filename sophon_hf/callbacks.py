@@ -1,0 +1,55 @@
+"""Callbacks of the trainer: a progress bar with the figures that matter, and an evaluation of the last state."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+
+class ProtectionProgress(TrainerCallback):
+    """One bar over the iterations: L_FTS, the simulated adversary before and after, and the last evaluation.
+
+    Args:
+        metric: The task's metric.
+        visible: Whether to draw it.
+    """
+
+    def __init__(self, metric: str, visible: bool = True):
+        self.metric, self.visible = metric, visible
+        self.bar = None
+        self.figures: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.visible and state.is_world_process_zero:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="protecting", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        shown = {
+            "L_FTS": "L_FTS",
+            f"{self.metric}_before": "before",
+            f"{self.metric}_after": "after",
+            f"eval_original_{self.metric}": "original",
+            f"eval_restricted_simulated_{self.metric}": "simulated",
+        }
+        self.figures |= {short: f"{logs[name]:.3f}" for name, short in shown.items() if name in logs}
+        self.bar.set_postfix(self.figures)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Evaluate after the last iteration too, so that the guard has seen every state that can be saved."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True

@@ -1,0 +1,166 @@
+"""`SophonConfig`: the hyper-parameters of Algorithm 1 beside those of the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import TrainingArguments
+
+from sophon_hf.finetuning.strategy import StrategySpace, _check
+
+AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
+_TRAINER_LEARNING_RATE = 5e-5
+
+
+@dataclass
+class SophonConfig(TrainingArguments):
+    """Arguments of `SophonTrainer`; every default that the paper states is the paper's (section 5.1.1).
+
+    `max_steps` is the paper's Iter: one step of the Trainer is one iteration of Algorithm 1.
+    """
+
+    output_dir: str = field(default="sophon-output", metadata={"help": "Where checkpoints and the protected model go."})
+    max_steps: int = field(default=800, metadata={"help": "Iter: iterations of Algorithm 1."})
+    alpha: float = field(default=3e-4, metadata={"help": "alpha: learning rate of the suppression loop's Adam."})
+    beta: float = field(default=5e-4, metadata={"help": "beta: learning rate of the reinforcement loop's Adam."})
+    K: int = field(default=50, metadata={"help": "K: fine-tuning updates of each simulated adversary."})
+    N: int = field(default=1, metadata={"help": "N: simulated adversaries a suppression loop, on each process."})
+    l_FTS: int = field(default=1, metadata={"help": "l_FTS: suppression loops an iteration."})
+    l_NTR: int = field(default=1, metadata={"help": "l_NTR: reinforcement loops an iteration."})
+    gamma: str | list | None = field(
+        default=None,
+        metadata={
+            "help": "gamma: K weights of the adversaries' steps, or one such list for each of the N adversaries (JSON); "
+            "each is divided by N. Left out, every step weighs 1 / K. A step of weight 0 costs no evaluation."
+        },
+    )
+    mu: float = field(
+        default=1.0,
+        metadata={"help": "mu of eq. 2: weight of the reinforcement loss. Adam divides a constant weight out again, so "
+                  "it matters together with max_grad_norm; alpha and beta set the balance."},
+    )
+    tolerance: float = field(
+        default=0.05,
+        metadata={
+            "help": "lambda of eq. 1: how far the original metric may fall below its start, as a share of accuracy "
+            "(0.05 = 5 points) or, for diffusion, as a relative rise of the MSE."
+        },
+    )
+    after_rollback: str = field(
+        default="halve_alpha",
+        metadata={
+            "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
+            "put back: halve_alpha and go on, continue unchanged, or stop. Both Adam states start anew."
+        },
+    )
+    suppression_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "L_alpha: inverse_cross_entropy (the default for classifiers), kl_from_uniform, denial_of_service "
+            "(the default for diffusion), or the unstable negated_cross_entropy and negated_mse."
+        },
+    )
+    strategy_space: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Phi: the simulated strategies, as the fields of StrategySpace (JSON); default: the paper's."},
+    )
+    second_order: bool = field(
+        default=False,
+        metadata={"help": "Exact gradient of eq. 5 instead of the first-order one; for small, smooth models."},
+    )
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of each domain held out for evaluation where no eval_dataset is given."},
+    )
+    learning_rate: float = field(
+        default=_TRAINER_LEARNING_RATE, metadata={"help": "Not used: set beta (and alpha) instead."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Schedule of both alpha and beta over the iterations."}
+    )
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Examples of O a reinforcement loop."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Examples a forward pass in evaluation."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip the suppression and the reinforcement gradient to this norm; 0: never."}
+    )
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to evaluate; the guard acts at every evaluation."}
+    )
+    eval_steps: float | None = field(default=20, metadata={"help": "Iterations between evaluations."})
+    eval_on_start: bool = field(default=True, metadata={"help": "The guard measures the start; leave it on."})
+    logging_steps: float = field(default=1, metadata={"help": "Iterations between log entries."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: it hides NaN losses."})
+    save_steps: float = field(default=100, metadata={"help": "Iterations between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate not in (_TRAINER_LEARNING_RATE, self.beta):
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, but SOPHON has two rates: set `beta` (reinforcement, now "
+                f"{self.beta}) and `alpha` (suppression, now {self.alpha})."
+            )
+        self.learning_rate = self.beta
+        for name in ("max_steps", "K", "N", "l_FTS", "l_NTR"):
+            if getattr(self, name) < (0 if name.startswith("l_") else 1):
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.l_NTR < 1:
+            raise ValueError("l_NTR is 0: without reinforcement nothing keeps the original domain; use at least 1.")
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1.")
+        for name in ("mu", "tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}, but must lie between 0 and 1.")
+        _check(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
+        self.gamma = self._parse_gamma()
+        if isinstance(self.strategy_space, StrategySpace):
+            self.strategy_space = self.strategy_space.to_dict()
+        elif self.strategy_space is not None:
+            self.strategy_space = StrategySpace.from_dict(self.strategy_space).to_dict()
+        self._refuse_unsupported()
+
+    def _parse_gamma(self) -> list | None:
+        gamma = json.loads(self.gamma) if isinstance(self.gamma, str) else self.gamma
+        if gamma is None:
+            return None
+        weights = np.asarray(gamma, dtype=float)
+        if weights.shape not in ((self.K,), (self.N, self.K)) or not np.isfinite(weights).all():
+            raise ValueError(
+                f"gamma has shape {weights.shape}: give K = {self.K} finite weights, or N = {self.N} lists of them."
+            )
+        if not weights.any():
+            raise ValueError("Every gamma is 0: no simulated step would be suppressed.")
+        return weights.tolist()
+
+    def _refuse_unsupported(self) -> None:
+        if self.fp16 or self.fp16_full_eval or self.bf16_full_eval:
+            raise ValueError(
+                "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision "
+                "evaluation rounds the weights: use bf16=True or full precision."
+            )
+        if self.fsdp or self.deepspeed:
+            raise ValueError(
+                "FSDP and DeepSpeed shard the parameters that a simulated adversary changes in place; they are not "
+                "supported yet. Use `accelerate launch --num_processes N` without a sharding plugin."
+            )
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "load_best_model_at_end"):
+            if getattr(self, name):
+                raise ValueError(f"{name} has no place in Algorithm 1 and would not reach the simulation: leave it out.")
+
+    @property
+    def space(self) -> StrategySpace:
+        """Phi."""
+        return StrategySpace() if self.strategy_space is None else StrategySpace.from_dict(self.strategy_space)
+
+    @property
+    def step_weights(self) -> list[list[float]]:
+        """gamma_{i,k} of this process: N rows of K weights."""
+        weights = np.asarray(self.gamma if self.gamma is not None else [1 / self.K] * self.K)
+        return (np.broadcast_to(weights, (self.N, self.K)) / self.N).tolist()

@@ -1,0 +1,372 @@
+"""Domains: the original domain S and the restricted domain A, from whatever a user has at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from sophon_hf.data.preparation import (
+    Example,
+    ModelInputs,
+    Preparation,
+    prepare_audio,
+    prepare_images,
+    prepare_ready,
+    prepare_text,
+)
+from sophon_hf.data.streams import derive_seed
+
+logger = logging.getLogger(__name__)
+
+Source = str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict
+
+LABEL_COLUMNS = ("labels", "label")
+MEMORY_LIMIT = 4 * 2**30
+STREAM_LIMIT = 100_000
+_CHUNK = 256
+
+
+def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
+    """Load one split of a domain.
+
+    Args:
+        source: A Hub id, a folder (parquet files, an image folder, an audio folder), or an object of `datasets`.
+            An `IterableDataset` is read once, up to its first 100,000 examples, because halves, streams and resuming
+            need random access.
+        split: The split to take where there are several.
+
+    Raises:
+        ValueError: No such split, or no examples.
+        ConnectionError: A Hub id that cannot be reached.
+        FileNotFoundError: Neither a folder nor a data set on the Hub.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = _load_dataset(os.fspath(source))
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in source:
+            raise ValueError(f"The data set has no split {split!r}; it has {sorted(source)}. Name one of them.")
+        source = source[split]
+    if isinstance(source, datasets.IterableDataset):
+        logger.info("Reading the iterable data set once, up to %d examples.", STREAM_LIMIT)
+        source = datasets.Dataset.from_list(list(source.take(STREAM_LIMIT)), features=source.features)
+    if not isinstance(source, datasets.Dataset):
+        raise TypeError(
+            f"A domain must be a Hub id, a folder, or a Dataset, IterableDataset or DatasetDict, not {type(source).__name__}."
+        )
+    if len(source) == 0:
+        raise ValueError("The data set is empty: check its path, its split and any filter on it.")
+    return source
+
+
+def _load_dataset(name: str) -> datasets.DatasetDict:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {name!r}, and it is not the form of a Hub id ('owner/name').")
+    try:
+        return datasets.load_dataset(name)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a data set on the Hub that you can read. Check the spelling; "
+            "for a private one run `hf auth login` first."
+        ) from error
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise ConnectionError(
+            f"{name!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
+            "(and HF_HUB_OFFLINE), or download the data set and pass its folder."
+        ) from error
+
+
+def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
+    """The column with the class labels: the chosen one, `labels` or `label`, or the only `ClassLabel`; else None.
+
+    Raises:
+        ValueError: The chosen column does not exist, or several could be meant.
+    """
+    if chosen is not None:
+        if chosen not in dataset.column_names:
+            raise ValueError(f"There is no column {chosen!r}; the data set has {dataset.column_names}.")
+        return chosen
+    for name in LABEL_COLUMNS:
+        if name in dataset.column_names:
+            return name
+    class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(class_labels) > 1:
+        raise ValueError(f"The data set has several label columns, {class_labels}: name one as `label_column`.")
+    return class_labels[0] if class_labels else None
+
+
+def read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """All labels as int64.
+
+    Raises:
+        ValueError: Some are missing, or they are not class indices.
+    """
+    values = list(dataset.with_format(None)[column])
+    missing = [i for i, value in enumerate(values) if value is None]
+    if missing:
+        raise ValueError(f"{len(missing)} examples have no label in column {column!r}, the first at row {missing[0]}.")
+    labels = np.asarray(values)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"Column {column!r} holds {labels.dtype} values of shape {labels.shape[1:]}, not one class index an "
+            "example. `dataset.class_encode_column` turns names into indices."
+        )
+    if (labels < 0).any():
+        raise ValueError(f"Column {column!r} holds negative labels, as test sets without labels do: drop those rows.")
+    return labels.astype(np.int64)
+
+
+def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
+    """Class names from the features, or `class 0`, `class 1`, ... where they name none."""
+    feature = dataset.features.get(column)
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [f"class {i}" for i in range(int(read_labels(dataset, column).max()) + 1)]
+
+
+def select_classes(dataset: datasets.Dataset, names: Sequence[str], column: str | None = None) -> datasets.Dataset:
+    """Keep some classes and number them 0, 1, ... in the order given.
+
+    Raises:
+        ValueError: A name that is no class of the data set.
+    """
+    column = label_column(dataset, column)
+    if column is None:
+        raise ValueError(f"The data set has no label column among {dataset.column_names}: classes cannot be selected.")
+    known = class_names(dataset, column)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown} are no classes of the data set, which has {known}.")
+    old = [known.index(name) for name in names]
+    labels = read_labels(dataset, column)
+    kept = dataset.select(np.flatnonzero(np.isin(labels, old)))
+    new = [old.index(label) for label in read_labels(kept, column)]
+    kept = kept.remove_columns(column).add_column(column, new)
+    return kept.cast_column(column, datasets.ClassLabel(names=list(names)))
+
+
+def split_domain(
+    dataset: datasets.Dataset, seed: int = 0, share: float = 0.5, column: str | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split into the defender's and the adversary's part (section 5.1.4): equal, seeded, stratified by label.
+
+    Args:
+        dataset: A restricted domain's training split (or anything else that is to be halved fairly).
+        seed: Decides the split.
+        share: What the first part gets.
+        column: The label column, where it is not found by itself. Without labels the split is plainly random.
+
+    Returns:
+        The defender's part and the adversary's part, disjoint, in the data set's order.
+    """
+    column = label_column(dataset, column)
+    generator = np.random.default_rng(derive_seed("split", seed))
+    labels = np.zeros(len(dataset), dtype=np.int64) if column is None else read_labels(dataset, column)
+    # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.
+    order = np.lexsort((generator.random(len(labels)), labels))
+    dealt = np.floor(np.arange(1, len(order) + 1) * share) > np.floor(np.arange(len(order)) * share)
+    return dataset.select(np.sort(order[dealt])), dataset.select(np.sort(order[~dealt]))
+
+
+class Domain:
+    """Examples ready for a model, kept as tensors where they fit in memory and prepared on the fly where not.
+
+    Attributes:
+        name: "original" or "restricted", for messages.
+        labels: Shape (n,), int64, or None.
+        class_names: One a class; empty without labels.
+        fingerprint: Changes with the content.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        preparation: Preparation,
+        name: str = "domain",
+        memory_limit: int = MEMORY_LIMIT,
+    ):
+        self.name, self.dataset, self.preparation = name, dataset, preparation
+        column = preparation.label_column
+        self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
+        self.class_names = [] if column is None else class_names(dataset, column)
+        # A transform of the user's may be random, so its examples must not be frozen.
+        self._transformed = dataset.format["type"] == "custom"
+        self._tensors = None if self._transformed else self._materialize(memory_limit)
+        self.fingerprint = self._fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def rows(self, indices: Tensor, seed: int = 0) -> Example:
+        """The examples at `indices`, stacked: input name -> tensor of shape (len(indices), ...).
+
+        Args:
+            indices: Shape (n,), int64.
+            seed: Decides a random transform of the data set, where it has one.
+
+        Raises:
+            ValueError: An example holds NaN or infinity.
+        """
+        if self._tensors is not None:
+            return _trim({name: values[indices] for name, values in self._tensors.items()})
+        with _seeded(seed):
+            batch = self.preparation.stack(self._prepare(indices.tolist()))
+        self._check_finite(batch, indices)
+        return batch
+
+    def _prepare(self, indices: list[int]) -> list[Example]:
+        rows = self.dataset[indices]
+        return self.preparation(rows)
+
+    def _materialize(self, memory_limit: int) -> Example | None:
+        examples: list[Example] = []
+        for start in range(0, len(self), _CHUNK):
+            examples += self._prepare(list(range(start, min(start + _CHUNK, len(self)))))
+            size = sum(t.numel() * t.element_size() for t in examples[0].values())
+            if size * len(self) > memory_limit:
+                return None
+        tensors = self.preparation.stack(examples)
+        self._check_finite(tensors, torch.arange(len(self)))
+        return tensors
+
+    def _check_finite(self, tensors: Example, indices: Tensor) -> None:
+        for name, values in tensors.items():
+            if values.is_floating_point() and not values.isfinite().all():
+                bad = (~values.flatten(1).isfinite().all(dim=1)).nonzero().flatten()
+                raise ValueError(
+                    f"{len(bad)} examples of the {self.name} domain hold NaN or infinity in {name!r}, the first at row "
+                    f"{int(indices[bad[0]])}: drop or repair them."
+                )
+
+    def _fingerprint(self) -> str:
+        if self._tensors is None:
+            return self.dataset._fingerprint
+        digest = hashlib.blake2b(digest_size=16)
+        for name, values in sorted(self._tensors.items()):
+            digest.update(name.encode())
+            digest.update(values.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def _trim(batch: Example) -> Example:
+    """Drop the columns that no example of the batch uses, so that a short sentence does not pay for a long one."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return batch
+    used = mask.any(dim=0)
+    return {n: v[:, used] if v.ndim == 2 and v.shape == mask.shape else v for n, v in batch.items()}
+
+
+class _seeded:
+    """Set Python's, NumPy's and torch's CPU random state for a block, and put them back."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        torch.random.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+        torch.random.set_rng_state(self.states[2])
+
+
+def build_domain(
+    dataset: datasets.Dataset,
+    needs: ModelInputs,
+    processing_class: Any | None = None,
+    *,
+    name: str = "domain",
+    input_column: str | None = None,
+    label: str | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Domain:
+    """Make a domain's examples ready for a model.
+
+    Args:
+        dataset: Raw columns (image, text or audio, and label) or columns that already are model inputs.
+        needs: What the model takes: `task.inputs(model)`.
+        processing_class: Image processor, tokenizer or feature extractor. Images can do without.
+        name: For messages.
+        input_column: The raw column, where it is not found by itself.
+        label: The label column, where it is not found by itself.
+        memory_limit: Bytes up to which prepared examples are kept in memory.
+
+    Raises:
+        ValueError: No label where the task needs one, an unknown or ambiguous column, NaN, missing or negative labels.
+    """
+    labels = label_column(dataset, label) if needs.labelled else None
+    if needs.labelled and labels is None:
+        raise ValueError(
+            f"The {name} domain has no label column among {dataset.column_names}: name it as `label_column`."
+        )
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Audio) and feature.decode:
+            dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+    with _seeded(0):
+        row = dataset[0]
+    if input_column is not None and input_column not in row:
+        raise ValueError(f"The {name} domain has no column {input_column!r}; it has {list(row)}.")
+    candidates = {c: v for c, v in row.items() if c != labels and c in (input_column or c, input_column)}
+    padding = {"input_ids": getattr(processing_class, "pad_token_id", None) or 0}
+    return Domain(
+        dataset,
+        Preparation(_choose_inputs(candidates, needs, processing_class, name), labels, padding),
+        name,
+        memory_limit,
+    )
+
+
+def _choose_inputs(row: dict[str, Any], needs: ModelInputs, processing_class: Any | None, name: str):
+    ready = {c: c for c, value in row.items() if needs.accepts(c) and _kind(value) == "tensors"}
+    if ready:
+        return prepare_ready(ready)
+    by_kind = {"images": [], "audio": [], "text": [], "tensors": []}
+    for column, value in row.items():
+        if kind := _kind(value):
+            by_kind[kind].append(column)
+    prepare = {"images": prepare_images, "audio": prepare_audio, "text": prepare_text}
+    for kind, columns in by_kind.items():
+        if len(columns) > 1:
+            raise ValueError(
+                f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`."
+            )
+        if columns and kind != "tensors":
+            return prepare[kind](columns[0], needs, processing_class)
+        if columns:
+            return prepare_ready({columns[0]: needs.main})
+    raise ValueError(
+        f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
+        f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
+    )
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, Image):
+        return "images"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, dict) and ({"array", "sampling_rate"} <= set(value) or {"bytes", "path"} <= set(value)):
+        return "audio"
+    if isinstance(value, (list, np.ndarray, Tensor)) and np.ndim(value) >= 1:
+        return "tensors"
+    return None

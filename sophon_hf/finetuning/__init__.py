@@ -1,0 +1,7 @@
+"""Fine-tuning strategies (what an adversary does) and the engine that runs them, for defender and attacker alike."""
+
+from sophon_hf.finetuning.engine import FineTuning, Update
+from sophon_hf.finetuning.initialization import Stored, preserved
+from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+
+__all__ = ["FineTuning", "FineTuningStrategy", "StrategySpace", "Stored", "Update", "preserved"]

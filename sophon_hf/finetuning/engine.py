@@ -1,0 +1,170 @@
+"""The fine-tuning engine: one generator that the defender's simulation and the attacker's run both go through."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sophon_hf.data.streams import Batch
+from sophon_hf.finetuning.initialization import initialize
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
+from sophon_hf.tasks.evaluation import to_device
+
+if TYPE_CHECKING:
+    from sophon_hf.tasks import Task
+
+
+@dataclass(frozen=True)
+class Update:
+    """The state after one optimizer step.
+
+    Attributes:
+        step: k, from 1.
+        loss: The adversary's loss before this step, a scalar on the model's device.
+    """
+
+    step: int
+    loss: Tensor
+
+
+class FineTuning:
+    """A fine-tuning of `model`, in place: iterate over it to run it, one item an optimizer step.
+
+    Args:
+        model: Unwrapped; it is changed.
+        task: What is learned.
+        strategy: How.
+        batches: At least `steps` batches.
+        steps: K.
+        anatomy: Head and blocks of the model.
+        num_classes: Outputs of a new head; the old number where None.
+        autocast: Called for a context around each forward pass.
+
+    Attributes:
+        reinitialized: Names of the parameters that do not come from the given model.
+        parameters: What is updated.
+
+    Raises:
+        ValueError: The strategy finds nothing to update, or a part that cannot be re-initialised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        strategy: FineTuningStrategy,
+        batches: Iterable[Batch],
+        steps: int,
+        *,
+        anatomy: Anatomy,
+        num_classes: int | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.model, self.task, self.strategy = model, task, strategy
+        self.batches, self.steps, self.autocast = batches, steps, autocast
+        self.reinitialized = initialize(model, strategy, anatomy, num_classes)
+        # An adversary is not bound by what the publisher froze.
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.parameters = select_parameters(model, strategy, anatomy, self.reinitialized)
+
+    def __iter__(self) -> Iterator[Update]:
+        optimizer = make_optimizer(self.strategy, self.parameters)
+        scheduler = make_scheduler(self.strategy, optimizer, self.steps)
+        device = self.parameters[0].device
+        for step, batch in zip(range(1, self.steps + 1), self.batches, strict=False):
+            self.model.train()
+            batch = to_device(batch, device)
+            with self.autocast():
+                prediction = self.task.predict(self.model, batch)
+            loss = self.task.loss(prediction, self.task.target(batch))
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            if self.strategy.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.parameters, self.strategy.max_grad_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            yield Update(step, loss.detach())
+
+
+def select_parameters(
+    model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy, reinitialized: set[str]
+) -> list[nn.Parameter]:
+    """The parameters that the strategy updates; a new head or block always is.
+
+    Raises:
+        ValueError: There are none.
+    """
+    head = f"{anatomy.head}."
+    if strategy.transfer == "norm":
+        normalisations = {id(p) for m in model.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
+    chosen = []
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        taken = name in reinitialized or {
+            "all": lambda: True,
+            "head": lambda name=name: name.startswith(head),
+            "norm": lambda p=parameter: id(p) in normalisations,
+            "pattern": lambda name=name: re.search(strategy.pattern, name) is not None,
+        }[strategy.transfer]()
+        if taken:
+            chosen.append(parameter)
+    if not chosen:
+        raise ValueError(f"The strategy '{strategy.name}' finds no parameter of {type(model).__name__} to update.")
+    return chosen
+
+
+def make_optimizer(
+    strategy: FineTuningStrategy, parameters: list[Tensor], differentiable: bool = False
+) -> torch.optim.Optimizer:
+    """torch's optimizer for the strategy, in its fastest form.
+
+    Args:
+        strategy: Names it.
+        parameters: What it updates.
+        differentiable: Let autograd go through its steps.
+    """
+    common = {"lr": strategy.learning_rate, "weight_decay": strategy.weight_decay}
+    fast = {"differentiable": True, "foreach": False} if differentiable else _fast(strategy.optimizer, parameters)
+    momentum = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
+    if strategy.optimizer in momentum:
+        nesterov = strategy.optimizer == "nesterov"
+        return torch.optim.SGD(parameters, momentum=momentum[strategy.optimizer], nesterov=nesterov, **common, **fast)
+    cls = {
+        "adagrad": torch.optim.Adagrad,
+        "adadelta": torch.optim.Adadelta,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }[strategy.optimizer]
+    return cls(parameters, **common, **fast)
+
+
+def _fast(name: str, parameters: list[Tensor]) -> dict[str, bool]:
+    cpu_or_cuda = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    if name == "adadelta" or not cpu_or_cuda:
+        return {"foreach": True}
+    if name == "adagrad" and any(p.device.type != "cpu" for p in parameters):
+        return {"foreach": True}
+    return {"fused": True}
+
+
+def make_scheduler(
+    strategy: FineTuningStrategy, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The schedule of the strategy over `steps`; None where the rate never changes."""
+    if strategy.schedule == "constant" and not strategy.warmup:
+        return None
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if strategy.schedule == "constant" else strategy.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=round(strategy.warmup * steps), num_training_steps=steps)

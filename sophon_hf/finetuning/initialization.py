@@ -1,0 +1,133 @@
+"""Where a fine-tuning starts: the model as it is, with a new head and new last blocks, or from scratch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.tasks.anatomy import Anatomy
+
+
+def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy, num_classes: int | None) -> set[str]:
+    """Re-initialise what the strategy does not take over, in place.
+
+    The head is replaced as a module, so that `preserved` puts the old one back untouched.
+
+    Args:
+        model: Unwrapped.
+        strategy: Which parts are new.
+        anatomy: Where they are.
+        num_classes: Outputs of a new head; the old number where None.
+
+    Returns:
+        Names of the parameters that do not come from the given model.
+
+    Raises:
+        ValueError: A part cannot be re-initialised, or the model has too few blocks.
+    """
+    if strategy.initialization == "direct":
+        return set()
+    renewed = [*anatomy.last_blocks(strategy.reinitialized_blocks)]
+    if strategy.initialization == "scratch":
+        renewed = [""]
+    if renewed:
+        fresh = _fresh_model(model)
+        for name in renewed:
+            _copy_state(fresh.get_submodule(name), model.get_submodule(name))
+    model.set_submodule(anatomy.head, _new_head(model, model.get_submodule(anatomy.head), num_classes))
+    prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def _new_head(model: nn.Module, head: nn.Module, num_classes: int | None) -> nn.Module:
+    outputs = "out_features" if isinstance(head, nn.Linear) else "out_channels"
+    if num_classes is None or num_classes == getattr(head, outputs, num_classes):
+        fresh = copy.deepcopy(head)
+    elif isinstance(head, nn.Linear):
+        fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+    else:
+        raise ValueError(
+            f"The head is a {type(head).__name__} with {getattr(head, outputs, 'unknown')} outputs: only a linear "
+            f"head can be replaced by one with {num_classes}."
+        )
+    weight = next(head.parameters())
+    fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)
+    _reset(fresh)
+    if hasattr(model, "_init_weights"):
+        for module in fresh.modules():
+            model._init_weights(module)
+    return fresh
+
+
+def _fresh_model(model: nn.Module) -> nn.Module:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(model, "save_pretrained"):
+        if hasattr(model, "from_config"):
+            return type(model).from_config(config)
+        return type(model)(copy.deepcopy(config))
+    fresh = copy.deepcopy(model)
+    _reset(fresh)
+    return fresh
+
+
+def _reset(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif any(True for _ in part.parameters(recurse=False)):
+            raise ValueError(
+                f"{name or type(module).__name__!r} ({type(part).__name__}) has parameters of its own but no "
+                "`reset_parameters`, so it cannot be re-initialised: give it that method."
+            )
+
+
+@torch.no_grad()
+def _copy_state(source: nn.Module, target: nn.Module) -> None:
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        if name in values and values[name].shape == tensor.shape:
+            tensor.copy_(values[name])
+
+
+class Stored:
+    """A copy of a model's state that can be put back exactly, as often as wanted.
+
+    It holds parameters, buffers, gradients, modules that get replaced (the head), `requires_grad`, training flags.
+    """
+
+    def __init__(self, model: nn.Module, head: str):
+        self.model, self.head = model, head
+        self.head_module = model.get_submodule(head)
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.copies = [tensor.detach().clone() for tensor in self.tensors]
+        self.gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+        self.modes = {module: module.training for module in model.modules()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        self.model.set_submodule(self.head, self.head_module)
+        torch._foreach_copy_(self.tensors, self.copies)
+        for parameter, gradient, requires_grad in self.gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module, mode in self.modes.items():
+            module.training = mode
+
+
+@contextmanager
+def preserved(model: nn.Module, head: str) -> Iterator[Stored]:
+    """Fine-tune a model in place inside the block; after it, the model and torch's random state are as before."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    stored = Stored(model, head)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield stored
+    finally:
+        stored.restore()

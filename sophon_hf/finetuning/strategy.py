@@ -1,0 +1,244 @@
+"""Fine-tuning strategies phi = initialization x transfer x optimization (section 2.2), and the space Phi of them.
+
+A strategy is data: the defender samples strategies while protecting, an attack suite lists them, and one engine
+(`sophon_hf.finetuning.engine`) runs them for both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+INITIALIZATIONS = ("direct", "new_head", "scratch")
+TRANSFERS = ("all", "head", "norm", "pattern")
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def _check(value: Any, allowed: Iterable[str], what: str) -> None:
+    if value not in allowed:
+        close = get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint}")
+
+
+def _check_fields(cls: type, values: dict[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(known)}."
+            raise ValueError(f"{cls.__name__} has no field {name!r}.{hint}")
+
+
+@dataclass(frozen=True)
+class FineTuningStrategy:
+    """One way to fine-tune a model.
+
+    Attributes:
+        initialization: "direct" starts from the whole pre-trained model, "new_head" re-initialises its final layer
+            (the paper's initFC), "scratch" all of it.
+        reinitialized_blocks: With "new_head": how many of the last blocks are re-initialised too.
+        transfer: What is updated: "all" parameters, the "head" only (the paper's FC), the normalisation layers
+            ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated.
+        pattern: Regular expression searched in parameter names, with transfer "pattern".
+        optimizer: One of torch.optim's: sgd, momentum (0.9), nesterov (0.9), adagrad, adadelta, adam, adamw.
+        learning_rate: Its rate.
+        weight_decay: Its weight decay.
+        schedule: "constant", "linear" or "cosine" decay to zero over all steps.
+        warmup: Share of all steps during which the rate rises from zero.
+        max_grad_norm: Gradients are clipped to this norm; 0 for never.
+        batch_size: Examples a step.
+        epochs: Length of an attack; not used where `steps` is set. A defender's simulation has K steps instead.
+        steps: Length of an attack in optimizer steps.
+    """
+
+    initialization: str = "direct"
+    reinitialized_blocks: int = 0
+    transfer: str = "all"
+    pattern: str | None = None
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    max_grad_norm: float = 0.0
+    batch_size: int = 50
+    epochs: float = 20.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.initialization, INITIALIZATIONS, "initialization")
+        _check(self.transfer, TRANSFERS, "transfer")
+        _check(self.optimizer, OPTIMIZERS, "optimizer")
+        _check(self.schedule, SCHEDULES, "schedule")
+        if self.reinitialized_blocks and self.initialization != "new_head":
+            raise ValueError(f"reinitialized_blocks = {self.reinitialized_blocks} goes with initialization 'new_head'.")
+        if (self.transfer == "pattern") != (self.pattern is not None):
+            raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
+        for name, lowest, highest in (
+            ("reinitialized_blocks", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup", 0, 1),
+            ("max_grad_norm", 0, math.inf),
+            ("batch_size", 1, math.inf),
+        ):
+            if not lowest <= getattr(self, name) <= highest:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between {lowest} and {highest}.")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, but must be at least 1.")
+
+    @property
+    def needs_original_head(self) -> bool:
+        """Whether the model's own head makes the predictions, so that labels must fit it."""
+        return self.initialization == "direct"
+
+    @property
+    def name(self) -> str:
+        """A short, readable name: "new head + 1 block, all, adam 0.001"."""
+        start = self.initialization.replace("_", " ")
+        if self.reinitialized_blocks:
+            start += f" + {self.reinitialized_blocks} block" + "s" * (self.reinitialized_blocks > 1)
+        part = f"pattern {self.pattern}" if self.transfer == "pattern" else self.transfer
+        extras = "".join(
+            f", {text}"
+            for present, text in (
+                (self.weight_decay, f"decay {self.weight_decay:g}"),
+                (self.schedule != "constant", self.schedule),
+                (self.warmup, f"warm-up {self.warmup:g}"),
+                (self.max_grad_norm, f"clip {self.max_grad_norm:g}"),
+            )
+            if present
+        )
+        return f"{start}, {part}, {self.optimizer} {self.learning_rate:g}{extras}, batch {self.batch_size}"
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of an attack on a data set of `examples`."""
+        return self.steps if self.steps is not None else self.step_of_epoch(self.epochs, examples)
+
+    def step_of_epoch(self, epoch: float, examples: int) -> int:
+        """The step at which `epoch` passes over `examples` are complete; batches run on across their borders."""
+        return math.ceil(epoch * examples / min(self.batch_size, examples))
+
+    def with_changes(self, **changes: Any) -> FineTuningStrategy:
+        """A copy with some fields changed."""
+        _check_fields(type(self), changes)
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FineTuningStrategy:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: An unknown field (the closest one is named) or a value out of range.
+        """
+        _check_fields(cls, values)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class StrategySpace:
+    """Phi: each field lists what is drawn from, uniformly and independently; the default is the paper's (5.1.1).
+
+    Attributes:
+        initializations: Of "direct" and "new_head"; nothing of theta is left in "scratch", so it cannot be simulated.
+        reinitialized_blocks: Drawn for new heads only.
+        transfers: Of "all", "head", "norm".
+        optimizers: Names as in `FineTuningStrategy`.
+        learning_rates: Rates.
+        batch_sizes: Examples a step, of R_i and of T_i.
+        weight_decays: Weight decays.
+        schedules: Over the K steps of the simulation.
+    """
+
+    initializations: tuple[str, ...] = ("direct", "new_head")
+    reinitialized_blocks: tuple[int, ...] = (0,)
+    transfers: tuple[str, ...] = ("all",)
+    optimizers: tuple[str, ...] = ("adam",)
+    learning_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    batch_sizes: tuple[int, ...] = (50, 100, 150, 200, 250)
+    weight_decays: tuple[float, ...] = (0.0,)
+    schedules: tuple[str, ...] = ("constant",)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if isinstance(values, (str, int, float)) or not len(values):
+                raise ValueError(f"{field.name} is {values!r}: give a non-empty list to draw from.")
+            object.__setattr__(self, field.name, tuple(values))
+        if "scratch" in self.initializations:
+            raise ValueError("A strategy space cannot hold 'scratch': nothing of the protected model is left in it.")
+        if "pattern" in self.transfers:
+            raise ValueError("A strategy space cannot draw transfer 'pattern', which needs a pattern of its own.")
+        for field, values in (
+            ("initialization", self.initializations),
+            ("transfer", self.transfers),
+            ("optimizer", self.optimizers),
+            ("learning_rate", self.learning_rates),
+            ("batch_size", self.batch_sizes),
+            ("weight_decay", self.weight_decays),
+            ("schedule", self.schedules),
+        ):
+            for value in values:
+                FineTuningStrategy(**{field: value})
+
+    def sample(self, seed: int) -> FineTuningStrategy:
+        """Draw one strategy; the same seed gives the same one."""
+        draw = random.Random(seed).choice
+        initialization = draw(self.initializations)
+        blocks = draw(self.reinitialized_blocks)
+        return FineTuningStrategy(
+            initialization=initialization,
+            reinitialized_blocks=blocks if initialization == "new_head" else 0,
+            transfer=draw(self.transfers),
+            optimizer=draw(self.optimizers),
+            learning_rate=draw(self.learning_rates),
+            batch_size=draw(self.batch_sizes),
+            weight_decay=draw(self.weight_decays),
+            schedule=draw(self.schedules),
+        )
+
+    def without_original_head(self) -> StrategySpace:
+        """The strategies that bring their own head, for labels that the model's head has no outputs for.
+
+        Raises:
+            ValueError: There are none.
+        """
+        kept = tuple(i for i in self.initializations if i != "direct")
+        if not kept:
+            raise ValueError("Every strategy of the space is 'direct': add initialization 'new_head'.")
+        return replace(self, initializations=kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | str) -> StrategySpace:
+        """The inverse of `to_dict`; a string is read as JSON.
+
+        Raises:
+            ValueError: An unknown field (the closest one is named), or values out of range.
+        """
+        if isinstance(values, str):
+            values = json.loads(values)
+        _check_fields(cls, values)
+        return cls(**values)

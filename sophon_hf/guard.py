@@ -1,0 +1,115 @@
+"""The guard: holds lambda of eq. 1 while protecting, and remembers the best state inside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class GuardState:
+    """What the guard has seen; plain values, for the checkpoint.
+
+    Attributes:
+        start: The original metric before protection.
+        best_step: Iteration of the best state, or None where no protected state was inside the tolerance yet.
+        best_score: Its simulated metric in the restricted domain.
+        best_original: Its original metric.
+        good_step: Iteration of the last state inside the tolerance.
+        rollbacks: How often the last good state was put back.
+        dropped: Suppression gradients that were not finite and therefore not applied.
+    """
+
+    start: float | None = None
+    best_step: int | None = None
+    best_score: float | None = None
+    best_original: float | None = None
+    good_step: int = 0
+    rollbacks: int = 0
+    dropped: int = 0
+
+
+class Guard:
+    """Watches the original metric at every evaluation.
+
+    Args:
+        model: Unwrapped; its parameters and buffers are copied and put back.
+        tolerance: lambda: absolute for a metric that is better when greater, relative for one that is better when less.
+        greater_is_better: Which of the two the original metric is.
+    """
+
+    def __init__(self, model: nn.Module, tolerance: float, greater_is_better: bool):
+        self.model, self.tolerance, self.greater_is_better = model, tolerance, greater_is_better
+        self.state = GuardState()
+        self.good = self._copy()
+        self.best: dict[str, Tensor] | None = None
+
+    def within(self, original: float) -> bool:
+        """Whether an original metric is inside the tolerance; NaN is not."""
+        if self.state.start is None:
+            return original == original
+        if self.greater_is_better:
+            return original >= self.state.start - self.tolerance
+        return original <= self.state.start * (1 + self.tolerance)
+
+    def observe(self, step: int, original: float, simulated: float) -> bool:
+        """Take note of an evaluation.
+
+        Args:
+            step: The iteration, 0 before protection.
+            original: The original metric.
+            simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
+
+        Returns:
+            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`.
+        """
+        if self.state.start is None:
+            self.state.start = original
+        if not self.within(original):
+            return False
+        self.good, self.state.good_step = self._copy(), step
+        if step > 0 and self._is_better(simulated):
+            self.best = self.good
+            self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
+        return True
+
+    def _is_better(self, simulated: float) -> bool:
+        if self.state.best_score is None:
+            return simulated == simulated
+        # Ties go to the later state, which has been suppressed for longer.
+        return simulated <= self.state.best_score if self.greater_is_better else simulated >= self.state.best_score
+
+    def roll_back(self) -> None:
+        """Put the last good state back."""
+        self.state.rollbacks += 1
+        self._put_back(self.good)
+
+    def restore_best(self) -> bool:
+        """Put the best state back; False where there is none, and the model is left as it is."""
+        if self.best is None:
+            return False
+        self._put_back(self.best)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"state": asdict(self.state), "good": self.good, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.state = GuardState(**state["state"])
+        self.good, self.best = state["good"], state["best"]
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
+
+    @torch.no_grad()
+    def _put_back(self, copies: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(copies[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

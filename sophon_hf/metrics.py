@@ -1,0 +1,37 @@
+"""ACC-k and MSE-k (section 5.1.3) as `evaluate.Metric`: they load from this package, so they need no network."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+
+
+class Accuracy(evaluate.Metric):
+    """ACC-k: the share of right labels, in [0, 1]."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of examples whose predicted class is the labelled one.",
+            citation="",
+            inputs_description="predictions, references: class indices",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class MeanSquaredError(evaluate.Metric):
+    """MSE-k: the mean over examples of the squared error of the predicted noise, per element."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean squared error of the predicted noise.",
+            citation="",
+            inputs_description="predictions: squared error of each example, averaged over its elements",
+            features=datasets.Features({"predictions": datasets.Value("float64")}),
+        )
+
+    def _compute(self, predictions) -> dict[str, float]:
+        return {"mse": float(np.mean(predictions))}

@@ -1,0 +1,257 @@
+"""The gradient of the fine-tuning suppression loss (eq. 4 and 5): first order and streamed, or second order and exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sophon_hf.data.streams import Batch, Environment
+from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
+from sophon_hf.finetuning.initialization import preserved
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.tasks.anatomy import Anatomy
+from sophon_hf.tasks.evaluation import to_device
+from sophon_hf.tasks.models import WithTensors
+
+if TYPE_CHECKING:
+    from sophon_hf.tasks import Task
+
+MEASURED_EXAMPLES = 1000
+
+SuppressionLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class SimulatedAdversary:
+    """What one simulated fine-tuning showed.
+
+    Attributes:
+        strategy: The name of phi_i.
+        losses: L_alpha at each step whose gamma is not zero, step number -> scalar on the model's device.
+        before: Scores of theta itself on the first batch of T_i; empty where a new head makes it meaningless.
+        after: Scores at the last evaluated step.
+    """
+
+    strategy: str
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class SuppressionGradient:
+    """The gradient of L_FTS (eq. 4) with respect to theta's trainable parameters.
+
+    Attributes:
+        gradient: Parameter name -> tensor of the parameter's shape and dtype.
+        loss: L_FTS, a scalar on the model's device.
+        adversaries: One entry an environment.
+    """
+
+    gradient: dict[str, Tensor]
+    loss: Tensor
+    adversaries: list[SimulatedAdversary]
+
+
+class Suppression:
+    """Computes the suppression gradient of a model.
+
+    Memory holds one copy of theta and one gradient buffer, whatever K and N are: each step's gradient is added to
+    the buffer as it comes, and its graph is dropped.
+
+    Args:
+        model: Unwrapped. It is fine-tuned in place and put back exactly: parameters, buffers, random state.
+        task: What the adversaries learn.
+        anatomy: Head and blocks of the model.
+        loss: L_alpha, of prediction and target.
+        num_classes: Classes of the restricted domain, for new heads.
+        autocast: Called for a context around each forward pass.
+        second_order: Differentiate through the adversaries' optimizer steps. Exact, for small models: memory grows
+            with K, and a gradient of exactly zero has no second derivative under Adam, so use smooth models.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        anatomy: Anatomy,
+        loss: SuppressionLoss,
+        *,
+        num_classes: int | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        second_order: bool = False,
+    ):
+        self.model, self.task, self.anatomy, self.loss = model, task, anatomy, loss
+        self.num_classes, self.autocast = num_classes, autocast
+        self.simulate = self._second_order if second_order else self._first_order
+
+    def __call__(self, environments: Sequence[Environment], gamma: Sequence[Sequence[float]]) -> SuppressionGradient:
+        """Simulate every adversary and sum the gradients.
+
+        Args:
+            environments: N fine-tuning environments.
+            gamma: gamma_{i,k}, N rows of K weights. A step of weight 0 is not evaluated, and the steps after the
+                last other weight are not run.
+
+        Returns:
+            The gradient of eq. 4; in first order, the derivative of every step with respect to theta is the identity
+            for what the adversary took over from theta, and zero for what it re-initialised.
+
+        Raises:
+            ValueError: Weights and environments differ in number.
+        """
+        if len(gamma) != len(environments):
+            raise ValueError(f"gamma has {len(gamma)} rows for {len(environments)} simulated adversaries.")
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        parameters = dict(self.model.named_parameters())
+        gradient = {name: torch.zeros_like(parameters[name]) for name in names}
+        adversaries, losses = [], []
+        with preserved(self.model, self.anatomy.head) as stored:
+            for environment, weights in zip(environments, gamma, strict=True):
+                torch.manual_seed(environment.seed)
+                adversary = self.simulate(environment, _until_last(weights), gradient)
+                losses += [weights[step - 1] * value for step, value in adversary.losses.items()]
+                adversaries.append(adversary)
+                stored.restore()
+        device = next(iter(parameters.values())).device
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+        return SuppressionGradient(gradient, total, adversaries)
+
+    def measure(self, environment: Environment, steps: int) -> dict[str, Tensor]:
+        """Run one adversary for `steps` updates and return its scores on T_i; the model is put back."""
+        with preserved(self.model, self.anatomy.head):
+            torch.manual_seed(environment.seed)
+            for _ in self._fine_tuning(environment, steps):
+                pass
+            with torch.no_grad():
+                size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
+                return self._evaluate(self.model, environment.evaluation.batch(0, size))[1]
+
+    def _first_order(
+        self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
+    ) -> SimulatedAdversary:
+        adversary, size = SimulatedAdversary(environment.strategy.name), environment.strategy.batch_size
+        held_out = environment.evaluation.batches(size)
+        adversary.before = self._scores_before(environment)
+        fine_tuning = self._fine_tuning(environment, len(weights))
+        live = dict(self.model.named_parameters())
+        names = [name for name in gradient if name not in fine_tuning.reinitialized]
+        points, buffers = [live[name] for name in names], [gradient[name] for name in names]
+        for update in fine_tuning:
+            weight = weights[update.step - 1]
+            if not weight:
+                continue
+            loss, scores = self._evaluate(self.model, next(held_out))
+            _add(buffers, torch.autograd.grad(loss, points, allow_unused=True), weight)
+            adversary.losses[update.step], adversary.after = loss.detach(), scores
+        return adversary
+
+    def _second_order(
+        self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
+    ) -> SimulatedAdversary:
+        adversary, size = SimulatedAdversary(environment.strategy.name), environment.strategy.batch_size
+        held_out = environment.evaluation.batches(size)
+        adversary.before = self._scores_before(environment)
+        fine_tuning = self._fine_tuning(environment, len(weights))
+        theta = dict(self.model.named_parameters())
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        vartheta = {name: parameter.clone() for name, parameter in theta.items()}
+        updated = {id(p) for p in fine_tuning.parameters}
+        moving = [vartheta[name] for name, parameter in theta.items() if id(parameter) in updated]
+        optimizer = _differentiable_optimizer(environment.strategy, moving)
+        scheduler = make_scheduler(environment.strategy, optimizer, len(weights))
+        device = moving[0].device
+        total = torch.zeros((), device=device)
+        for step, batch in zip(range(1, len(weights) + 1), fine_tuning.batches, strict=False):
+            self.model.train()
+            # The optimizer writes in place, so every step works on copies that autograd may keep.
+            copies = {name: tensor.clone() for name, tensor in vartheta.items()}
+            batch = to_device(batch, device)
+            with self.autocast():
+                prediction = self.task.predict(WithTensors(self.model, {**copies, **buffers}), batch)
+            loss = self.task.loss(prediction, self.task.target(batch))
+            gradients = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True)
+            for tensor, slope in zip(moving, gradients, strict=True):
+                tensor.grad = slope
+            _copy_optimizer_state(optimizer)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            if weights[step - 1]:
+                copies = {name: tensor.clone() for name, tensor in vartheta.items()}
+                loss, scores = self._evaluate(WithTensors(self.model, {**copies, **buffers}), next(held_out))
+                total = total + weights[step - 1] * loss
+                adversary.losses[step], adversary.after = loss.detach(), scores
+        if adversary.losses:
+            names = [name for name in gradient if name not in fine_tuning.reinitialized]
+            slopes = torch.autograd.grad(total, [theta[name] for name in names], allow_unused=True)
+            _add([gradient[name] for name in names], slopes, 1.0)
+        return adversary
+
+    def _fine_tuning(self, environment: Environment, steps: int) -> FineTuning:
+        strategy = environment.strategy
+        return FineTuning(
+            self.model,
+            self.task,
+            strategy,
+            environment.fine_tuning.batches(strategy.batch_size),
+            steps,
+            anatomy=self.anatomy,
+            num_classes=self.num_classes,
+            autocast=self.autocast,
+        )
+
+    def _evaluate(self, model: Callable, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = to_device(batch, next(self.model.parameters()).device)
+        self.model.eval()
+        with self.autocast():
+            prediction = self.task.predict(model, batch)
+        target = self.task.target(batch)
+        return self.loss(prediction, target), self.task.scores(prediction.detach(), target)
+
+    @torch.no_grad()
+    def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
+        if not environment.strategy.needs_original_head:
+            return {}
+        batch = next(environment.evaluation.batches(environment.strategy.batch_size))
+        return self._evaluate(self.model, batch)[1]
+
+
+def _until_last(weights: Sequence[float]) -> Sequence[float]:
+    """Cut the weights after the last one that is not zero."""
+    last = max((k for k, weight in enumerate(weights, 1) if weight), default=0)
+    return weights[:last]
+
+
+def _add(buffers: list[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:
+    pairs = [(b, g) for b, g in zip(buffers, gradients, strict=True) if g is not None]
+    if pairs:
+        torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs], alpha=weight)
+
+
+def _differentiable_optimizer(strategy: FineTuningStrategy, moving: list[Tensor]) -> torch.optim.Optimizer:
+    """torch's optimizer, started so that all of it is differentiable and exact.
+
+    Left to itself SGD detaches its first momentum, and Adam raises its decay rates to powers in float32.
+    """
+    optimizer = make_optimizer(strategy, moving, differentiable=True)
+    for tensor in moving:
+        zeros = torch.zeros_like(tensor, requires_grad=False)
+        if isinstance(optimizer, torch.optim.SGD) and strategy.optimizer != "sgd":
+            optimizer.state[tensor] = {"momentum_buffer": zeros}
+        if isinstance(optimizer, torch.optim.Adam):
+            step = torch.zeros((), dtype=torch.float64, device=tensor.device)
+            optimizer.state[tensor] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    return optimizer
+
+
+def _copy_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim > 0:
+                state[name] = value.clone()

@@ -1,0 +1,62 @@
+"""What is being learned: classification or diffusion. Each task says how a batch becomes a loss and a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from sophon_hf.data.preparation import ModelInputs
+from sophon_hf.data.streams import Batch
+from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
+from sophon_hf.tasks.classification import ClassificationTask
+from sophon_hf.tasks.diffusion import DiffusionTask
+from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, to_device
+from sophon_hf.tasks.models import WithTensors, load_model, unwrap
+
+
+class Task(Protocol):
+    """What trainer, engine and attacks need to know of a task. The first suppression loss is the default one."""
+
+    metric: str
+    greater_is_better: bool
+    suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+
+    def inputs(self, model: nn.Module) -> ModelInputs: ...
+    def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy: ...
+    def collate(self, rows: Batch, seeds: list[int]) -> Batch: ...
+    def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor: ...
+    def target(self, batch: Batch) -> Tensor: ...
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor: ...
+    def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]: ...
+    def compute_metric(self, scores: dict[str, list]) -> float: ...
+
+
+def infer_task(model: nn.Module) -> Task:
+    """`DiffusionTask` for a `UNet2DModel`, `ClassificationTask` for everything else.
+
+    Raises:
+        ValueError: A class-conditional UNet, whose labels no task here supplies.
+    """
+    if type(unwrap(model)).__name__ == "UNet2DModel":
+        if unwrap(model).config.class_embed_type or unwrap(model).config.num_class_embeds:
+            raise ValueError("Class-conditional UNet2DModels are not supported: use one without class embedding.")
+        return DiffusionTask()
+    return ClassificationTask()
+
+
+__all__ = [
+    "NORMALISATIONS",
+    "Anatomy",
+    "ClassificationTask",
+    "DiffusionTask",
+    "Evaluation",
+    "Task",
+    "WithTensors",
+    "evaluate_model",
+    "infer_task",
+    "load_model",
+    "to_device",
+    "unwrap",
+]

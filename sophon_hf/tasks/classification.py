@@ -1,0 +1,92 @@
+"""Classification: any model that returns logits (image, text, audio, timm, a plain `nn.Module`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sophon_hf.data.preparation import ModelInputs
+from sophon_hf.data.streams import Batch
+from sophon_hf.losses import inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
+from sophon_hf.metrics import Accuracy
+from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
+from sophon_hf.tasks.models import as_integers, first_channels, forward_names, main_input, unwrap
+
+
+class ClassificationTask:
+    """Learn class labels with cross-entropy; suppress them with ICE or KLU (section 4.3.1).
+
+    Args:
+        head: Name of the model's final layer, where it cannot be found by running the model.
+    """
+
+    metric = "accuracy"
+    greater_is_better = True
+    suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "inverse_cross_entropy": inverse_cross_entropy,
+        "kl_from_uniform": kl_from_uniform,
+        "negated_cross_entropy": negated_cross_entropy,
+    }
+
+    def __init__(self, head: str | None = None):
+        self.head = head
+
+    def inputs(self, model: nn.Module) -> ModelInputs:
+        """What the model takes."""
+        return ModelInputs(
+            names=forward_names(model),
+            main=main_input(model),
+            labelled=True,
+            channels=first_channels(model),
+            image_size=_fixed_size(model),
+        )
+
+    def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy:
+        """Head and blocks of the model, found by running it on `batch`."""
+        return find_anatomy(unwrap(model), lambda: self.predict(model, batch), self.head)
+
+    def collate(self, rows: Batch, seeds: list[int]) -> Batch:
+        """A batch is its rows; `seeds` is for tasks that add noise."""
+        return rows
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Logits, shape (batch, classes)."""
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None and isinstance(output, Mapping):
+            logits = output.get("logits")
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} returned {type(output).__name__} without logits of shape (batch, "
+                "classes): a classifier must return them as a tensor or as `.logits`."
+            )
+        return logits
+
+    def target(self, batch: Batch) -> Tensor:
+        """Class indices, shape (batch,)."""
+        return batch["labels"]
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy: what an adversary minimises, and L_beta of the original domain."""
+        return F.cross_entropy(prediction.float() if prediction.dtype != torch.float64 else prediction, target)
+
+    def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What the metric is computed from, one entry an example."""
+        return {"predictions": prediction.argmax(dim=1), "references": target}
+
+    def compute_metric(self, scores: dict[str, list]) -> float:
+        """ACC-k in [0, 1]."""
+        return Accuracy(keep_in_memory=True).compute(**scores)["accuracy"]
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Transformers with position embeddings take one image size only; convolutional networks any."""
+    config = getattr(unwrap(model), "config", None)
+    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
+        return None
+    height_and_width = as_integers(config.image_size)
+    return height_and_width if len(height_and_width) == 2 else (height_and_width[0], height_and_width[0])

@@ -1,0 +1,96 @@
+"""Diffusion: an unconditional `UNet2DModel` that predicts noise under a scheduler of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sophon_hf.data.preparation import ModelInputs
+from sophon_hf.data.streams import Batch, derive_seed
+from sophon_hf.losses import denial_of_service, negated_mse
+from sophon_hf.metrics import MeanSquaredError
+from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
+from sophon_hf.tasks.models import as_integers, forward_names, unwrap
+
+
+class DiffusionTask:
+    """Learn to predict noise with the mean squared error; suppress it with denial of service (section 4.3.2).
+
+    Noise and timestep of an example follow from its seed alone, so two models measured on one domain meet the same.
+
+    Args:
+        noise_scheduler: A scheduler of diffusers with `add_noise`; a default `DDPMScheduler` where left out.
+        head: Name of the model's final layer, where it cannot be found by running the model.
+    """
+
+    metric = "mse"
+    greater_is_better = False
+    suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "denial_of_service": denial_of_service,
+        "negated_mse": negated_mse,
+    }
+
+    def __init__(self, noise_scheduler: Any | None = None, head: str | None = None):
+        from diffusers import DDPMScheduler
+
+        self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else noise_scheduler
+        self.head = head
+        if self.noise_scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"Prediction type {self.noise_scheduler.config.prediction_type!r} is not known.")
+
+    def inputs(self, model: nn.Module) -> ModelInputs:
+        """What the model takes."""
+        config = unwrap(model).config
+        size = as_integers(config.sample_size) if config.sample_size is not None else ()
+        return ModelInputs(
+            names=tuple(n for n in forward_names(model) if n not in ("timestep", "class_labels")),
+            main="sample",
+            labelled=False,
+            channels=config.in_channels,
+            image_size=None if not size else (size[0], size[-1]),
+            symmetric=True,
+        )
+
+    def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy:
+        """Output convolution and blocks of the model, found by running it on `batch`."""
+        return find_anatomy(unwrap(model), lambda: self.predict(model, batch), self.head)
+
+    def collate(self, rows: Batch, seeds: list[int]) -> Batch:
+        """Add noise to clean images: `sample` (noisy), `timestep` and `target`, each example's from its own seed."""
+        clean = rows["sample"]
+        noise, timesteps = torch.empty_like(clean), torch.empty(len(clean), dtype=torch.int64)
+        generator = torch.Generator()
+        for i, seed in enumerate(seeds):
+            generator.manual_seed(derive_seed(seed))
+            torch.randn(clean[i].shape, generator=generator, out=noise[i])
+            timesteps[i] = torch.randint(self.noise_scheduler.config.num_train_timesteps, (), generator=generator)
+        target = {
+            "epsilon": lambda: noise,
+            "sample": lambda: clean,
+            "v_prediction": lambda: self.noise_scheduler.get_velocity(clean, noise, timesteps),
+        }[self.noise_scheduler.config.prediction_type]()
+        return {"sample": self.noise_scheduler.add_noise(clean, noise, timesteps), "timestep": timesteps, "target": target}
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Predicted noise, the shape of the images."""
+        return model(sample=batch["sample"], timestep=batch["timestep"], return_dict=False)[0]
+
+    def target(self, batch: Batch) -> Tensor:
+        """What the model is to predict, the shape of the images."""
+        return batch["target"]
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error: what an adversary minimises, and L_beta of the original domain."""
+        return F.mse_loss(prediction.float() if prediction.dtype != torch.float64 else prediction, target)
+
+    def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What the metric is computed from, one entry an example."""
+        return {"predictions": (prediction.float() - target.float()).square().flatten(1).mean(dim=1)}
+
+    def compute_metric(self, scores: dict[str, list]) -> float:
+        """MSE-k."""
+        return MeanSquaredError(keep_in_memory=True).compute(**scores)["mse"]

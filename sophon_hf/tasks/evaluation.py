@@ -1,0 +1,70 @@
+"""Measure a model on a domain, on one process or on many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from sophon_hf.data.streams import Batch
+
+if TYPE_CHECKING:
+    from sophon_hf.data.domains import Domain
+    from sophon_hf.tasks import Task
+
+
+class Evaluation(NamedTuple):
+    """The task's metric (ACC-k or MSE-k) and the mean loss on a domain."""
+
+    metric: float
+    loss: float
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move every tensor of a batch."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate_model(
+    task: Task,
+    model: nn.Module,
+    domain: Domain,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Evaluation:
+    """Measure in evaluation mode; each rank takes every `world_size`-th example, and all get the result.
+
+    Noise and timesteps of a diffusion task follow from an example's place in the domain, so they are the same for
+    every model, batch size and number of ranks.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    device = next(model.parameters()).device
+    scores: dict[str, list[torch.Tensor]] = {}
+    losses = []
+    for indices in torch.arange(rank, len(domain), world_size).split(batch_size):
+        batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
+        with autocast():
+            prediction = task.predict(model, batch)
+        target = task.target(batch)
+        losses.append(task.loss(prediction, target).double() * len(indices))
+        for name, values in task.scores(prediction, target).items():
+            scores.setdefault(name, []).append(values)
+    for module, mode in modes.items():
+        module.training = mode
+    gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
+    total = float(torch.stack(losses).sum()) if losses else 0.0
+    if world_size > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object([(gathered, total)])
+        gathered = {name: [v for part, _ in parts for v in part.get(name, [])] for name in gathered or parts[0][0]}
+        total = sum(part_total for _, part_total in parts)
+    return Evaluation(task.compute_metric(gathered), total / len(domain))

@@ -1,0 +1,113 @@
+"""What can be learned of a model without running it, and how one is loaded from the Hub or a folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class WithTensors:
+    """A model called with other parameters and buffers than its own (`torch.func.functional_call`)."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
+        self.module, self.tensors = module, tensors
+
+    def __call__(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self.module, self.tensors, (), inputs)
+
+
+def unwrap(model: Callable[..., Any]) -> nn.Module:
+    """The model itself, without a distributed or functional wrapper."""
+    return model.module if isinstance(model, (DistributedDataParallel, WithTensors)) else model
+
+
+def forward_names(model: nn.Module) -> tuple[str, ...]:
+    """The named parameters of the model's `forward`."""
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def main_input(model: nn.Module) -> str:
+    """The parameter that raw inputs go to: the model's `main_input_name`, or the first one of its `forward`."""
+    names = forward_names(model)
+    return getattr(unwrap(model), "main_input_name", None) or names[0]
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Input channels of the first 2-d convolution, or None."""
+    return next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
+    """A size as a tuple."""
+    return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn.Module:
+    """Load a classifier of transformers or a `UNet2DModel` (also from a pipeline) by Hub id or folder.
+
+    Args:
+        source: Hub id or folder.
+        trust_remote_code: Passed on to transformers; leave it off unless the repository's code has been read.
+
+    Raises:
+        ValueError: The repository holds neither.
+        OSError: It cannot be found or reached (as transformers and diffusers raise it).
+    """
+    source = os.fspath(source)
+    if _is_diffusion(source):
+        from diffusers import UNet2DModel
+
+        in_pipeline = os.path.isdir(os.path.join(source, "unet")) or _hub_file(source, "unet/config.json") is not None
+        return UNet2DModel.from_pretrained(source, subfolder="unet" if in_pipeline else None)
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    names = config.architectures or []
+    if not names or not names[0].endswith(("Classification", "Classifier")):
+        raise ValueError(
+            f"{source!r} holds {names or 'no named architecture'}: a classifier (…ForImageClassification, "
+            "…ForSequenceClassification, …ForAudioClassification) or a UNet2DModel is needed."
+        )
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        kind = next(k for k in ("ImageClassification", "SequenceClassification", "AudioClassification") if k in names[0])
+        cls = getattr(transformers, f"AutoModelFor{kind}")
+    return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _is_diffusion(source: str) -> bool:
+    if os.path.isdir(source):
+        if os.path.exists(os.path.join(source, "model_index.json")):
+            return True
+        path = os.path.join(source, "config.json")
+    elif _hub_file(source, "model_index.json"):
+        return True
+    else:
+        path = _hub_file(source, "config.json")
+    if path is None or not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("_class_name") == "UNet2DModel"
+
+
+def _hub_file(source: str, name: str) -> str | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return hf_hub_download(source, name)
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{source!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
+            "(and HF_HUB_OFFLINE), or download the model and pass its folder."
+        ) from error
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None

@@ -1,0 +1,619 @@
+"""`SophonTrainer`: Algorithm 1 as a Hugging Face Trainer. One step of the Trainer is one iteration."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sophon_hf.config import SophonConfig
+from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain, sample_environment, split_domain
+from sophon_hf.data.domains import Source
+from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.guard import Guard
+from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
+from sophon_hf.suppression import Suppression, SuppressionGradient
+from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "sophon_state.pt"
+PROBE_RATE = 1e-3
+PROBE_BATCH = 50
+
+
+class SophonTrainer(Trainer):
+    """Protects a pre-trained model against fine-tuning in a restricted domain (Algorithm 1).
+
+    Args:
+        model: A classifier of transformers, a `TimmWrapperForImageClassification`, a `UNet2DModel`, any `nn.Module`
+            that returns logits, or a Hub id or folder of one.
+        restricted_dataset: The restricted domain A: a Hub id, a folder, or an object of `datasets`. Everything in it is
+            used: call `split_domain` first to keep an adversary's half apart.
+        original_dataset: The original domain S, in the same forms.
+        args: Hyper-parameters; the paper's by default.
+        eval_dataset: {"original": ..., "restricted": ...} to evaluate on. Left out, a seeded, stratified share of each
+            domain is held out. The guard chooses by it, so a test set does not belong here.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model.
+        task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
+        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        label_columns: The same for the label column.
+        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default.
+        callbacks: Further callbacks of the Trainer.
+
+    Raises:
+        ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
+            a frozen model, a head that cannot be found, or a strategy space that leaves no strategy.
+    """
+
+    # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        restricted_dataset: Source,
+        original_dataset: Source,
+        args: SophonConfig | None = None,
+        *,
+        eval_dataset: dict[str, Source] | None = None,
+        processing_class: Any | None = None,
+        task: Task | None = None,
+        input_columns: dict[str, str] | None = None,
+        label_columns: dict[str, str] | None = None,
+        reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = SophonConfig() if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+            )
+        model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
+        self.task = infer_task(model) if task is None else task
+        self.reinforcement_loss = reinforcement_loss
+        self.domains = _build_domains(
+            model, self.task, args, restricted_dataset, original_dataset, eval_dataset, processing_class,
+            input_columns or {}, label_columns or {},
+        )  # fmt: skip
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.domains["original"],
+            eval_dataset={name: self.domains[f"eval_{name}"] for name in ("original", "restricted")},
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)
+        self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
+        self.add_callback(EvaluateLastStep())
+        self.label_names = ["labels"]
+        self._choose_strategies()
+        self.suppression = Suppression(
+            self.model,
+            self.task,
+            self.anatomy,
+            self._suppression_loss(),
+            num_classes=self.domains["restricted"].num_classes or None,
+            autocast=self.accelerator.autocast,
+            second_order=args.second_order,
+        )
+        self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
+        self.suppression_optimizer: torch.optim.Optimizer | None = None
+        self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._pending_logs: list[dict[str, Any]] = []
+        self._micro_step = 0
+        self._resumed_at: int | None = None
+
+    # ---- Before any work: does everything fit? ----
+
+    def _choose_strategies(self) -> None:
+        """Find the head, check labels against it, and settle on Phi."""
+        batch = self.task.collate(self.domains["original"].rows(torch.arange(min(2, len(self.domains["original"])))), [0, 1])
+        batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        self.anatomy = self.task.anatomy(self.model, batch)
+        self.space = self.args.space
+        self.space.sample(0)
+        outputs = None
+        if self.domains["original"].labels is not None:
+            head = self.model.get_submodule(self.anatomy.head)
+            outputs = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+            _check_labels(self.domains, outputs)
+        self._direct_fits = outputs is None or self.domains["restricted"].num_classes <= outputs
+        if outputs is None and "new_head" in self.space.initializations and self.args.strategy_space is None:
+            # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
+            self.space = type(self.space)(initializations=("direct",))
+        if not self._direct_fits and "direct" in self.space.initializations:
+            classes = self.domains["restricted"].num_classes
+            if "new_head" not in self.space.initializations:
+                raise ValueError(
+                    f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
+                    "strategy has no output for some labels. Add initialization 'new_head' to the strategy space, or "
+                    "select at most as many classes (`select_classes`)."
+                )
+            logger.warning(
+                "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
+                "every simulated adversary brings a new head.", classes, outputs,
+            )  # fmt: skip
+            self.space = self.space.without_original_head()
+
+    def _suppression_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        losses = self.task.suppression_losses
+        name = self.args.suppression_loss or next(iter(losses))
+        if name not in losses:
+            raise ValueError(f"suppression_loss {name!r} does not fit the task: choose one of {', '.join(losses)}.")
+        return losses[name]
+
+    # ---- The two loops of Algorithm 1 ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
+        """One iteration: all suppression loops, then the reinforcement loops; the Trainer applies the last of these."""
+        if self._micro_step == 0:
+            self._pending_logs.append({})
+            for loop in range(self.args.l_FTS):
+                self._suppression_loop(loop)
+            for loop in range(self.args.l_NTR - 1):
+                self._reinforcement_loop(model, loop)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._pending_logs[-1]["L_NTR"] = self._pending_logs[-1].get("L_NTR", 0) + loss.detach()
+        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
+        return loss
+
+    def _suppression_loop(self, loop: int) -> None:
+        """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
+        args, step = self.args, self.state.global_step
+        environments = []
+        for adversary in range(args.N):
+            # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
+            seed = derive_seed(args.seed, "adversary", step, loop, args.process_index * args.N + adversary)
+            strategy = self.space.sample(derive_seed(seed, "strategy"))
+            environments.append(sample_environment(self.domains["restricted"], self.task, strategy, seed))
+        result = self.suppression(environments, args.step_weights)
+        norm = self._average_and_clip(result.gradient)
+        if torch.isfinite(norm):
+            for name, parameter in self.model.named_parameters():
+                parameter.grad = result.gradient.get(name)
+            self.suppression_optimizer.step()
+            self.suppression_optimizer.zero_grad()
+        else:
+            self.guard.state.dropped += 1
+            logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
+        self.suppression_scheduler.step()
+        self._pending_logs.append(self._describe(result, norm))
+
+    @torch.no_grad()
+    def _average_and_clip(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Average over the processes in one message and clip, in place; returns the norm before clipping."""
+        tensors = list(gradients.values())
+        vector = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="mean")
+        norm = vector.norm()
+        if self.args.max_grad_norm > 0:
+            vector *= (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return norm
+
+    def _describe(self, result: SuppressionGradient, norm: Tensor) -> dict[str, Any]:
+        accuracies = {}
+        for moment in ("before", "after"):
+            scores = [getattr(a, moment) for a in result.adversaries if getattr(a, moment)]
+            if scores:
+                accuracies[f"{self.task.metric}_{moment}"] = scores
+        return {
+            "L_FTS": result.loss.detach(),
+            "suppression_grad_norm": norm.detach(),
+            "strategy": "; ".join(a.strategy for a in result.adversaries),
+            **accuracies,
+        }
+
+    def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
+        """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
+        args = self.args
+        for micro_step in range(args.gradient_accumulation_steps):
+            batch = self._reinforcement_batch(self.state.global_step, loop, micro_step)
+            with self.accelerator.no_sync(model):
+                super().training_step(model, batch)
+        # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self._average_and_clip(gradients)
+        # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
+        getattr(self.optimizer, "optimizer", self.optimizer).step()
+        model.zero_grad()
+
+    def _reinforcement_batch(self, step: int, loop: int, micro_step: int) -> dict[str, Tensor]:
+        args = self.args
+        position = (step * args.l_NTR + loop) * args.gradient_accumulation_steps + micro_step
+        size = args.per_device_train_batch_size
+        return self._original_stream.batch((position * args.world_size + args.process_index) * size, size)
+
+    @property
+    def _original_stream(self) -> Stream:
+        return Stream(self.domains["original"], self.task, derive_seed(self.args.seed, "original"))
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """mu * L_beta (eq. 6), the mean over the batch."""
+        if self.reinforcement_loss is not None:
+            loss, prediction = self.reinforcement_loss(model, inputs), None
+        else:
+            prediction = self.task.predict(model, inputs)
+            loss = self.task.loss(prediction, self.task.target(inputs))
+        loss = self.args.mu * loss
+        return (loss, {"prediction": prediction}) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of O for the last reinforcement loop of each iteration: a function of seed, step and rank."""
+        return DataLoader(
+            _LastLoopBatches(self),
+            batch_size=1,
+            collate_fn=_only_one,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
+        optimizer = super().create_optimizer(model)
+        if self.suppression_optimizer is None:
+            self.suppression_optimizer = torch.optim.Adam(
+                [p for p in self.model.parameters() if p.requires_grad],
+                lr=self.args.alpha,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """One schedule for both rates."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.suppression_scheduler is None:
+            loops = max(self.args.l_FTS, 1)
+            self.suppression_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                self.suppression_optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps) * loops,
+                num_training_steps=num_training_steps * loops,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+        return scheduler
+
+    # ---- Measuring, and the guard ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure both domains: `eval_original_*` and `eval_restricted_*`.
+
+        While training, the guard acts on the result: the model may then be put back to the last good state.
+
+        Args:
+            eval_dataset: {name: `Domain` or anything that a domain can be built from} in place of the trainer's own.
+            ignore_keys: Not used.
+            metric_key_prefix: First part of every name.
+
+        Returns:
+            Metric and loss of each domain; while training also `*_restricted_simulated_*`, what fixed simulated
+            adversaries (Adam 1e-3, K steps, own head and new head) reach.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: dict[str, float] = {}
+        for name, source in chosen.items():
+            domain = source if isinstance(source, Domain) else self._build_domain(source, name)
+            result = evaluate_model(
+                self.task,
+                self.model,
+                domain,
+                self.args.per_device_eval_batch_size,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                autocast=self.accelerator.autocast,
+            )
+            metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
+            metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
+        if self.is_in_train and eval_dataset is None:
+            simulated = self._probe()
+            metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
+            # A resumed run measures its start again, which the guard saw before the checkpoint or not at all.
+            if self.state.global_step != self._resumed_at:
+                self._guard(metrics[f"{metric_key_prefix}_original_{self.task.metric}"], simulated)
+            metrics["rollbacks"] = float(self.guard.state.rollbacks)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _build_domain(self, source: Source, name: str) -> Domain:
+        known = self.domains[name if name in self.domains else "restricted"]
+        return build_domain(
+            load_domain(source, "test"), self.task.inputs(self.model), self.processing_class, name=name,
+            label=known.preparation.label_column,
+        )  # fmt: skip
+
+    def _probe(self) -> float:
+        """What fixed adversaries reach in the restricted domain: the same for every state, so states compare."""
+        # T_i is a part of the defender's own data, and gamma falls on the last step alone: a forward pass is all it costs.
+        starts = ["new_head"] if not self._direct_fits else list(self.space.initializations)
+        scores: dict[str, list] = {}
+        for number, start in enumerate(starts):
+            strategy = FineTuningStrategy(initialization=start, learning_rate=PROBE_RATE, batch_size=PROBE_BATCH)
+            environment = sample_environment(
+                self.domains["restricted"], self.task, strategy, derive_seed(self.args.seed, "probe", number)
+            )
+            for name, values in self.suppression.measure(environment, self.args.K).items():
+                scores.setdefault(name, []).extend(values.tolist())
+        return self.task.compute_metric(scores)
+
+    def _guard(self, original: float, simulated: float) -> None:
+        step, start = self.state.global_step, self.guard.state.start
+        if self.guard.observe(step, original, simulated):
+            return
+        self.guard.roll_back()
+        for optimizer in (self.optimizer, self.suppression_optimizer):
+            getattr(optimizer, "optimizer", optimizer).state.clear()
+        choice = self.args.after_rollback
+        if choice == "halve_alpha":
+            for group in self.suppression_optimizer.param_groups:
+                group["lr"] /= 2
+            self.suppression_scheduler.base_lrs = [rate / 2 for rate in self.suppression_scheduler.base_lrs]
+        if choice == "stop":
+            self.control.should_training_stop = True
+        logger.warning(
+            "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
+            "%d is put back; then: %s.", step, self.task.metric, original, self.args.tolerance, start,
+            self.guard.state.good_step, choice,
+        )  # fmt: skip
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add what the loops since the last entry showed."""
+        if "loss" in logs and self._pending_logs:
+            logs = {**logs, **self._collect_logs()}
+            logs["alpha"] = self.suppression_optimizer.param_groups[0]["lr"]
+            logs["dropped_suppression_gradients"] = self.guard.state.dropped
+        super().log(logs, start_time)
+
+    def _collect_logs(self) -> dict[str, Any]:
+        collected: dict[str, list] = {}
+        for entry in self._pending_logs:
+            for name, value in entry.items():
+                collected.setdefault(name, []).append(value)
+        self._pending_logs = []
+        logs: dict[str, Any] = {}
+        for name, values in collected.items():
+            if name == "strategy":
+                logs[name] = " | ".join(values)
+            elif isinstance(values[0], list):
+                parts = [scores for value in values for scores in value]
+                logs[name] = self.task.compute_metric({k: torch.cat([p[k] for p in parts]).tolist() for k in parts[0]})
+            else:
+                logs[name] = float(torch.stack([v.float() for v in values]).mean())
+        return logs
+
+    # ---- Running, saving and resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Protect the model; at the end it holds the best state inside the tolerance, which is saved to `output_dir`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the last complete one in `output_dir`.
+            kwargs: As `Trainer.train` takes them.
+
+        Raises:
+            ValueError: `output_dir` holds another run, or there is no complete checkpoint to go on from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._check_same_run(os.fspath(resume_from_checkpoint))
+        else:
+            self._check_fresh_folder()
+        self.accelerator.wait_for_everyone()
+        self._micro_step, self._pending_logs, self._resumed_at = 0, [], None
+        output = super().train(resume_from_checkpoint or None, **kwargs)
+        self._finish()
+        return output
+
+    def _finish(self) -> None:
+        state = self.guard.state
+        if self.guard.restore_best():
+            logger.info(
+                "The protected model is the state of iteration %d: original %s %.4f (start %.4f).",
+                state.best_step, self.task.metric, state.best_original, state.start,
+            )  # fmt: skip
+        elif state.rollbacks:
+            self.guard.roll_back()
+            logger.warning(
+                "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
+                "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
+                self.task.metric, self.args.tolerance, state.good_step,
+            )  # fmt: skip
+        if self.args.save_strategy != "no":
+            self.save_model()
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be this run's."""
+        names = (
+            "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
+            "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "max_grad_norm", "world_size",
+        )  # fmt: skip
+        facts = {name: getattr(self.args, name) for name in names}
+        facts["lr_scheduler_type"] = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        facts["model"] = type(self.model).__name__
+        facts["parameters"] = sum(p.numel() for p in self.model.parameters())
+        return {**facts, **{f"{name} data": domain.fingerprint for name, domain in self.domains.items()}}
+
+    def _check_same_run(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.exists(path):
+            raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {STATE_FILE}.")
+        saved = torch.load(path, weights_only=True, map_location="cpu")["facts"]
+        for name, value in self._run_facts().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. "
+                    "Resume with the same settings and data, or start in another output_dir."
+                )
+
+    def _check_fresh_folder(self) -> None:
+        if not os.path.isdir(self.args.output_dir):
+            return
+        found = [n for n in os.listdir(self.args.output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")]
+        if found:
+            raise ValueError(
+                f"{self.args.output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by "
+                "train(resume_from_checkpoint=True), or choose another output_dir."
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {
+                "facts": self._run_facts(),
+                "optimizer": self.suppression_optimizer.state_dict(),
+                "scheduler": {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"},
+                "guard": self.guard.state_dict(),
+            }
+            temporary = os.path.join(output_dir, f".{STATE_FILE}")
+            torch.save(state, temporary)
+            os.replace(temporary, os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True, map_location="cpu")
+            self.suppression_optimizer.load_state_dict(state["optimizer"])
+            self.suppression_scheduler.__dict__.update(state["scheduler"])
+            self.guard.load_state_dict(state["guard"])
+            self._resumed_at = self.state.global_step
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as the model's own library does, so that its stock `from_pretrained` loads it."""
+        output_dir = output_dir or self.args.output_dir
+        if hasattr(self.model, "save_pretrained") and not hasattr(self.model, "main_input_name"):
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir)
+        elif hasattr(self.model, "save_pretrained"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            from safetensors.torch import save_model
+
+            os.makedirs(output_dir, exist_ok=True)
+            save_model(self.model, os.path.join(output_dir, "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        path = os.path.join(resume_from_checkpoint, "diffusion_pytorch_model.safetensors")
+        if os.path.exists(path):
+            from safetensors.torch import load_model as load_weights
+
+            load_weights(model, path)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that was written to its end: a killed process may leave a torn one behind.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoints = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        path = os.path.join(output_dir, name)
+        number = name.removeprefix("checkpoint-")
+        if name.startswith("checkpoint-") and number.isdigit() and _is_complete(path):
+            checkpoints.append((int(number), path))
+    if not checkpoints:
+        raise ValueError(f"There is no complete checkpoint in {output_dir!r} to resume from: train without resuming.")
+    return max(checkpoints)[1]
+
+
+def _is_complete(checkpoint: str) -> bool:
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        logger.warning("%s was not written to its end and is passed over.", checkpoint)
+        return False
+    return os.path.exists(os.path.join(checkpoint, STATE_FILE))
+
+
+class _LastLoopBatches(torch.utils.data.Dataset):
+    """Item i is the i-th micro-batch that the Trainer itself takes a step with."""
+
+    def __init__(self, trainer: SophonTrainer):
+        self.batch = trainer._reinforcement_batch
+        self.args = trainer.args
+
+    def __len__(self) -> int:
+        return self.args.max_steps * self.args.gradient_accumulation_steps
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        step, micro_step = divmod(index, self.args.gradient_accumulation_steps)
+        return self.batch(step, self.args.l_NTR - 1, micro_step)
+
+
+def _only_one(items: list) -> Any:
+    return items[0]
+
+
+def _build_domains(
+    model: nn.Module,
+    task: Task,
+    args: SophonConfig,
+    restricted: Source,
+    original: Source,
+    evaluation: dict[str, Source] | None,
+    processing_class: Any | None,
+    input_columns: dict[str, str],
+    label_columns: dict[str, str],
+) -> dict[str, Domain]:
+    """The four domains: original, restricted, and what each is evaluated on."""
+    if evaluation is not None and set(evaluation) != {"original", "restricted"}:
+        raise ValueError(f"eval_dataset has the keys {sorted(evaluation)}: give it 'original' and 'restricted'.")
+    domains = {}
+    for name, source in (("original", original), ("restricted", restricted)):
+        dataset = load_domain(source)
+        if evaluation is not None:
+            held_out = load_domain(evaluation[name], "validation" if isinstance(evaluation[name], str) else "test")
+        else:
+            held_out, dataset = _hold_out(dataset, name, args, label_columns.get(name))
+        for key, part in ((name, dataset), (f"eval_{name}", held_out)):
+            domains[key] = build_domain(
+                part, task.inputs(model), processing_class, name=name,
+                input_column=input_columns.get(name), label=label_columns.get(name),
+            )  # fmt: skip
+    return domains
+
+
+def _hold_out(dataset: datasets.Dataset, name: str, args: SophonConfig, label: str | None):
+    if len(dataset) < 4:
+        raise ValueError(f"The {name} domain has {len(dataset)} examples, too few to hold some out: give eval_dataset.")
+    share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
+    return split_domain(dataset, seed=args.seed, share=share, column=label)
+
+
+def _check_labels(domains: dict[str, Domain], outputs: int | None) -> None:
+    for name, domain in domains.items():
+        highest = int(domain.labels.max())
+        if outputs is not None and "original" in name and highest >= outputs:
+            raise ValueError(
+                f"The original domain has label {highest}, but the model's head has {outputs} outputs (0 to "
+                f"{outputs - 1}): number the classes as the model does (`select_classes`)."
+            )
+        if highest >= domain.num_classes:
+            raise ValueError(
+                f"The {name} domain has label {highest}, but its features name {domain.num_classes} classes: repair "
+                "the features or the labels."
+            )
+    if len(domains["restricted"].labels.unique()) < 2:
+        raise ValueError("The restricted domain has one class only: there is nothing to learn, and nothing to suppress.")
