@@ -53,12 +53,18 @@ class ResidualNet(nn.Module):
 
 @dataclass
 class Pair:
-    """A domain pair. `adversary` is the half of the restricted training split that the defender never sees."""
+    """A domain pair.
+
+    `original_validation` was not pre-trained on, so that the guard does not take memory for skill; `adversary` is the
+    half of the restricted training split that the defender never sees.
+    """
 
     model: nn.Module
     original: datasets.Dataset
+    original_validation: datasets.Dataset
     original_test: Domain
     defender: datasets.Dataset
+    defender_validation: datasets.Dataset
     adversary: datasets.Dataset
     validation: Domain
     restricted_test: Domain
@@ -99,14 +105,18 @@ def animals(cache: Path, seed: int = 0) -> Pair:
     }
     defender, adversary = split_domain(parts["restricted", "train"], seed=seed)
     validation, adversary = split_domain(adversary, seed=seed, share=0.1)
+    original_validation, original = split_domain(parts["original", "train"], seed=seed, share=0.1)
+    defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     torch.manual_seed(seed)
     model = ResidualNet(len(original_classes))
     needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
-        original=parts["original", "train"],
+        original=original,
+        original_validation=original_validation,
         original_test=build_domain(parts["original", "test"], needs, name="original"),
         defender=defender,
+        defender_validation=defender_validation,
         adversary=adversary,
         validation=build_domain(validation, needs, name="restricted"),
         restricted_test=build_domain(parts["restricted", "test"], needs, name="restricted"),

@@ -15,6 +15,7 @@ _HOMES = {
     "SophonConfig": "config",
     "FineTuningStrategy": "finetuning",
     "StrategySpace": "finetuning",
+    "AttackSuite": "attacks",
     "ClassificationTask": "tasks",
     "DiffusionTask": "tasks",
     "load_domain": "data",
@@ -22,9 +23,22 @@ _HOMES = {
     "split_domain": "data",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "AttackSuite",
+    "ClassificationTask",
+    "DiffusionTask",
+    "FineTuningStrategy",
+    "SophonConfig",
+    "SophonTrainer",
+    "StrategySpace",
+    "__version__",
+    "load_domain",
+    "select_classes",
+    "split_domain",
+]
 
 if TYPE_CHECKING:
+    from sophon_hf.attacks import AttackSuite
     from sophon_hf.config import SophonConfig
     from sophon_hf.data import load_domain, select_classes, split_domain
     from sophon_hf.finetuning import FineTuningStrategy, StrategySpace

@@ -31,7 +31,7 @@ class SophonConfig(TrainingArguments):
     N: int = field(default=1, metadata={"help": "N: simulated adversaries a suppression loop, on each process."})
     l_FTS: int = field(default=1, metadata={"help": "l_FTS: suppression loops an iteration."})
     l_NTR: int = field(default=1, metadata={"help": "l_NTR: reinforcement loops an iteration."})
-    gamma: str | list | None = field(
+    gamma: list | str | None = field(
         default=None,
         metadata={
             "help": "gamma: K weights of the adversaries' steps, or one such list for each of the N adversaries (JSON); "
@@ -40,8 +40,10 @@ class SophonConfig(TrainingArguments):
     )
     mu: float = field(
         default=1.0,
-        metadata={"help": "mu of eq. 2: weight of the reinforcement loss. Adam divides a constant weight out again, so "
-                  "it matters together with max_grad_norm; alpha and beta set the balance."},
+        metadata={
+            "help": "mu of eq. 2: weight of the reinforcement loss. Adam divides a constant weight out again, so "
+            "it matters together with max_grad_norm; alpha and beta set the balance."
+        },
     )
     tolerance: float = field(
         default=0.05,
@@ -64,9 +66,11 @@ class SophonConfig(TrainingArguments):
             "(the default for diffusion), or the unstable negated_cross_entropy and negated_mse."
         },
     )
-    strategy_space: str | dict[str, Any] | None = field(
+    strategy_space: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Phi: the simulated strategies, as the fields of StrategySpace (JSON); default: the paper's."},
+        metadata={
+            "help": "Phi: the simulated strategies, as the fields of StrategySpace (JSON); default: the paper's."
+        },
     )
     second_order: bool = field(
         default=False,
@@ -150,9 +154,17 @@ class SophonConfig(TrainingArguments):
                 "FSDP and DeepSpeed shard the parameters that a simulated adversary changes in place; they are not "
                 "supported yet. Use `accelerate launch --num_processes N` without a sharding plugin."
             )
-        for name in ("label_smoothing_factor", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "load_best_model_at_end"):
+        for name in (
+            "label_smoothing_factor",
+            "neftune_noise_alpha",
+            "auto_find_batch_size",
+            "torch_compile",
+            "load_best_model_at_end",
+        ):
             if getattr(self, name):
-                raise ValueError(f"{name} has no place in Algorithm 1 and would not reach the simulation: leave it out.")
+                raise ValueError(
+                    f"{name} has no place in Algorithm 1 and would not reach the simulation: leave it out."
+                )
 
     @property
     def space(self) -> StrategySpace:

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain, sample_environment, split_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.guard import Guard
-from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
 from sophon_hf.suppression import Suppression, SuppressionGradient
 from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model
 
@@ -122,7 +122,9 @@ class SophonTrainer(Trainer):
 
     def _choose_strategies(self) -> None:
         """Find the head, check labels against it, and settle on Phi."""
-        batch = self.task.collate(self.domains["original"].rows(torch.arange(min(2, len(self.domains["original"])))), [0, 1])
+        batch = self.task.collate(
+            self.domains["original"].rows(torch.arange(min(2, len(self.domains["original"])))), [0, 1]
+        )
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
         self.anatomy = self.task.anatomy(self.model, batch)
         self.space = self.args.space
@@ -466,7 +468,9 @@ class SophonTrainer(Trainer):
     def _check_fresh_folder(self) -> None:
         if not os.path.isdir(self.args.output_dir):
             return
-        found = [n for n in os.listdir(self.args.output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")]
+        found = [
+            n for n in os.listdir(self.args.output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")
+        ]
         if found:
             raise ValueError(
                 f"{self.args.output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by "
@@ -616,4 +620,6 @@ def _check_labels(domains: dict[str, Domain], outputs: int | None) -> None:
                 "the features or the labels."
             )
     if len(domains["restricted"].labels.unique()) < 2:
-        raise ValueError("The restricted domain has one class only: there is nothing to learn, and nothing to suppress.")
+        raise ValueError(
+            "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
+        )

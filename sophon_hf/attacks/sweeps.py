@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
 from sophon_hf.finetuning import FineTuningStrategy
 
 PAPER = FineTuningStrategy(optimizer="momentum", learning_rate=1e-4, weight_decay=1e-4, batch_size=200)
 
-_STARTS = ({"initialization": "direct"}, {"initialization": "new_head"}, {"initialization": "new_head", "reinitialized_blocks": 1})
+_STARTS = (
+    {"initialization": "direct"},
+    {"initialization": "new_head"},
+    {"initialization": "new_head", "reinitialized_blocks": 1},
+)
 _STRONG_OPTIMIZERS = (("adam", 3e-4), ("adam", 1e-3), ("adam", 3e-3), ("momentum", 1e-2), ("momentum", 1e-1))
 
 
@@ -51,7 +60,9 @@ def strong() -> list[FineTuningStrategy]:
 
 def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
     """Training from scratch (baseline B1), tuned over the optimizers and rates of a sweep."""
-    tuned = [s.with_changes(initialization="scratch", reinitialized_blocks=0, transfer="all", pattern=None) for s in sweep]
+    tuned = [
+        s.with_changes(initialization="scratch", reinitialized_blocks=0, transfer="all", pattern=None) for s in sweep
+    ]
     return list(dict.fromkeys(tuned))
 
 
@@ -62,3 +73,25 @@ SWEEPS = {
     "paper-batches": paper_batches,
     "strong": strong,
 }
+
+
+def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
+    """A sweep by name, or from a JSON or YAML file that holds a list of strategies.
+
+    Raises:
+        ValueError: No such sweep (the closest one is named), a file of another form, or an unknown field in it.
+    """
+    if str(source) in SWEEPS:
+        return SWEEPS[str(source)]()
+    path = Path(source)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        close = get_close_matches(str(source), SWEEPS, n=1)
+        hint = (
+            f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(SWEEPS)}, or give a .json or .yaml file."
+        )
+        raise ValueError(f"There is no sweep {str(source)!r}. {hint}")
+    # JSON is YAML.
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must hold a list of strategies, each a mapping of fields (optimizer: adam, ...).")
+    return [FineTuningStrategy.from_dict(entry) for entry in entries]

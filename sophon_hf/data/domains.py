@@ -210,6 +210,7 @@ class Domain:
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are; 0 without labels."""
         return len(self.class_names)
 
     def rows(self, indices: Tensor, seed: int = 0) -> Example:
@@ -253,6 +254,19 @@ class Domain:
                     f"{int(indices[bad[0]])}: drop or repair them."
                 )
 
+    def example_hashes(self) -> set[str]:
+        """A hash of each example's inputs (labels left out), to find examples that two domains share."""
+        hashes = set()
+        for start in range(0, len(self), _CHUNK):
+            rows = self.rows(torch.arange(start, min(start + _CHUNK, len(self))))
+            names = sorted(set(rows) - {"labels"})
+            for i in range(len(rows[names[0]])):
+                digest = hashlib.blake2b(digest_size=16)
+                for name in names:
+                    digest.update(_used(rows, name, i).contiguous().numpy().data)
+                hashes.add(digest.hexdigest())
+        return hashes
+
     def _fingerprint(self) -> str:
         if self._tensors is None:
             return self.dataset._fingerprint
@@ -270,6 +284,12 @@ def _trim(batch: Example) -> Example:
         return batch
     used = mask.any(dim=0)
     return {n: v[:, used] if v.ndim == 2 and v.shape == mask.shape else v for n, v in batch.items()}
+
+
+def _used(rows: Example, name: str, index: int) -> Tensor:
+    """One example's values without its padding, whose length depends on its neighbours."""
+    values, mask = rows[name][index], rows.get("attention_mask")
+    return values[mask[index].bool()] if mask is not None and values.shape == mask[index].shape else values
 
 
 class _seeded:
@@ -347,9 +367,7 @@ def _choose_inputs(row: dict[str, Any], needs: ModelInputs, processing_class: An
     prepare = {"images": prepare_images, "audio": prepare_audio, "text": prepare_text}
     for kind, columns in by_kind.items():
         if len(columns) > 1:
-            raise ValueError(
-                f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`."
-            )
+            raise ValueError(f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`.")
         if columns and kind != "tensors":
             return prepare[kind](columns[0], needs, processing_class)
         if columns:

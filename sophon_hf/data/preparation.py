@@ -38,6 +38,7 @@ class ModelInputs:
     symmetric: bool = False
 
     def accepts(self, name: str) -> bool:
+        """Whether the model's `forward` has a parameter of this name."""
         return name in self.names
 
 

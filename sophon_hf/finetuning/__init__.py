@@ -4,4 +4,4 @@ from sophon_hf.finetuning.engine import FineTuning, Update
 from sophon_hf.finetuning.initialization import Stored, preserved
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
 
-__all__ = ["FineTuning", "FineTuningStrategy", "StrategySpace", "Stored", "Update", "preserved"]
+__all__ = ["FineTuning", "FineTuningStrategy", "Stored", "StrategySpace", "Update", "preserved"]

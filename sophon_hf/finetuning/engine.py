@@ -111,12 +111,15 @@ def select_parameters(
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        taken = name in reinitialized or {
-            "all": lambda: True,
-            "head": lambda name=name: name.startswith(head),
-            "norm": lambda p=parameter: id(p) in normalisations,
-            "pattern": lambda name=name: re.search(strategy.pattern, name) is not None,
-        }[strategy.transfer]()
+        taken = (
+            name in reinitialized
+            or {
+                "all": lambda: True,
+                "head": lambda name=name: name.startswith(head),
+                "norm": lambda p=parameter: id(p) in normalisations,
+                "pattern": lambda name=name: re.search(strategy.pattern, name) is not None,
+            }[strategy.transfer]()
+        )
         if taken:
             chosen.append(parameter)
     if not chosen:

@@ -28,6 +28,14 @@ def _check(value: Any, allowed: Iterable[str], what: str) -> None:
         raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint}")
 
 
+def _as_number(value: Any, name: str) -> float:
+    # YAML reads 1e-3 as text.
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r}, but must be a number.") from error
+
+
 def _check_fields(cls: type, values: dict[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     for name in values:
@@ -74,6 +82,8 @@ class FineTuningStrategy:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "warmup", "max_grad_norm", "epochs"):
+            object.__setattr__(self, name, _as_number(getattr(self, name), name))
         _check(self.initialization, INITIALIZATIONS, "initialization")
         _check(self.transfer, TRANSFERS, "transfer")
         _check(self.optimizer, OPTIMIZERS, "optimizer")
@@ -183,7 +193,9 @@ class StrategySpace:
             values = getattr(self, field.name)
             if isinstance(values, (str, int, float)) or not len(values):
                 raise ValueError(f"{field.name} is {values!r}: give a non-empty list to draw from.")
-            object.__setattr__(self, field.name, tuple(values))
+            numeric = field.name in ("learning_rates", "weight_decays")
+            values = tuple(_as_number(v, field.name) for v in values) if numeric else tuple(values)
+            object.__setattr__(self, field.name, values)
         if "scratch" in self.initializations:
             raise ValueError("A strategy space cannot hold 'scratch': nothing of the protected model is left in it.")
         if "pattern" in self.transfers:

@@ -95,7 +95,9 @@ def find_anatomy(model: nn.Module, predict: Callable[[], Tensor], head: str | No
             )
         head = makers[-1]
     elif head not in modules:
-        raise ValueError(f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others.")
+        raise ValueError(
+            f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others."
+        )
     blocks = [name for name in _blocks(modules) if name in order and not head.startswith(f"{name}.") and name != head]
     return Anatomy(head, tuple(sorted(blocks, key=order.index)))
 

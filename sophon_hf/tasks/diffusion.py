@@ -73,7 +73,11 @@ class DiffusionTask:
             "sample": lambda: clean,
             "v_prediction": lambda: self.noise_scheduler.get_velocity(clean, noise, timesteps),
         }[self.noise_scheduler.config.prediction_type]()
-        return {"sample": self.noise_scheduler.add_noise(clean, noise, timesteps), "timestep": timesteps, "target": target}
+        return {
+            "sample": self.noise_scheduler.add_noise(clean, noise, timesteps),
+            "timestep": timesteps,
+            "target": target,
+        }
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Predicted noise, the shape of the images."""

@@ -78,7 +78,9 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         )
     cls = getattr(transformers, names[0], None)
     if cls is None:
-        kind = next(k for k in ("ImageClassification", "SequenceClassification", "AudioClassification") if k in names[0])
+        kind = next(
+            k for k in ("ImageClassification", "SequenceClassification", "AudioClassification") if k in names[0]
+        )
         cls = getattr(transformers, f"AutoModelFor{kind}")
     return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
 
@@ -100,7 +102,12 @@ def _is_diffusion(source: str) -> bool:
 
 def _hub_file(source: str, name: str) -> str | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return hf_hub_download(source, name)

@@ -1,0 +1,253 @@
+"""Results of a sweep as data, and the score that is computed from them: recovered transfer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sophon_hf.attacks.attack import Curve
+from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.reporting.plots import plot_curves
+
+LEAST_TRANSFER = 0.03
+STANDARD_ERRORS = 3.0
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass
+class Cell:
+    """One attack on one model with one seed.
+
+    Attributes:
+        model: "protected", "original", "scratch", or a further baseline.
+        strategy: What the adversary did.
+        seed: Of the attack.
+        curve: What it reached; None where it did not end.
+        error: Why it did not end.
+        applicable: False where the strategy cannot be carried out on this model at all (which is not resistance).
+    """
+
+    model: str
+    strategy: FineTuningStrategy
+    seed: int
+    curve: Curve | None = None
+    error: str | None = None
+    applicable: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "strategy": self.strategy.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cell:
+        """The inverse of `to_dict`."""
+        curve = Curve(**values["curve"]) if values["curve"] is not None else None
+        return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
+
+
+@dataclass(frozen=True)
+class BestAttack:
+    """The strongest attack on a model, chosen on validation data.
+
+    Attributes:
+        strategy: The attack.
+        epoch: Where it was stopped.
+        test: Test metric, one value a seed.
+    """
+
+    strategy: FineTuningStrategy
+    epoch: float
+    test: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return float(np.mean(self.test))
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation over the seeds."""
+        return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class RecoveredTransfer:
+    """RT = (best attack on protected - best scratch) / (best attack on original - best scratch).
+
+    1 = the protection does nothing; 0 = pre-training is worth nothing to the adversary; below 0: less than nothing.
+
+    Attributes:
+        value: RT, or None where it is void.
+        interval: 95 % bootstrap interval over seeds and test examples, or None.
+        void: Why it is void, or None.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+    void: str | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"void ({self.void})"
+        return f"{self.value:.0%} [{self.interval[0]:.0%}, {self.interval[1]:.0%}]"
+
+
+@dataclass
+class AttackResults:
+    """All cells of a sweep.
+
+    Attributes:
+        cells: The cells.
+        metric: "accuracy" or "mse".
+        greater_is_better: For the adversary.
+        test_examples: Size of the test split.
+        facts: What was run: sweep, budget, seeds, fingerprints, versions.
+    """
+
+    cells: list[Cell]
+    metric: str
+    greater_is_better: bool
+    test_examples: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, model: str) -> list[Cell]:
+        """The cells of a model that ended."""
+        return [cell for cell in self.cells if cell.model == model and cell.curve is not None]
+
+    def by_strategy(self, model: str) -> Iterator[tuple[FineTuningStrategy, list[Cell]]]:
+        """The cells of a model that ended, grouped by strategy."""
+        strategies = dict.fromkeys(cell.strategy for cell in self.of(model))
+        for strategy in strategies:
+            yield strategy, [cell for cell in self.of(model) if cell.strategy == strategy]
+
+    def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> BestAttack | None:
+        """The strongest attack on a model: strategy and epoch with the best mean validation metric.
+
+        Args:
+            model: Its name.
+            among: Only these strategies.
+        """
+        allowed = None if among is None else set(among)
+        sign = 1 if self.greater_is_better else -1
+        choice: tuple[float, BestAttack] | None = None
+        for strategy, cells in self.by_strategy(model):
+            if allowed is not None and strategy not in allowed:
+                continue
+            validation = np.mean([cell.curve.validation for cell in cells], axis=0)
+            if not np.isfinite(validation).any():
+                continue
+            point = int(np.nanargmax(sign * validation))
+            attack = BestAttack(strategy, cells[0].curve.epoch[point], tuple(c.curve.test[point] for c in cells))
+            if choice is None or sign * validation[point] > choice[0]:
+                choice = (sign * validation[point], attack)
+        return None if choice is None else choice[1]
+
+    def recovered_transfer(self, among: Iterable[FineTuningStrategy] | None = None) -> RecoveredTransfer:
+        """The score of the protection over the whole sweep, or over the attacks in `among` (scratch is always tuned)."""
+        protected, original, scratch = self.best("protected", among), self.best("original", among), self.best("scratch")
+        if protected is None or original is None or scratch is None:
+            return RecoveredTransfer(None, None, "an attack on protected, original or scratch is missing")
+        sign = 1 if self.greater_is_better else -1
+        gap = sign * (original.mean - scratch.mean)
+        error = np.hypot(self._standard_error(original), self._standard_error(scratch))
+        least = LEAST_TRANSFER if self.metric == "accuracy" else LEAST_TRANSFER * abs(scratch.mean)
+        if gap < max(least, STANDARD_ERRORS * error):
+            return RecoveredTransfer(
+                None,
+                None,
+                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: no transfer to protect",
+            )
+        value = sign * (protected.mean - scratch.mean) / gap
+        return RecoveredTransfer(float(value), self._interval(protected, original, scratch))
+
+    def _standard_error(self, attack: BestAttack) -> float:
+        seeds = attack.sd / np.sqrt(len(attack.test))
+        return float(np.hypot(seeds, self._test_noise(attack.mean)))
+
+    def _test_noise(self, mean: float) -> float:
+        """What another test split of this size would change, as far as it can be told from the mean."""
+        return np.sqrt(max(mean * (1 - mean), 0) / self.test_examples) if self.metric == "accuracy" else 0.0
+
+    def _interval(self, *attacks: BestAttack) -> tuple[float, float]:
+        generator = np.random.default_rng(0)
+        protected, original, scratch = (
+            generator.choice(attack.test, (BOOTSTRAP_SAMPLES, len(attack.test))).mean(axis=1)
+            + generator.normal(0, self._test_noise(attack.mean), BOOTSTRAP_SAMPLES)
+            for attack in attacks
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = np.nanpercentile((protected - scratch) / (original - scratch), (2.5, 97.5))
+        return float(low), float(high)
+
+    def to_dataset(self):
+        """One row a measured point, as a `datasets.Dataset`."""
+        import datasets
+
+        rows = [
+            {
+                "model": cell.model, "attack": cell.strategy.name, "seed": cell.seed, "epoch": epoch, "step": step,
+                "test": test, "validation": validation, "loss": loss,
+            }
+            for cell in self.cells if cell.curve is not None
+            for epoch, step, test, validation, loss in zip(
+                cell.curve.epoch, cell.curve.step, cell.curve.test, cell.curve.validation, cell.curve.loss, strict=True
+            )
+        ]  # fmt: skip
+        return datasets.Dataset.from_list(rows)
+
+    def plot(self, path: str | Path = "curves.png") -> Path:
+        """Metric per epoch, one panel a start, best attack of each model there, as in Fig. 3."""
+        scratch = self.best("scratch")
+        panels: dict[str, dict[str, tuple]] = {}
+        for start in dict.fromkeys(_start(cell.strategy) for cell in self.of("protected")):
+            among = [strategy for strategy, _ in self.by_strategy("protected") if _start(strategy) == start]
+            chosen = {name: self.best(name, among) for name in dict.fromkeys(c.model for c in self.cells)}
+            chosen["scratch"] = scratch
+            panels[start] = {
+                name: self._line(name, attack.strategy) for name, attack in chosen.items() if attack is not None
+            }
+        return plot_curves(panels, Path(path), self.metric)
+
+    def _line(self, model: str, strategy: FineTuningStrategy) -> tuple[list[float], list[list[float]]]:
+        curves = [cell.curve for cell in self.of(model) if cell.strategy == strategy]
+        return curves[0].epoch, [curve.test for curve in curves]
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON, atomically."""
+        write_atomically(
+            path,
+            json.dumps(
+                {
+                    "facts": self.facts,
+                    "metric": self.metric,
+                    "greater_is_better": self.greater_is_better,
+                    "test_examples": self.test_examples,
+                    "cells": [cell.to_dict() for cell in self.cells],
+                },
+                indent=1,
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttackResults:
+        """The inverse of `save`."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]]})
+
+
+def _start(strategy: FineTuningStrategy) -> str:
+    return strategy.name.split(", ")[0]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,269 @@
+"""The attack suite: every attack of a sweep on the protected model, the original one, and from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from sophon_hf.attacks.attack import PAPER_EPOCHS, run_attack
+from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
+from sophon_hf.attacks.sweeps import load_sweep, scratch
+from sophon_hf.data import Domain, build_domain, load_domain, split_domain
+from sophon_hf.data.domains import Source
+from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.tasks import Task, infer_task, load_model
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass
+class _Budget:
+    """What the adversary has: data, and what it is measured on."""
+
+    training: Domain
+    validation: Domain
+    test: Domain
+
+
+class AttackSuite:
+    """Finds the strongest attack of a sweep.
+
+    Args:
+        sweep: The name of a sweep, a JSON or YAML file with a list of strategies, or the strategies themselves.
+        output_dir: Each finished cell is a file there, so a second run computes what is missing only.
+        seeds: Seeds of every attack.
+        epochs: Length of every attack, in passes over the adversary's data; the strategies' own where None.
+        measured_epochs: When test and validation metrics are taken.
+        examples: How many of the adversary's examples it uses, stratified; all where None.
+        task: What is learned, where it cannot be inferred.
+        processing_class: For raw columns.
+    """
+
+    def __init__(
+        self,
+        sweep: str | Path | Sequence[FineTuningStrategy] = "strong",
+        output_dir: str | Path = "attacks",
+        *,
+        seeds: Sequence[int] = (0, 1, 2),
+        epochs: float | None = 20,
+        measured_epochs: Sequence[float] = PAPER_EPOCHS,
+        examples: int | None = None,
+        task: Task | None = None,
+        processing_class: Any | None = None,
+    ):
+        strategies = load_sweep(sweep) if isinstance(sweep, (str, Path)) else list(sweep)
+        if not strategies:
+            raise ValueError("The sweep is empty: name at least one strategy.")
+        if epochs is not None:
+            strategies = [s.with_changes(epochs=epochs, steps=None) for s in strategies]
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
+        self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
+        self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
+        self.output_dir, self.examples, self.task = Path(output_dir), examples, task
+        self.processing_class = processing_class
+
+    def run(
+        self,
+        *,
+        protected: nn.Module | str,
+        original: nn.Module | str,
+        restricted_dataset: Source,
+        eval_dataset: Source,
+        validation_dataset: Source | None = None,
+        baselines: dict[str, nn.Module] | None = None,
+    ) -> AttackResults:
+        """Run what is missing and return all results.
+
+        Args:
+            protected: The protected model, or its Hub id or folder.
+            original: The same model before protection.
+            restricted_dataset: The adversary's data, which the defender never saw (`split_domain`).
+            eval_dataset: The restricted domain's test split; it reports and never chooses.
+            validation_dataset: What attacks are chosen by; a tenth of the adversary's data where left out.
+            baselines: Further models to attack, by name (an NTL model, say).
+
+        Raises:
+            ValueError: Models of different architecture, overlapping data, or missing labels.
+        """
+        models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
+        _check_same_architecture(models)
+        task = infer_task(models["original"]) if self.task is None else self.task
+        budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
+        _check_disjoint(budget)
+        cells = self._cells(models)
+        keys = self._keys(cells, models, budget)
+        known = {key: cell for key in keys if (cell := self._read(key)) is not None}
+        self._compute(task, models, budget, [(k, c) for k, c in zip(keys, cells, strict=True) if k not in known])
+        finished = [known.get(key) or self._read(key) or cell for key, cell in zip(keys, cells, strict=True)]
+        results = AttackResults(
+            finished, task.metric, task.greater_is_better, len(budget.test), self._facts(models, budget)
+        )
+        results.save(self.output_dir / "results.json")
+        return results
+
+    def _budget(self, task, model, restricted, test, validation) -> _Budget:
+        dataset = load_domain(restricted)
+        if validation is None:
+            validation, dataset = split_domain(dataset, share=VALIDATION_SHARE)
+        if self.examples is not None and self.examples < len(dataset):
+            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset))
+        parts = (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
+        needs = task.inputs(model)
+        return _Budget(*(build_domain(part, needs, self.processing_class, name="restricted") for part in parts))
+
+    def _cells(self, models: dict[str, nn.Module]) -> list[Cell]:
+        by_model = {name: self.strategies for name in models} | {"scratch": scratch(self.strategies)}
+        return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
+
+    def _keys(self, cells: list[Cell], models: dict[str, nn.Module], budget: _Budget) -> list[str]:
+        weights = {name: _hash_weights(model) for name, model in models.items()}
+        # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
+        weights["scratch"] = type(models["original"]).__name__ + str(_shapes(models["original"]))
+        data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
+        return [_digest([weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs]) for c in cells]
+
+    def _read(self, key: str) -> Cell | None:
+        path = self.output_dir / "cells" / f"{key}.json"
+        if not path.exists():
+            return None
+        try:
+            cell = Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is torn or not a result: it is computed again.", path)
+            return None
+        return cell if cell.error is None or not cell.applicable else None
+
+    def _compute(
+        self, task: Task, models: dict[str, nn.Module], budget: _Budget, missing: list[tuple[str, Cell]]
+    ) -> None:
+        from accelerate import PartialState
+
+        state = PartialState()
+        mine = missing[state.process_index :: state.num_processes]
+        steps = sum(cell.strategy.total_steps(len(budget.training)) for _, cell in mine)
+        with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
+            for number, (key, cell) in enumerate(mine, 1):
+                bar.set_postfix_str(f"cell {number}/{len(mine)}: {cell.model}, {cell.strategy.name}")
+                victim = models["original" if cell.model == "scratch" else cell.model]
+                self._run_cell(task, victim, budget, cell, lambda *_: bar.update(1))
+                write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
+        state.wait_for_everyone()
+
+    def _run_cell(self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, after_step: Callable) -> None:
+        try:
+            if cell.strategy.needs_original_head and not _head_fits(task, victim, budget):
+                raise NotApplicableError(
+                    f"the head has fewer outputs than the {budget.training.num_classes} restricted classes"
+                )
+            cell.curve = run_attack(
+                victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
+                seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
+            )  # fmt: skip
+        except NotApplicableError as reason:
+            cell.error, cell.applicable = str(reason), False
+        except Exception as error:
+            cell.error = f"{type(error).__name__}: {error}"
+            logger.warning("%s on %s failed and is recorded: %s", cell.strategy.name, cell.model, cell.error)
+
+    def plan(self, examples: int, models: int = 2) -> dict[str, int]:
+        """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
+        per_model = [s.total_steps(examples) for s in self.strategies]
+        from_scratch = [s.total_steps(examples) for s in scratch(self.strategies)]
+        images = [
+            s.total_steps(examples) * min(s.batch_size, examples)
+            for s in [*self.strategies * models, *scratch(self.strategies)]
+        ]
+        seeds = len(self.seeds)
+        return {
+            "cells": seeds * (models * len(per_model) + len(from_scratch)),
+            "steps": seeds * (models * sum(per_model) + sum(from_scratch)),
+            "images": seeds * sum(images),
+        }
+
+    def _facts(self, models: dict[str, nn.Module], budget: _Budget) -> dict[str, Any]:
+        packages = ("torch", "transformers", "diffusers", "datasets", "peft")
+        return {
+            "sweep": self.name,
+            "seeds": self.seeds,
+            "training_examples": len(budget.training),
+            "validation_examples": len(budget.validation),
+            "weights": {name: _hash_weights(model) for name, model in models.items()},
+            "data": {n: getattr(budget, n).fingerprint for n in ("training", "validation", "test")},
+            "versions": {package: version(package) for package in packages},
+        }
+
+
+class NotApplicableError(ValueError):
+    """The strategy cannot be carried out on this model, which says nothing about the model's resistance."""
+
+
+def _load(model: nn.Module | str) -> nn.Module:
+    return model if isinstance(model, nn.Module) else load_model(model)
+
+
+def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def _check_same_architecture(models: dict[str, nn.Module]) -> None:
+    expected = _shapes(models["original"])
+    for name, model in models.items():
+        different = [(a, b) for a, b in zip(expected, _shapes(model), strict=False) if a != b]
+        if different or len(expected) != len(_shapes(model)):
+            where = f": {different[0][0]} against {different[0][1]}" if different else ""
+            raise ValueError(
+                f"The {name} model differs in architecture or head from the original one{where}. Compare a model with "
+                "its own unprotected version."
+            )
+
+
+def _check_disjoint(budget: _Budget) -> None:
+    seen = budget.training.example_hashes()
+    for name, domain in (("validation", budget.validation), ("test", budget.test)):
+        shared = seen & domain.example_hashes()
+        if shared:
+            raise ValueError(
+                f"{len(shared)} of the adversary's training examples are in the {name} split too: an attack that has "
+                "seen the answers measures nothing. Remove them, or split with `split_domain`."
+            )
+
+
+def _head_fits(task: Task, model: nn.Module, budget: _Budget) -> bool:
+    if budget.training.labels is None:
+        return True
+    with torch.no_grad():
+        device = next(model.parameters()).device
+        batch = {n: v.to(device) for n, v in task.collate(budget.training.rows(torch.arange(2)), [0, 1]).items()}
+        training = model.training
+        outputs = task.predict(model.eval(), batch).shape[1]
+        model.train(training)
+    return budget.training.num_classes <= outputs
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
+    return digest.hexdigest()
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,68 @@
+"""`sophon-hf`: protect a model, or see the demo. Libraries are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+USAGE = """usage: sophon-hf COMMAND ...
+
+Protect pre-trained models against fine-tuning in a restricted domain, and measure what the protection is worth.
+
+commands:
+  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains every field)
+  demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
+
+On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml
+"""
+
+
+def _protect(arguments: list[str]) -> None:
+    from sophon_hf.protect import main as protect
+
+    protect(arguments)
+
+
+def _demo(arguments: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="sophon-hf demo", description="Pre-train, protect, attack, report.")
+    parser.add_argument("--output_dir", default="demo-output", help="is emptied; gets model, results and plot")
+    parser.add_argument("--iterations", type=int, default=60, help="Iter of Algorithm 1")
+    options = parser.parse_args(arguments)
+    from sophon_hf.demo import run
+
+    run(options.output_dir, options.iterations)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"protect": _protect, "demo": _demo}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `sophon-hf`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] == "--version":
+        from sophon_hf import __version__
+
+        print(__version__)
+        return
+    if arguments[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(arguments[0], COMMANDS, n=1)
+        sys.exit(
+            f"sophon-hf has no command {arguments[0]!r}." + (f" Did you mean {close[0]!r}?" if close else f"\n{USAGE}")
+        )
+    try:
+        COMMANDS[arguments[0]](arguments[1:])
+    except (ValueError, TypeError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        sys.exit(f"sophon-hf {arguments[0]}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Data that ships with dependencies, for the demo and the examples: handwritten digits and printed letters."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LETTERS = "ABCDEFGHJK"
+SIZE = 32
+_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSerif-Italic")
+
+
+def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits, white on black.
+
+    Args:
+        size: Height and width in pixels; the originals have 8.
+
+    Returns:
+        Splits "train" (1,297) and "test" (500), with columns `image` (grey) and `label`.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [
+        Image.fromarray((pixels * 15.9375).astype(np.uint8), "L").resize((size, size), Image.Resampling.BILINEAR)
+        for pixels in digits.images
+    ]
+    order = np.random.default_rng(0).permutation(len(images))
+    return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, test=500)
+
+
+def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> datasets.DatasetDict:
+    """Ten letters in six fonts that ship with matplotlib, moved, turned, scaled and with noise; white on black.
+
+    Args:
+        examples: Training images; the test split has 500 more.
+        size: Height and width in pixels.
+        seed: Decides every image.
+
+    Returns:
+        Splits "train" and "test", with columns `image` (grey) and `label`.
+    """
+    generator = np.random.default_rng(seed)
+    labels = np.arange(examples + 500) % len(LETTERS)
+    images = [_draw(LETTERS[label], size, generator) for label in labels]
+    return _as_splits(images, labels.tolist(), list(LETTERS), generator.permutation(len(images)), test=500)
+
+
+def _draw(letter: str, size: int, generator: np.random.Generator) -> Image.Image:
+    font = ImageFont.truetype(_font_path(generator.choice(_FONTS)), int(size * generator.uniform(0.5, 0.85)))
+    canvas = Image.new("L", (size, size))
+    where = tuple(size / 2 + generator.uniform(-0.12, 0.12, 2) * size)
+    ImageDraw.Draw(canvas).text(where, letter, fill=int(generator.integers(150, 256)), font=font, anchor="mm")
+    canvas = canvas.rotate(generator.uniform(-25, 25), resample=Image.Resampling.BILINEAR)
+    noisy = np.asarray(canvas, dtype=np.float32) + generator.normal(0, 20, (size, size))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8), "L")
+
+
+def _font_path(name: str) -> str:
+    import matplotlib
+
+    return f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
+
+
+def _as_splits(
+    images: list[Image.Image], labels: list[int], names: list[str], order: np.ndarray, test: int
+) -> datasets.DatasetDict:
+    features = datasets.Features({"image": datasets.Image(mode="L"), "label": datasets.ClassLabel(names=names)})
+    splits = {"train": order[test:], "test": order[:test]}
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"image": [images[i] for i in chosen], "label": [labels[i] for i in chosen]}, features=features
+            )
+            for split, chosen in splits.items()
+        }
+    )

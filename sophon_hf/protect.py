@@ -1,0 +1,140 @@
+"""`sophon-hf protect`: Algorithm 1 from a YAML file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import yaml
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
+
+from sophon_hf.config import SophonConfig
+from sophon_hf.data import load_domain, select_classes, split_domain
+from sophon_hf.tasks import load_model
+from sophon_hf.trainer import SophonTrainer
+
+
+@dataclass
+class ProtectArguments:
+    """What is protected, and against what."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a classifier or a UNet2DModel."})
+    original: str = field(metadata={"help": "Original domain: Hub id or folder of a data set."})
+    restricted: str = field(metadata={"help": "Restricted domain: Hub id or folder of a data set."})
+    original_split: str = field(default="train", metadata={"help": "Its split to protect with."})
+    restricted_split: str = field(default="train", metadata={"help": "Its split to protect with."})
+    original_classes: list[str] | None = field(
+        default=None, metadata={"help": "Keep these classes of it, numbered in this order as the model numbers them."}
+    )
+    restricted_classes: list[str] | None = field(
+        default=None, metadata={"help": "Keep these classes of it, numbered in this order."}
+    )
+    original_input: str | None = field(default=None, metadata={"help": "Its input column, where it is not clear."})
+    restricted_input: str | None = field(default=None, metadata={"help": "Its input column, where it is not clear."})
+    original_label: str | None = field(default=None, metadata={"help": "Its label column, where it is not clear."})
+    restricted_label: str | None = field(default=None, metadata={"help": "Its label column, where it is not clear."})
+    adversary_half: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep half of the restricted domain (seeded, stratified) away from protection, for attacks to use; "
+            "false protects with all of it."
+        },
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+
+
+class _Parser(HfArgumentParser):
+    """Names the closest field where a flag is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"sophon-hf protect: {message}. `sophon-hf protect --help` explains every field.")
+
+
+def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig]:
+    """Merge a YAML file (first, if given) and flags; flags win.
+
+    Raises:
+        ValueError: An unknown field (the closest one is named), or a file that is no mapping.
+        SystemExit: A value of the wrong type, or a missing field.
+    """
+    parser = _Parser(
+        [ProtectArguments, SophonConfig], prog="sophon-hf protect", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    values: dict[str, Any] = {}
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        with open(arguments[0], encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{arguments[0]} must hold fields (`model: ...`), not a {type(values).__name__}.")
+        arguments = arguments[1:]
+    known = [f.name for cls in (ProtectArguments, SophonConfig) for f in dataclasses.fields(cls) if f.init]
+    for name in values:
+        _check_known(str(name), known)
+    given = {argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")}
+    flags = [flag for name, value in values.items() if name not in given for flag in _as_flags(name, value)]
+    parsed = parser.parse_args_into_dataclasses([*flags, *arguments], return_remaining_strings=True)
+    for argument in parsed[-1]:
+        if argument.startswith("--"):
+            _check_known(argument[2:].split("=")[0], known)
+    if parsed[-1]:
+        raise ValueError(f"{parsed[-1][0]!r} belongs to no field.")
+    return parsed[0], parsed[1]
+
+
+def _check_known(name: str, known: list[str]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        raise ValueError(f"There is no field {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    json_fields = ("gamma", "strategy_space")
+    if isinstance(value, dict) or name in json_fields:
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{name}", *(str(item) for item in value)]
+    return [f"--{name}", str(value)]
+
+
+def load_processor(source: str) -> Any | None:
+    """The image processor, tokenizer or feature extractor saved with a model, or None where there is none."""
+    for cls in (AutoImageProcessor, AutoTokenizer, AutoFeatureExtractor):
+        try:
+            return cls.from_pretrained(source)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+            continue
+    return None
+
+
+def main(arguments: list[str]) -> None:
+    """Protect as the arguments say, and leave the protected model in `output_dir`."""
+    options, config = read_arguments(arguments)
+    domains = {}
+    for name in ("original", "restricted"):
+        dataset = load_domain(getattr(options, name), getattr(options, f"{name}_split"))
+        classes = getattr(options, f"{name}_classes")
+        label = getattr(options, f"{name}_label")
+        domains[name] = select_classes(dataset, classes, label) if classes else dataset
+    if options.adversary_half:
+        domains["restricted"], _ = split_domain(domains["restricted"], column=options.restricted_label)
+    trainer = SophonTrainer(
+        load_model(options.model),
+        domains["restricted"],
+        domains["original"],
+        config,
+        processing_class=load_processor(options.model),
+        input_columns={"original": options.original_input, "restricted": options.restricted_input},
+        label_columns={"original": options.original_label, "restricted": options.restricted_label},
+    )
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    if trainer.is_world_process_zero():
+        state = trainer.guard.state
+        print(f"Protected model (iteration {state.best_step}) saved in {config.output_dir}.")

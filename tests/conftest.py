@@ -1,0 +1,80 @@
+"""Small models and data that every test file uses. No test needs a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import datasets
+import pytest
+import torch
+from torch import nn
+
+# timm and torchvision are an extra.
+collect_ignore = [] if importlib.util.find_spec("timm") else ["test_timm.py"]
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    # One that was built for another torch cannot load its operators. Nothing here calls them; they only have to exist.
+    operators = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from sophon_hf.data import build_domain  # noqa: E402
+from sophon_hf.tasks import infer_task  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+class TinyNet(nn.Module):
+    """Two layers over six numbers, smooth, with batch norm where asked."""
+
+    def __init__(self, num_classes: int = 3, batch_norm: bool = True):
+        super().__init__()
+        self.body = nn.Linear(6, 16)
+        self.norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x))))
+
+
+def make_points(seed: int, examples: int = 120, num_classes: int = 3) -> datasets.Dataset:
+    """Six random numbers an example, labelled by a random linear rule."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 6, generator=generator)
+    labels = (x @ torch.randn(6, num_classes, generator=generator)).argmax(dim=1)
+    features = datasets.Features(
+        {
+            "x": datasets.List(datasets.Value("float32")),
+            "label": datasets.ClassLabel(names=[f"c{i}" for i in range(num_classes)]),
+        }
+    )
+    return datasets.Dataset.from_dict({"x": x.numpy(), "label": labels.tolist()}, features=features)
+
+
+@pytest.fixture
+def model() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet()
+
+
+@pytest.fixture
+def points() -> datasets.Dataset:
+    return make_points(1)
+
+
+@pytest.fixture
+def domain(model, points):
+    return build_domain(points, infer_task(model).inputs(model), name="restricted")
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    yield
+    torch.set_default_dtype(torch.float32)
