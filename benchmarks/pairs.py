@@ -66,15 +66,14 @@ class Pair:
     defender: datasets.Dataset
     defender_validation: datasets.Dataset
     adversary: datasets.Dataset
-    validation: Domain
-    restricted_test: Domain
+    validation: datasets.Dataset
+    restricted_test: datasets.Dataset
 
-    def adversary_domain(self, examples: int | None, seed: int = 0) -> Domain:
+    def adversary_dataset(self, examples: int | None, seed: int = 0) -> datasets.Dataset:
         """The adversary's first `examples`, stratified; all where None."""
-        part = self.adversary
-        if examples is not None and examples < len(part):
-            part, _ = split_domain(part, seed=seed, share=(examples + 0.5) / len(part))
-        return build_domain(part, infer_task(self.model).inputs(self.model), name="restricted")
+        if examples is None or examples >= len(self.adversary):
+            return self.adversary
+        return split_domain(self.adversary, seed=seed, share=(examples + 0.5) / len(self.adversary))[0]
 
 
 def _small(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -118,8 +117,8 @@ def animals(cache: Path, seed: int = 0) -> Pair:
         defender=defender,
         defender_validation=defender_validation,
         adversary=adversary,
-        validation=build_domain(validation, needs, name="restricted"),
-        restricted_test=build_domain(parts["restricted", "test"], needs, name="restricted"),
+        validation=validation,
+        restricted_test=parts["restricted", "test"],
     )
     weights = cache / f"animals-{seed}.pt"
     if weights.exists():

@@ -57,6 +57,7 @@ class Preparation:
     padding: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, rows: Rows) -> list[Example]:
+        """One example a row."""
         examples = self.inputs(rows)
         if self.label_column is not None:
             for example, label in zip(examples, rows[self.label_column], strict=True):

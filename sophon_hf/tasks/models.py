@@ -20,6 +20,7 @@ class WithTensors:
         self.module, self.tensors = module, tensors
 
     def __call__(self, **inputs: Any) -> Any:
+        """The model's output."""
         return torch.func.functional_call(self.module, self.tensors, (), inputs)
 
 

@@ -1,0 +1,123 @@
+"""Protect a domain pair with Algorithm 1, attack it, and record what was measured in docs/results/.
+
+    SOPHON_DATA=DIR python benchmarks/protection.py --pair animals --examples 500
+
+DIR holds the data sets as folders (cifar10/, ...). Interrupted, it goes on where it was. Prints a table and, as its
+last line, one JSON object; `python benchmarks/write_results.py` makes docs/results.md of all records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import pairs
+import torch
+
+from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
+from sophon_hf.attacks.results import AttackResults, write_atomically
+from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.tasks import evaluate_model, infer_task
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
+    """The protected model, from `folder` where it is there already."""
+    model = copy.deepcopy(pair.model)
+    done = folder / "protection.json"
+    if done.exists():
+        from safetensors.torch import load_model
+
+        load_model(model, folder / "model.safetensors")
+        return model, json.loads(done.read_text())
+    fields = json.loads(options.config)
+    config = SophonConfig(
+        output_dir=str(folder), seed=options.seed, tolerance=options.tolerance, max_steps=options.iterations,
+        eval_steps=25, use_cpu=not torch.cuda.is_available(), report_to="none", **fields,
+    )  # fmt: skip
+    trainer = SophonTrainer(
+        model,
+        pair.defender,
+        pair.original,
+        config,
+        eval_dataset={"original": pair.original_validation, "restricted": pair.defender_validation},
+    )
+    start = time.time()
+    started = any(folder.glob("checkpoint-*")) if folder.exists() else False
+    trainer.train(resume_from_checkpoint=started or None)
+    record = {
+        "seconds": round(time.time() - start),
+        "config": {**fields, "tolerance": options.tolerance, "max_steps": options.iterations, "K": config.K, "N": config.N},
+        "guard": vars(trainer.guard.state),
+    }
+    write_atomically(done, json.dumps(record, indent=1))
+    return model, record
+
+
+def table(results: AttackResults) -> list[dict]:
+    """One row an attack: the mean and SD of the final test metric on each model."""
+    rows: dict[FineTuningStrategy, dict] = {}
+    for model in ("protected", "original", "scratch"):
+        for strategy, cells in results.by_strategy(model):
+            final = torch.tensor([cell.curve.test[-1] for cell in cells])
+            row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
+            row[model] = [round(float(final.mean()), 4), round(float(final.std()), 4) if len(final) > 1 else 0.0]
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="animals", choices=["animals"])
+    parser.add_argument("--name", default="paper", help="what the record calls this protection")
+    parser.add_argument("--config", default="{}", help="fields of SophonConfig, as JSON")
+    parser.add_argument("--iterations", type=int, default=800)
+    parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--sweep", default="strong")
+    parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
+    parser.add_argument("--seed", type=int, default=0, help="of the protection")
+    parser.add_argument("--work", type=Path, default=Path("runs/protection"))
+    options = parser.parse_args()
+
+    pair = getattr(pairs, options.pair)(options.work)
+    task = infer_task(pair.model)
+    folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
+    protected, protection = protect(pair, folder, options)
+    adversary = pair.adversary_dataset(options.examples or None)
+    start = time.time()
+    results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
+        protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
+        validation_dataset=pair.validation,
+    )  # fmt: skip
+    intact = {n: evaluate_model(task, m, pair.original_test, 500).metric for n, m in (("before", pair.model), ("after", protected))}
+    transfer = results.recovered_transfer()
+    direct = results.recovered_transfer([s for s, _ in results.by_strategy("protected") if s.initialization == "direct"])
+    record = {
+        "pair": options.pair, "protection": options.name, "sweep": options.sweep, "examples": len(adversary),
+        "seeds": options.seeds, "original_accuracy": intact,
+        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in ("protected", "original", "scratch")},
+        "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
+        "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
+        "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": results.facts["versions"],
+    }  # fmt: skip
+    name = f"{options.pair}-{options.name}-{options.seed}-{options.sweep}-{len(adversary)}.json"
+    write_atomically(RESULTS / name, json.dumps(record, indent=1))
+    print(f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f}; recovered transfer {transfer}; direct only {direct}")
+    for row in record["table"]:
+        print(f"{row['attack']:60}", *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("protected", "original", "scratch") if m in row))
+    print(json.dumps({key: record[key] for key in ("pair", "protection", "original_accuracy", "recovered_transfer")}))
+
+
+if __name__ == "__main__":
+    main()
