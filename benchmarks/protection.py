@@ -55,7 +55,13 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     trainer.train(resume_from_checkpoint=started or None)
     record = {
         "seconds": round(time.time() - start),
-        "config": {**fields, "tolerance": options.tolerance, "max_steps": options.iterations, "K": config.K, "N": config.N},
+        "config": {
+            **fields,
+            "tolerance": options.tolerance,
+            "max_steps": options.iterations,
+            "K": config.K,
+            "N": config.N,
+        },
         "guard": vars(trainer.guard.state),
     }
     write_atomically(done, json.dumps(record, indent=1))
@@ -97,9 +103,14 @@ def main() -> None:
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
         validation_dataset=pair.validation,
     )  # fmt: skip
-    intact = {n: evaluate_model(task, m, pair.original_test, 500).metric for n, m in (("before", pair.model), ("after", protected))}
+    intact = {
+        n: evaluate_model(task, m, pair.original_test, 500).metric
+        for n, m in (("before", pair.model), ("after", protected))
+    }
     transfer = results.recovered_transfer()
-    direct = results.recovered_transfer([s for s, _ in results.by_strategy("protected") if s.initialization == "direct"])
+    direct = results.recovered_transfer(
+        [s for s, _ in results.by_strategy("protected") if s.initialization == "direct"]
+    )
     record = {
         "pair": options.pair, "protection": options.name, "sweep": options.sweep, "examples": len(adversary),
         "seeds": options.seeds, "original_accuracy": intact,
@@ -113,9 +124,14 @@ def main() -> None:
     }  # fmt: skip
     name = f"{options.pair}-{options.name}-{options.seed}-{options.sweep}-{len(adversary)}.json"
     write_atomically(RESULTS / name, json.dumps(record, indent=1))
-    print(f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f}; recovered transfer {transfer}; direct only {direct}")
+    print(
+        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f}; recovered transfer {transfer}; direct only {direct}"
+    )
     for row in record["table"]:
-        print(f"{row['attack']:60}", *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("protected", "original", "scratch") if m in row))
+        print(
+            f"{row['attack']:60}",
+            *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("protected", "original", "scratch") if m in row),
+        )
     print(json.dumps({key: record[key] for key in ("pair", "protection", "original_accuracy", "recovered_transfer")}))
 
 

@@ -102,6 +102,7 @@ class SophonConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self) -> None:
+        self._refuse_unsupported()
         super().__post_init__()
         if self.learning_rate not in (_TRAINER_LEARNING_RATE, self.beta):
             raise ValueError(
@@ -109,29 +110,26 @@ class SophonConfig(TrainingArguments):
                 f"{self.beta}) and `alpha` (suppression, now {self.alpha})."
             )
         self.learning_rate = self.beta
-        for name in ("max_steps", "K", "N", "l_FTS", "l_NTR"):
-            if getattr(self, name) < (0 if name.startswith("l_") else 1):
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        if self.l_NTR < 1:
-            raise ValueError("l_NTR is 0: without reinforcement nothing keeps the original domain; use at least 1.")
-        for name in ("alpha", "beta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1.")
-        for name in ("mu", "tolerance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share is {self.validation_share}, but must lie between 0 and 1.")
+        whole = {"max_steps": 1, "K": 1, "N": 1, "l_FTS": 0, "l_NTR": 1, "per_device_train_batch_size": 1}
+        whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, least in whole.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a whole number of at least {least}.")
+        for name in ("alpha", "beta", "validation_share"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
+        for name in ("mu", "tolerance", "max_grad_norm"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
         _check(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()
         elif self.strategy_space is not None:
-            self.strategy_space = StrategySpace.from_dict(self.strategy_space).to_dict()
-        self._refuse_unsupported()
+            self.strategy_space = StrategySpace.from_dict(_from_json(self.strategy_space, "strategy_space")).to_dict()
 
     def _parse_gamma(self) -> list | None:
-        gamma = json.loads(self.gamma) if isinstance(self.gamma, str) else self.gamma
+        gamma = _from_json(self.gamma, "gamma")
         if gamma is None:
             return None
         weights = np.asarray(gamma, dtype=float)
@@ -153,6 +151,10 @@ class SophonConfig(TrainingArguments):
             raise ValueError(
                 "FSDP and DeepSpeed shard the parameters that a simulated adversary changes in place; they are not "
                 "supported yet. Use `accelerate launch --num_processes N` without a sharding plugin."
+            )
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                "A schedule that waits for a metric would follow one of two losses: use constant, linear or cosine."
             )
         for name in (
             "label_smoothing_factor",
@@ -176,3 +178,14 @@ class SophonConfig(TrainingArguments):
         """gamma_{i,k} of this process: N rows of K weights."""
         weights = np.asarray(self.gamma if self.gamma is not None else [1 / self.K] * self.K)
         return (np.broadcast_to(weights, (self.N, self.K)) / self.N).tolist()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _from_json(value: Any, name: str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error}): {value!r}.") from error

@@ -83,8 +83,12 @@ class Guard:
         return simulated <= self.state.best_score if self.greater_is_better else simulated >= self.state.best_score
 
     def roll_back(self) -> None:
-        """Put the last good state back."""
+        """Put the last good state back, because the original metric fell."""
         self.state.rollbacks += 1
+        self.restore_good()
+
+    def restore_good(self) -> None:
+        """The same, without counting it."""
         self._put_back(self.good)
 
     def restore_best(self) -> bool:

@@ -6,6 +6,8 @@ float32 (or float64, when the prediction has it): half-precision predictions are
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,7 +64,7 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """
     _check_classes(logits)
     log_probabilities = _at_least_float32(logits).log_softmax(dim=1)
-    return -(log_probabilities + torch.log(torch.tensor(float(logits.shape[1])))).mean(dim=1).mean()
+    return -(log_probabilities + math.log(logits.shape[1])).mean()
 
 
 def denial_of_service(prediction: Tensor, target: Tensor | None = None) -> Tensor:

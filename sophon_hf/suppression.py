@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophon_hf.data.streams import Batch, Environment
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
@@ -88,6 +90,7 @@ class Suppression:
     ):
         self.model, self.task, self.anatomy, self.loss = model, task, anatomy, loss
         self.num_classes, self.autocast = num_classes, autocast
+        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.simulate = self._second_order if second_order else self._first_order
 
     def __call__(self, environments: Sequence[Environment], gamma: Sequence[Sequence[float]]) -> SuppressionGradient:
@@ -114,7 +117,7 @@ class Suppression:
         with preserved(self.model, self.anatomy.head) as stored:
             for environment, weights in zip(environments, gamma, strict=True):
                 torch.manual_seed(environment.seed)
-                adversary = self.simulate(environment, _until_last(weights), gradient)
+                adversary = self.simulate(environment, weights, gradient)
                 losses += [weights[step - 1] * value for step, value in adversary.losses.items()]
                 adversaries.append(adversary)
                 stored.restore()
@@ -130,23 +133,23 @@ class Suppression:
                 pass
             with torch.no_grad():
                 size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
-                return self._evaluate(self.model, environment.evaluation.batch(0, size))[1]
+                batch = environment.evaluation.batch(0, size)
+                return self._evaluate(self.model, batch, batch_statistics=False)[1]
 
     def _first_order(
         self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
     ) -> SimulatedAdversary:
-        adversary, size = SimulatedAdversary(environment.strategy.name), environment.strategy.batch_size
-        held_out = environment.evaluation.batches(size)
+        adversary = SimulatedAdversary(environment.strategy.name)
         adversary.before = self._scores_before(environment)
         fine_tuning = self._fine_tuning(environment, len(weights))
         live = dict(self.model.named_parameters())
         names = [name for name in gradient if name not in fine_tuning.reinitialized]
         points, buffers = [live[name] for name in names], [gradient[name] for name in names]
-        for update in fine_tuning:
+        for update in islice(fine_tuning, _last_evaluated(weights)):
             weight = weights[update.step - 1]
             if not weight:
                 continue
-            loss, scores = self._evaluate(self.model, next(held_out))
+            loss, scores = self._evaluate(self.model, _held_out(environment, update.step))
             _add(buffers, torch.autograd.grad(loss, points, allow_unused=True), weight)
             adversary.losses[update.step], adversary.after = loss.detach(), scores
         return adversary
@@ -154,8 +157,7 @@ class Suppression:
     def _second_order(
         self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
     ) -> SimulatedAdversary:
-        adversary, size = SimulatedAdversary(environment.strategy.name), environment.strategy.batch_size
-        held_out = environment.evaluation.batches(size)
+        adversary, strategy = SimulatedAdversary(environment.strategy.name), environment.strategy
         adversary.before = self._scores_before(environment)
         fine_tuning = self._fine_tuning(environment, len(weights))
         theta = dict(self.model.named_parameters())
@@ -163,19 +165,21 @@ class Suppression:
         vartheta = {name: parameter.clone() for name, parameter in theta.items()}
         updated = {id(p) for p in fine_tuning.parameters}
         moving = [vartheta[name] for name, parameter in theta.items() if id(parameter) in updated]
-        optimizer = _differentiable_optimizer(environment.strategy, moving)
-        scheduler = make_scheduler(environment.strategy, optimizer, len(weights))
+        optimizer = _differentiable_optimizer(strategy, moving)
+        scheduler = make_scheduler(strategy, optimizer, len(weights))
         device = moving[0].device
         total = torch.zeros((), device=device)
-        for step, batch in zip(range(1, len(weights) + 1), fine_tuning.batches, strict=False):
+        for step, batch in zip(range(1, _last_evaluated(weights) + 1), fine_tuning.batches, strict=False):
             self.model.train()
             # The optimizer writes in place, so every step works on copies that autograd may keep.
             copies = {name: tensor.clone() for name, tensor in vartheta.items()}
             batch = to_device(batch, device)
-            with self.autocast():
+            # Fused attention has no second derivative.
+            with self.autocast(), sdpa_kernel(SDPBackend.MATH):
                 prediction = self.task.predict(WithTensors(self.model, {**copies, **buffers}), batch)
             loss = self.task.loss(prediction, self.task.target(batch))
             gradients = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True)
+            gradients = _clip(gradients, strategy.max_grad_norm)
             for tensor, slope in zip(moving, gradients, strict=True):
                 tensor.grad = slope
             _copy_optimizer_state(optimizer)
@@ -183,8 +187,10 @@ class Suppression:
             if scheduler is not None:
                 scheduler.step()
             if weights[step - 1]:
-                copies = {name: tensor.clone() for name, tensor in vartheta.items()}
-                loss, scores = self._evaluate(WithTensors(self.model, {**copies, **buffers}), next(held_out))
+                # Both are overwritten by the next step, whereas autograd keeps what it is given.
+                copies = {name: tensor.clone() for name, tensor in [*vartheta.items(), *buffers.items()]}
+                with sdpa_kernel(SDPBackend.MATH):
+                    loss, scores = self._evaluate(WithTensors(self.model, copies), _held_out(environment, step))
                 total = total + weights[step - 1] * loss
                 adversary.losses[step], adversary.after = loss.detach(), scores
         if adversary.losses:
@@ -206,9 +212,18 @@ class Suppression:
             autocast=self.autocast,
         )
 
-    def _evaluate(self, model: Callable, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _evaluate(
+        self, model: Callable, batch: Batch, batch_statistics: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_alpha and scores in evaluation mode, but for batch norm, which takes the statistics of T_i.
+
+        After a few updates the running statistics are still those of the original domain. An adversary's soon are not,
+        so suppressing the model under them would suppress a model that no adversary ends up with.
+        """
         batch = to_device(batch, next(self.model.parameters()).device)
         self.model.eval()
+        for norm in self._batch_norms:
+            norm.training = batch_statistics
         with self.autocast():
             prediction = self.task.predict(model, batch)
         target = self.task.target(batch)
@@ -218,14 +233,27 @@ class Suppression:
     def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
         if not environment.strategy.needs_original_head:
             return {}
-        batch = next(environment.evaluation.batches(environment.strategy.batch_size))
-        return self._evaluate(self.model, batch)[1]
+        return self._evaluate(self.model, _held_out(environment, 1))[1]
 
 
-def _until_last(weights: Sequence[float]) -> Sequence[float]:
-    """Cut the weights after the last one that is not zero."""
-    last = max((k for k, weight in enumerate(weights, 1) if weight), default=0)
-    return weights[:last]
+def _last_evaluated(weights: Sequence[float]) -> int:
+    """The last step whose weight is not zero; no step after it has to be run."""
+    return max((k for k, weight in enumerate(weights, 1) if weight), default=0)
+
+
+def _held_out(environment: Environment, step: int) -> Batch:
+    """The batch of T_i for a step: the same one whatever the weights of the other steps."""
+    size = min(environment.strategy.batch_size, len(environment.evaluation.indices))
+    return environment.evaluation.batch((step - 1) * size, size)
+
+
+def _clip(gradients: Sequence[Tensor | None], max_norm: float) -> Sequence[Tensor | None]:
+    """`clip_grad_norm_`, differentiable."""
+    if not max_norm:
+        return gradients
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return [None if g is None else g * scale for g in gradients]
 
 
 def _add(buffers: list[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:

@@ -7,10 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_scheduler
@@ -18,12 +21,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
 from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain, sample_environment, split_domain
-from sophon_hf.data.domains import Source
-from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain, sample_environment
+from sophon_hf.data.domains import Source, label_column, split_indices
+from sophon_hf.finetuning import FineTuning, FineTuningStrategy, preserved
 from sophon_hf.guard import Guard
 from sophon_hf.suppression import Suppression, SuppressionGradient
-from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model
+from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +87,10 @@ class SophonTrainer(Trainer):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
         self.task = infer_task(model) if task is None else task
         self.reinforcement_loss = reinforcement_loss
+        self.input_columns = input_columns or {}
         self.domains = _build_domains(
             model, self.task, args, restricted_dataset, original_dataset, eval_dataset, processing_class,
-            input_columns or {}, label_columns or {},
+            self.input_columns, label_columns or {},
         )  # fmt: skip
         super().__init__(
             model=model,
@@ -96,6 +100,7 @@ class SophonTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        _refuse_launcher_settings(self.accelerator)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
@@ -121,23 +126,18 @@ class SophonTrainer(Trainer):
     # ---- Before any work: does everything fit? ----
 
     def _choose_strategies(self) -> None:
-        """Find the head, check labels against it, and settle on Phi."""
-        batch = self.task.collate(
-            self.domains["original"].rows(torch.arange(min(2, len(self.domains["original"])))), [0, 1]
-        )
-        batch = {name: value.to(self.args.device) for name, value in batch.items()}
-        self.anatomy = self.task.anatomy(self.model, batch)
+        """Run every domain once, find the head, check labels against it, and settle on Phi."""
+        predictions = {name: self._try(name, domain) for name, domain in self.domains.items()}
+        self.anatomy = self.task.anatomy(self.model, self._first_rows(self.domains["original"]))
         self.space = self.args.space
-        self.space.sample(0)
         outputs = None
         if self.domains["original"].labels is not None:
-            head = self.model.get_submodule(self.anatomy.head)
-            outputs = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+            outputs = predictions["original"].shape[1]
             _check_labels(self.domains, outputs)
-        self._direct_fits = outputs is None or self.domains["restricted"].num_classes <= outputs
-        if outputs is None and "new_head" in self.space.initializations and self.args.strategy_space is None:
+        elif self.args.strategy_space is None:
             # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
-            self.space = type(self.space)(initializations=("direct",))
+            self.space = replace(self.space, initializations=("direct",))
+        self._direct_fits = outputs is None or self.domains["restricted"].num_classes <= outputs
         if not self._direct_fits and "direct" in self.space.initializations:
             classes = self.domains["restricted"].num_classes
             if "new_head" not in self.space.initializations:
@@ -151,6 +151,44 @@ class SophonTrainer(Trainer):
                 "every simulated adversary brings a new head.", classes, outputs,
             )  # fmt: skip
             self.space = self.space.without_original_head()
+        self._try_strategies()
+
+    def _first_rows(self, domain: Domain) -> dict[str, Tensor]:
+        batch = self.task.collate(domain.rows(torch.arange(min(2, len(domain)))), [0, 1][: len(domain)])
+        return to_device(batch, self.args.device)
+
+    def _try(self, name: str, domain: Domain) -> Tensor:
+        """The model's prediction for a domain's first examples, so that what does not fit is found before any work."""
+        needs, rows = self.task.inputs(self.model), self._first_rows(domain)
+        main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
+        if main is not None and main.ndim == 4:
+            expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
+            if tuple(main.shape[1:]) != expected:
+                raise ValueError(
+                    f"The {name} domain's examples are {tuple(main.shape[1:])} (channels, height, width), but the model "
+                    f"takes {expected}: resize or convert them, or pass raw images."
+                )
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            with torch.no_grad():
+                return self.task.predict(self.model.eval(), rows)
+        except Exception as error:
+            raise ValueError(
+                f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
+                "that it was trained with, or raw columns and a `processing_class`."
+            ) from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _try_strategies(self) -> None:
+        """Set up each kind of strategy once, so that one that cannot be carried out is found before any work."""
+        space, classes = self.space, self.domains["restricted"].num_classes or None
+        for start, blocks, transfer in product(space.initializations, space.reinitialized_blocks, space.transfers):
+            blocks = blocks if start == "new_head" else 0
+            strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
+            with preserved(self.model, self.anatomy.head):
+                FineTuning(self.model, self.task, strategy, [], 1, anatomy=self.anatomy, num_classes=classes)
 
     def _suppression_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         losses = self.task.suppression_losses
@@ -184,7 +222,7 @@ class SophonTrainer(Trainer):
             strategy = self.space.sample(derive_seed(seed, "strategy"))
             environments.append(sample_environment(self.domains["restricted"], self.task, strategy, seed))
         result = self.suppression(environments, args.step_weights)
-        norm = self._average_and_clip(result.gradient)
+        norm, result.loss = self._average_and_clip(result.gradient, result.loss)
         if torch.isfinite(norm):
             for name, parameter in self.model.named_parameters():
                 parameter.grad = result.gradient.get(name)
@@ -197,16 +235,22 @@ class SophonTrainer(Trainer):
         self._pending_logs.append(self._describe(result, norm))
 
     @torch.no_grad()
-    def _average_and_clip(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Average over the processes in one message and clip, in place; returns the norm before clipping."""
+    def _average_and_clip(self, gradients: dict[str, Tensor], loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Average gradients and loss over the processes in one message, and clip the gradients, in place.
+
+        Returns:
+            The gradients' norm before clipping, and the loss.
+        """
         tensors = list(gradients.values())
-        vector = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="mean")
+        vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
+        vector = self.accelerator.reduce(vector, reduction="mean")
+        loss, vector = vector[-1], vector[:-1]
         norm = vector.norm()
         if self.args.max_grad_norm > 0:
             vector *= (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
         for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-        return norm
+        return norm, loss
 
     def _describe(self, result: SuppressionGradient, norm: Tensor) -> dict[str, Any]:
         accuracies = {}
@@ -224,13 +268,14 @@ class SophonTrainer(Trainer):
     def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
         """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
         args = self.args
+        losses = []
         for micro_step in range(args.gradient_accumulation_steps):
             batch = self._reinforcement_batch(self.state.global_step, loop, micro_step)
             with self.accelerator.no_sync(model):
-                super().training_step(model, batch)
+                losses.append(super().training_step(model, batch))
         # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        self._average_and_clip(gradients)
+        self._average_and_clip(gradients, torch.stack(losses).sum())
         # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
         getattr(self.optimizer, "optimizer", self.optimizer).step()
         model.zero_grad()
@@ -304,10 +349,17 @@ class SophonTrainer(Trainer):
             metric_key_prefix: First part of every name.
 
         Returns:
-            Metric and loss of each domain; while training also `*_restricted_simulated_*`, what fixed simulated
+            Metric and loss of each domain (a label that the head has no output for counts as wrong, and the loss is
+            then NaN); while training also `*_restricted_simulated_*`, what fixed simulated
             adversaries (Adam 1e-3, K steps, own head and new head) reach.
         """
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(chosen, dict):
+            raise ValueError(
+                f"eval_dataset is a {type(chosen).__name__}: give a dict of name and data set, such as "
+                "{'original': ..., 'restricted': ...}."
+            )
+        self._share_buffers()
         metrics: dict[str, float] = {}
         for name, source in chosen.items():
             domain = source if isinstance(source, Domain) else self._build_domain(source, name)
@@ -319,6 +371,7 @@ class SophonTrainer(Trainer):
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 autocast=self.accelerator.autocast,
+                with_loss=self._labels_fit(domain),
             )
             metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
             metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
@@ -333,11 +386,20 @@ class SophonTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _labels_fit(self, domain: Domain) -> bool:
+        return domain.labels is None or self._direct_fits or domain.num_classes <= self.domains["original"].num_classes
+
+    def _share_buffers(self) -> None:
+        """DDP sends batch-norm statistics along only before a forward pass: all processes must measure one model."""
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                broadcast(buffer)
+
     def _build_domain(self, source: Source, name: str) -> Domain:
         known = self.domains[name if name in self.domains else "restricted"]
         return build_domain(
             load_domain(source, "test"), self.task.inputs(self.model), self.processing_class, name=name,
-            label=known.preparation.label_column,
+            label=known.preparation.label_column, input_column=self.input_columns.get(name),
         )  # fmt: skip
 
     def _probe(self) -> float:
@@ -419,6 +481,9 @@ class SophonTrainer(Trainer):
             self._check_fresh_folder()
         self.accelerator.wait_for_everyone()
         self._micro_step, self._pending_logs, self._resumed_at = 0, [], None
+        # A second run of the same trainer protects what the first one left, from the start.
+        self.suppression_optimizer = self.suppression_scheduler = None
+        self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
         output = super().train(resume_from_checkpoint or None, **kwargs)
         self._finish()
         return output
@@ -431,7 +496,7 @@ class SophonTrainer(Trainer):
                 state.best_step, self.task.metric, state.best_original, state.start,
             )  # fmt: skip
         elif state.rollbacks:
-            self.guard.roll_back()
+            self.guard.restore_good()
             logger.warning(
                 "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
                 "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
@@ -445,13 +510,20 @@ class SophonTrainer(Trainer):
         names = (
             "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
             "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "max_grad_norm", "world_size",
+            "gradient_accumulation_steps", "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay",
+            "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1",
+            "adam_beta2", "adam_epsilon",
         )  # fmt: skip
         facts = {name: getattr(self.args, name) for name in names}
-        facts["lr_scheduler_type"] = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        facts["mixed_precision"] = self.accelerator.mixed_precision
         facts["model"] = type(self.model).__name__
         facts["parameters"] = sum(p.numel() for p in self.model.parameters())
-        return {**facts, **{f"{name} data": domain.fingerprint for name, domain in self.domains.items()}}
+        facts |= {f"{name} data": domain.fingerprint for name, domain in self.domains.items()}
+        scheduler = getattr(self.task, "noise_scheduler", None)
+        if scheduler is not None:
+            facts["noise_scheduler"] = dict(scheduler.config)
+        # As JSON knows them, so that an enum or a tuple equals what the checkpoint holds.
+        return json.loads(json.dumps(facts, default=lambda value: getattr(value, "value", str(value))))
 
     def _check_same_run(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, STATE_FILE)
@@ -474,7 +546,8 @@ class SophonTrainer(Trainer):
         if found:
             raise ValueError(
                 f"{self.args.output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by "
-                "train(resume_from_checkpoint=True), or choose another output_dir."
+                "train(resume_from_checkpoint=True) if it has a complete checkpoint; else empty the folder, or choose "
+                "another output_dir."
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -505,6 +578,7 @@ class SophonTrainer(Trainer):
         if hasattr(self.model, "save_pretrained") and not hasattr(self.model, "main_input_name"):
             if self.args.should_save:
                 self.model.save_pretrained(output_dir)
+                self._save_processing_class(output_dir)
         elif hasattr(self.model, "save_pretrained"):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
@@ -512,6 +586,11 @@ class SophonTrainer(Trainer):
 
             os.makedirs(output_dir, exist_ok=True)
             save_model(self.model, os.path.join(output_dir, "model.safetensors"))
+            self._save_processing_class(output_dir)
+
+    def _save_processing_class(self, output_dir: str) -> None:
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -537,7 +616,10 @@ def last_complete_checkpoint(output_dir: str) -> str:
         if name.startswith("checkpoint-") and number.isdigit() and _is_complete(path):
             checkpoints.append((int(number), path))
     if not checkpoints:
-        raise ValueError(f"There is no complete checkpoint in {output_dir!r} to resume from: train without resuming.")
+        raise ValueError(
+            f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another one, "
+            "and train without resuming."
+        )
     return max(checkpoints)[1]
 
 
@@ -582,19 +664,28 @@ def _build_domains(
     label_columns: dict[str, str],
 ) -> dict[str, Domain]:
     """The four domains: original, restricted, and what each is evaluated on."""
-    if evaluation is not None and set(evaluation) != {"original", "restricted"}:
-        raise ValueError(f"eval_dataset has the keys {sorted(evaluation)}: give it 'original' and 'restricted'.")
-    domains = {}
+    if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != {"original", "restricted"}):
+        what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
+        raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")
+    for argument, columns in (("input_columns", input_columns), ("label_columns", label_columns)):
+        unknown = set(columns) - {"original", "restricted"}
+        if unknown:
+            raise ValueError(f"{argument} has the keys {sorted(unknown)}: it takes 'original' and 'restricted'.")
+    domains, needs = {}, task.inputs(model)
     for name, source in (("original", original), ("restricted", restricted)):
-        dataset = load_domain(source)
+        dataset, label = load_domain(source), label_columns.get(name)
+        rows = held_rows = None
         if evaluation is not None:
-            held_out = load_domain(evaluation[name], "validation" if isinstance(evaluation[name], str) else "test")
+            held_out = load_domain(evaluation[name], "validation")
+            if len(dataset) < 2:
+                raise ValueError(f"The {name} domain has one example only: it takes at least two.")
         else:
-            held_out, dataset = _hold_out(dataset, name, args, label_columns.get(name))
-        for key, part in ((name, dataset), (f"eval_{name}", held_out)):
+            held_rows, rows = _hold_out(dataset, name, args, label_column(dataset, label) if needs.labelled else None)
+            held_out, dataset = dataset.select(held_rows), dataset.select(rows)
+        for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
             domains[key] = build_domain(
-                part, task.inputs(model), processing_class, name=name,
-                input_column=input_columns.get(name), label=label_columns.get(name),
+                part, needs, processing_class, name=name, input_column=input_columns.get(name), label=label,
+                row_numbers=numbers,
             )  # fmt: skip
     return domains
 
@@ -603,7 +694,20 @@ def _hold_out(dataset: datasets.Dataset, name: str, args: SophonConfig, label: s
     if len(dataset) < 4:
         raise ValueError(f"The {name} domain has {len(dataset)} examples, too few to hold some out: give eval_dataset.")
     share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
-    return split_domain(dataset, seed=args.seed, share=share, column=label)
+    return split_indices(dataset, args.seed, share, label)
+
+
+def _refuse_launcher_settings(accelerator: Any) -> None:
+    """What `accelerate launch` or its config file asks for does not show in the arguments."""
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "accelerate is set to fp16, whose loss scaler the suppression gradient does not pass: use bf16 or no."
+        )
+    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharding:
+        raise ValueError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes."
+        )
 
 
 def _check_labels(domains: dict[str, Domain], outputs: int | None) -> None:

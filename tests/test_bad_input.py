@@ -326,7 +326,7 @@ def test_images_for_a_unet_of_other_channels_than_images_have_are_refused(build)
 def test_one_restricted_image_is_refused(build):
     """R_i and T_i are disjoint, so there must be one for each."""
     held_out = {name: tensors(3, 8, 8) for name in ("original", "restricted")}
-    with pytest.raises(ValueError, match="restricted domain.*1 example"):
+    with pytest.raises(ValueError, match="restricted domain.*(1|one) example"):
         build(unet(), restricted=tensors(3, 8, 8, examples=1), original=tensors(3, 8, 8), eval_dataset=held_out)
 
 
@@ -392,6 +392,13 @@ def test_a_class_conditional_unet_is_refused(build):
 def test_a_hyper_parameter_that_makes_no_sense_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+def test_fp16_from_the_launcher_is_refused_too(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision fp16` sets it by this variable."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="use bf16=True or full precision"):
+        config(tmp_path)
 
 
 # ---- The output folder ----

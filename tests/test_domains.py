@@ -576,7 +576,7 @@ def jitter(rows: dict) -> dict:
 def test_transform_is_not_frozen_but_follows_the_seed():
     domain = build_domain(points().with_transform(jitter), POINTS)
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    one, again, other = (domain.rows(ALL(4), seed)["x"] for seed in (1, 1, 2))
+    one, again, other = (domain.rows(ALL(4), [seed] * 4)["x"] for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]

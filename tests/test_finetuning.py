@@ -197,7 +197,10 @@ def run_both(domain, steps: int, rates: list[float], **fields) -> tuple[float, f
     batches = [{**b, "x": b["x"].double()} for b, _ in zip(Stream(domain, ClassificationTask(), 1).batches(16), rates)]
     anatomy = Anatomy("head", ())
     fine_tuning = FineTuning(model, ClassificationTask(), strategy, batches, steps, anatomy=anatomy)
-    updates = list(fine_tuning)
+    updates = []
+    for update in fine_tuning:
+        updates.append(update)
+        model.eval()  # As one who measures between two steps would.
     optimizer = make_naive(strategy.optimizer, naive.parameters(), lr=1.0, weight_decay=strategy.weight_decay)
     losses = naive_fine_tuning(naive, batches, optimizer, rates, strategy.max_grad_norm)
     assert [update.step for update in updates] == list(range(1, steps + 1))
@@ -639,6 +642,22 @@ def test_the_head_is_the_last_layer_to_run():
     model, x = HeadFirst(), torch.randn(4, 6)
     assert find_anatomy(model, lambda: model(x)).head == "out"
     assert find_anatomy(model, lambda: model(x), head="hidden").head == "hidden"
+
+
+class Recurrent(HeadFirst):
+    """Its final layer runs once before another one of the same width, and once more after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.between(super().forward(x))))
+
+
+def test_a_head_that_runs_twice_is_still_the_last_layer():
+    model, x = Recurrent(), torch.randn(4, 6)
+    assert find_anatomy(model, lambda: model(x)).head == "out"
 
 
 def test_a_head_that_is_no_module_is_refused(model):

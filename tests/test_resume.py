@@ -106,15 +106,16 @@ def run_and_kill(script: Path, output: Path, changes: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "rollbacks"),
-    [({}, 0), ({"alpha": 0.5, "tolerance": 0.0}, 2)],
+    ("changes", "saved_at", "rollbacks"),
+    # The second checkpoint lies between two evaluations, where the guard of an uninterrupted run does not look.
+    [({}, 4, 0), ({"alpha": 0.5, "tolerance": 0.0, "save_steps": 3}, 3, 1)],
     ids=["dropout and batch norm", "a rollback before the checkpoint"],
 )
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, changes, rollbacks):
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, changes, saved_at, rollbacks):
     (tmp_path / "run.py").write_text(SCRIPT)
     build = runpy.run_path(str(tmp_path / "run.py"))["build"]
     run_and_kill(tmp_path / "run.py", tmp_path / "killed", changes)
-    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint-4"]
+    assert sorted(os.listdir(tmp_path / "killed")) == [f"checkpoint-{saved_at}"]
 
     states = []
     for folder, resume in (("whole", None), ("killed", True)):
@@ -126,7 +127,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, ch
     for whole, resumed in zip(states[0][:2], states[1][:2], strict=True):
         assert_equal(resumed, whole)
     assert states[0][2] == states[1][2]
-    at_checkpoint = [entry["rollbacks"] for entry in history if "rollbacks" in entry and entry["step"] <= 4]
+    at_checkpoint = [entry["rollbacks"] for entry in history if "rollbacks" in entry and entry["step"] <= saved_at]
     assert max(at_checkpoint) == rollbacks
     saved = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "killed")]
     assert saved[0] == saved[1]

@@ -16,7 +16,13 @@ from conftest import TinyNet, make_points
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification, TrainerCallback
+from transformers import (
+    HfArgumentParser,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTImageProcessor,
+)
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer
 from sophon_hf.data import Stream, derive_seed, sample_environment
@@ -107,9 +113,10 @@ def naive_suppression(theta: nn.Module, restricted, task, args: SophonConfig, st
             F.cross_entropy(vartheta(batch["x"]), batch["labels"]).backward()
             optimizer.step()
             vartheta.eval()
+            for module in vartheta.modules():
+                if isinstance(module, nn.BatchNorm1d):
+                    module.train()  # On the statistics of T.
             gamma = (args.gamma[k] if args.gamma else 1 / args.K) / args.N
-            if gamma == 0:
-                continue
             batch = next(T)
             p = vartheta(batch["x"]).softmax(dim=1).gather(1, batch["labels"][:, None])
             optimizer.zero_grad()
@@ -289,7 +296,7 @@ def test_the_logged_first_losses_are_those_of_the_start(tmp_path):
     assert observer.steps[0]["L_FTS"] == pytest.approx((-torch.log(1 - p).mean()).item(), rel=1e-5)
     batch = Stream(trainer.domains["original"], trainer.task, derive_seed(args.seed, "original")).batch(0, 16)
     assert observer.steps[0]["L_NTR"] == pytest.approx(
-        float(F.cross_entropy(start(batch["x"]), batch["labels"])), rel=1e-5
+        F.cross_entropy(start(batch["x"]), batch["labels"]).item(), rel=1e-5
     )
 
 
@@ -408,7 +415,7 @@ def test_a_rollback_goes_to_the_last_good_state_and_not_to_the_first(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_after_a_rollback_alpha_is_halved_for_good(tmp_path, schedule):
-    _, observer = train_guarded(tmp_path, alpha=0.5, max_steps=4, lr_scheduler_type=schedule)
+    trainer, observer = train_guarded(tmp_path, alpha=0.5, max_steps=4, lr_scheduler_type=schedule)
     alphas, betas = ([e[name] for e in observer.steps] for name in ("alpha", "learning_rate"))
     rollbacks = [e["rollbacks"] for e in observer.evaluations][: len(alphas)]
     assert rollbacks[1:3] == [1, 2]
@@ -416,6 +423,8 @@ def test_after_a_rollback_alpha_is_halved_for_good(tmp_path, schedule):
     left = [1 - step / 4 for step in range(1, 5)] if schedule == "linear" else [1.0] * 4
     assert alphas == pytest.approx([0.5 * share / 2**count for share, count in zip(left, rollbacks, strict=True)])
     assert max(betas) == 5e-4, "beta is not halved"
+    # The last rollback follows the last entry, and counts at once.
+    assert trainer.suppression_optimizer.param_groups[0]["lr"] == pytest.approx(left[-1] * 0.5 / 2**4)
 
 
 def test_after_a_rollback_it_can_go_on_unchanged(tmp_path):
@@ -525,6 +534,12 @@ def test_a_saved_unet_loads_by_the_stock_from_pretrained(tmp_path):
     assert not torch.equal(model.conv_out.weight, start["conv_out.weight"])
     steps = [entry for entry in trainer.state.log_history if "L_FTS" in entry]
     assert len(steps) == 3 and all(entry["mse_after"] > 0 for entry in steps)
+
+
+@pytest.mark.parametrize(("make", "column"), [(tiny_resnet, "pixel_values"), (tiny_unet, "sample")])
+def test_the_processing_class_is_saved_with_the_model(tmp_path, make, column):
+    train_saving(tmp_path, make(), column, processing_class=ViTImageProcessor(size={"height": 8, "width": 8}))
+    assert ViTImageProcessor.from_pretrained(tmp_path / "output").size["height"] == 8
 
 
 def test_two_diffusion_models_are_measured_with_the_same_noise(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy
 from sophon_hf.tasks import Task, evaluate_model
@@ -29,6 +30,7 @@ class Curve:
         test: Metric on the test split, which only reports.
         validation: Metric on the adversary's own held-out data, by which attacks are chosen.
         loss: The adversary's mean training loss since the point before; NaN at the first.
+        gradient_norm: Norm of its last gradient; NaN at the first point.
     """
 
     epoch: list[float] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Curve:
     test: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, list]:
         """Plain values, for JSON."""
@@ -50,6 +53,7 @@ def run_attack(
     test: Domain,
     *,
     validation: Domain | None = None,
+    original: Domain | None = None,
     seed: int = 0,
     epochs: Sequence[float] = PAPER_EPOCHS,
     after_step: Callable[[int, int], Any] | None = None,
@@ -64,6 +68,7 @@ def run_attack(
         training: The adversary's data.
         test: What the result is reported on.
         validation: What attacks are chosen by; the test split is never used for that.
+        original: Data of the original domain, for strategies that warm up on it.
         seed: Decides new heads, the order of the data and dropout.
         epochs: When to measure; the end of the attack is always measured.
         after_step: Called with the step and the number of steps, for progress.
@@ -86,12 +91,15 @@ def run_attack(
         curve.epoch.append(points[step])
         curve.step.append(step)
         curve.loss.append(float(torch.stack(losses).mean()) if losses else float("nan"))
+        gradients = [p.grad for p in fine_tuning.parameters if p.grad is not None]
+        curve.gradient_norm.append(float(nn.utils.get_total_norm(gradients)) if gradients else float("nan"))
         for values, domain in ((curve.test, test), (curve.validation, validation)):
             if domain is not None:
                 values.append(evaluate_model(task, model, domain, EVALUATION_BATCH, autocast=autocast).metric)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "attack"))
+        prepare_model(model, task, strategy, training, original, seed)
         fine_tuning = FineTuning(
             model,
             task,

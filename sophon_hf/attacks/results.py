@@ -40,6 +40,11 @@ class Cell:
     error: str | None = None
     applicable: bool = True
 
+    @property
+    def failed(self) -> bool:
+        """Whether the attack could have been carried out, but broke off."""
+        return self.error is not None and self.applicable
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "strategy": self.strategy.to_dict()}
@@ -107,13 +112,15 @@ class AttackResults:
         metric: "accuracy" or "mse".
         greater_is_better: For the adversary.
         test_examples: Size of the test split.
-        facts: What was run: sweep, budget, seeds, fingerprints, versions.
+        original_metric: The original domain's test metric of each model, where it was measured.
+        facts: What was run: sweep, budget, seeds, fingerprints, versions, cost of an example.
     """
 
     cells: list[Cell]
     metric: str
     greater_is_better: bool
     test_examples: int
+    original_metric: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def of(self, model: str) -> list[Cell]:
@@ -165,6 +172,28 @@ class AttackResults:
             )
         value = sign * (protected.mean - scratch.mean) / gap
         return RecoveredTransfer(float(value), self._interval(protected, original, scratch))
+
+    def cost_to_recover(self) -> dict[str, float] | None:
+        """What the strongest attack on the protected model pays until it is as good as the best training from scratch.
+
+        Returns:
+            Steps, images and (where known) floating-point operations at the first measured point there; None where it
+            never gets there within its budget.
+        """
+        protected, scratch = self.best("protected"), self.best("scratch")
+        if protected is None or scratch is None:
+            return None
+        cells = [cell for cell in self.of("protected") if cell.strategy == protected.strategy]
+        mean = np.mean([cell.curve.test for cell in cells], axis=0)
+        reached = np.flatnonzero(mean >= scratch.mean if self.greater_is_better else mean <= scratch.mean)
+        if not len(reached):
+            return None
+        step = cells[0].curve.step[int(reached[0])]
+        images = step * min(protected.strategy.batch_size, self.facts.get("training_examples", np.inf))
+        cost = {"steps": step, "images": images}
+        if self.facts.get("flops_per_example"):
+            cost["flops"] = images * self.facts["flops_per_example"]
+        return cost
 
     def _standard_error(self, attack: BestAttack) -> float:
         seeds = attack.sd / np.sqrt(len(attack.test))
@@ -228,6 +257,7 @@ class AttackResults:
                     "metric": self.metric,
                     "greater_is_better": self.greater_is_better,
                     "test_examples": self.test_examples,
+                    "original_metric": self.original_metric,
                     "cells": [cell.to_dict() for cell in self.cells],
                 },
                 indent=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.attack import PAPER_EPOCHS, run_attack
+from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.tasks import Task, infer_task, load_model
+from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
+from sophon_hf.finetuning.strategy import USUAL_EPOCHS
+from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class _Budget:
     training: Domain
     validation: Domain
     test: Domain
+    original: Domain | None = None
 
 
 class AttackSuite:
@@ -44,7 +47,8 @@ class AttackSuite:
         sweep: The name of a sweep, a JSON or YAML file with a list of strategies, or the strategies themselves.
         output_dir: Each finished cell is a file there, so a second run computes what is missing only.
         seeds: Seeds of every attack.
-        epochs: Length of every attack, in passes over the adversary's data; the strategies' own where None.
+        epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
+            usual 20 keeps its proportion. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken.
         examples: How many of the adversary's examples it uses, stratified; all where None.
         task: What is learned, where it cannot be inferred.
@@ -57,7 +61,7 @@ class AttackSuite:
         output_dir: str | Path = "attacks",
         *,
         seeds: Sequence[int] = (0, 1, 2),
-        epochs: float | None = 20,
+        epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
         examples: int | None = None,
         task: Task | None = None,
@@ -67,7 +71,7 @@ class AttackSuite:
         if not strategies:
             raise ValueError("The sweep is empty: name at least one strategy.")
         if epochs is not None:
-            strategies = [s.with_changes(epochs=epochs, steps=None) for s in strategies]
+            strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
@@ -83,6 +87,8 @@ class AttackSuite:
         restricted_dataset: Source,
         eval_dataset: Source,
         validation_dataset: Source | None = None,
+        original_dataset: Source | None = None,
+        original_eval_dataset: Source | None = None,
         baselines: dict[str, nn.Module] | None = None,
     ) -> AttackResults:
         """Run what is missing and return all results.
@@ -93,6 +99,9 @@ class AttackSuite:
             restricted_dataset: The adversary's data, which the defender never saw (`split_domain`).
             eval_dataset: The restricted domain's test split; it reports and never chooses.
             validation_dataset: What attacks are chosen by; a tenth of the adversary's data where left out.
+            original_dataset: Data of the original domain that the adversary may warm up on; attacks that need it are
+                recorded as not applicable where it is left out.
+            original_eval_dataset: The original domain's test split, to tell whether the protected model still works.
             baselines: Further models to attack, by name (an NTL model, say).
 
         Raises:
@@ -102,14 +111,29 @@ class AttackSuite:
         _check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
         budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
+        needs = task.inputs(models["original"])
+        if original_dataset is not None:
+            budget.original = build_domain(load_domain(original_dataset), needs, self.processing_class, name="original")
+        original_metric = {}
+        if original_eval_dataset is not None:
+            test = build_domain(
+                load_domain(original_eval_dataset, "test"), needs, self.processing_class, name="original"
+            )
+            original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
         _check_disjoint(budget)
         cells = self._cells(models)
         keys = self._keys(cells, models, budget)
-        known = {key: cell for key in keys if (cell := self._read(key)) is not None}
-        self._compute(task, models, budget, [(k, c) for k, c in zip(keys, cells, strict=True) if k not in known])
-        finished = [known.get(key) or self._read(key) or cell for key, cell in zip(keys, cells, strict=True)]
+        # A cell that failed is tried again; one that is not applicable stays so.
+        missing = [(k, c) for k, c in zip(keys, cells, strict=True) if (old := self._read(k)) is None or old.failed]
+        self._compute(task, models, budget, missing)
+        finished = [self._read(key) or cell for key, cell in zip(keys, cells, strict=True)]
         results = AttackResults(
-            finished, task.metric, task.greater_is_better, len(budget.test), self._facts(models, budget)
+            finished,
+            task.metric,
+            task.greater_is_better,
+            len(budget.test),
+            original_metric,
+            self._facts(task, models, budget),
         )
         results.save(self.output_dir / "results.json")
         return results
@@ -140,11 +164,10 @@ class AttackSuite:
         if not path.exists():
             return None
         try:
-            cell = Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is torn or not a result: it is computed again.", path)
             return None
-        return cell if cell.error is None or not cell.applicable else None
 
     def _compute(
         self, task: Task, models: dict[str, nn.Module], budget: _Budget, missing: list[tuple[str, Cell]]
@@ -170,7 +193,7 @@ class AttackSuite:
                 )
             cell.curve = run_attack(
                 victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
-                seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
+                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
             )  # fmt: skip
         except NotApplicableError as reason:
             cell.error, cell.applicable = str(reason), False
@@ -193,11 +216,12 @@ class AttackSuite:
             "images": seeds * sum(images),
         }
 
-    def _facts(self, models: dict[str, nn.Module], budget: _Budget) -> dict[str, Any]:
+    def _facts(self, task: Task, models: dict[str, nn.Module], budget: _Budget) -> dict[str, Any]:
         packages = ("torch", "transformers", "diffusers", "datasets", "peft")
         return {
             "sweep": self.name,
             "seeds": self.seeds,
+            "flops_per_example": flops_per_example(task, models["original"], budget.training),
             "training_examples": len(budget.training),
             "validation_examples": len(budget.validation),
             "weights": {name: _hash_weights(model) for name, model in models.items()},
@@ -206,8 +230,19 @@ class AttackSuite:
         }
 
 
-class NotApplicableError(ValueError):
-    """The strategy cannot be carried out on this model, which says nothing about the model's resistance."""
+def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float:
+    """Floating-point operations of one forward and backward pass, for one example."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(model).train()
+    count = min(8, len(domain))
+    device = next(model.parameters()).device
+    batch = to_device(task.collate(domain.rows(torch.arange(count)), list(range(count))), device)
+    model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        prediction = task.predict(model, batch)
+        prediction.float().square().mean().backward()
+    return counter.get_total_flops() / count
 
 
 def _load(model: nn.Module | str) -> nn.Module:

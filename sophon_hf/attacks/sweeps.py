@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.finetuning.strategy import PREPARATIONS
 
 PAPER = FineTuningStrategy(optimizer="momentum", learning_rate=1e-4, weight_decay=1e-4, batch_size=200)
 
@@ -58,11 +59,45 @@ def strong() -> list[FineTuningStrategy]:
     ]
 
 
+def peft() -> list[FineTuningStrategy]:
+    """Adapters on every layer, each with a new head: LoRA of three ranks, and six other kinds."""
+    start = FineTuningStrategy("new_head", learning_rate=3e-3)
+    return [
+        *(start.with_changes(adapter="lora", rank=rank) for rank in (1, 8, 64)),
+        *(start.with_changes(adapter=adapter) for adapter in ("rslora", "dora", "adalora", "loha", "lokr")),
+        start.with_changes(adapter="ia3", learning_rate=1e-2),
+    ]
+
+
+def adaptive() -> list[FineTuningStrategy]:
+    """An informed adversary: four preparations of the model, unusual steps, and a long run of ten times the epochs."""
+    prepared = [
+        FineTuningStrategy(preparation=preparation, learning_rate=rate, **start)
+        for preparation in PREPARATIONS
+        for start in _STARTS
+        for rate in (1e-3, 3e-3)
+    ]
+    new_head = FineTuningStrategy("new_head")
+    return [
+        *prepared,
+        new_head.with_changes(learning_rate=1e-2),
+        new_head.with_changes(optimizer="momentum", learning_rate=0.3, max_grad_norm=1.0),
+        new_head.with_changes(learning_rate=3e-3, schedule="cosine", warmup=0.1),
+        new_head.with_changes(epochs=200),
+        FineTuningStrategy(epochs=200),
+    ]
+
+
+def full() -> list[FineTuningStrategy]:
+    """All sweeps together, each attack once."""
+    parts = (paper(), paper_optimizers(), paper_rates(), paper_batches(), strong(), peft(), adaptive())
+    return list(dict.fromkeys(strategy for part in parts for strategy in part))
+
+
 def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
     """Training from scratch (baseline B1), tuned over the optimizers and rates of a sweep."""
-    tuned = [
-        s.with_changes(initialization="scratch", reinitialized_blocks=0, transfer="all", pattern=None) for s in sweep
-    ]
+    everything = {"transfer": "all", "pattern": None, "adapter": None, "rank": 8, "preparation": None}
+    tuned = [s.with_changes(initialization="scratch", reinitialized_blocks=0, **everything) for s in sweep]
     return list(dict.fromkeys(tuned))
 
 
@@ -72,6 +107,9 @@ SWEEPS = {
     "paper-rates": paper_rates,
     "paper-batches": paper_batches,
     "strong": strong,
+    "peft": peft,
+    "adaptive": adaptive,
+    "full": full,
 }
 
 

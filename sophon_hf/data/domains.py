@@ -58,7 +58,7 @@ def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
         source = source[split]
     if isinstance(source, datasets.IterableDataset):
         logger.info("Reading the iterable data set once, up to %d examples.", STREAM_LIMIT)
-        source = datasets.Dataset.from_list(list(source.take(STREAM_LIMIT)), features=source.features)
+        source = _read_stream(source)
     if not isinstance(source, datasets.Dataset):
         raise TypeError(
             f"A domain must be a Hub id, a folder, or a Dataset, IterableDataset or DatasetDict, not {type(source).__name__}."
@@ -74,7 +74,7 @@ def _load_dataset(name: str) -> datasets.DatasetDict:
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"There is no folder {name!r}, and it is not the form of a Hub id ('owner/name').")
     try:
-        return datasets.load_dataset(name)
+        return _load_undecoded(name)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder here nor a data set on the Hub that you can read. Check the spelling; "
@@ -85,6 +85,36 @@ def _load_dataset(name: str) -> datasets.DatasetDict:
             f"{name!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
             "(and HF_HUB_OFFLINE), or download the data set and pass its folder."
         ) from error
+
+
+def _load_undecoded(name: str) -> datasets.DatasetDict:
+    """Load a data set; encoding the sounds of an audio folder through their feature would need torchcodec."""
+    if datasets.load_dataset_builder(name).name != "audiofolder":
+        return datasets.load_dataset(name)
+    features = next(iter(datasets.load_dataset(name, streaming=True).values())).features
+    sounds = _audio_columns(features)
+    paths = datasets.Features({**features, **dict.fromkeys(sounds, datasets.Value("string"))})
+    return _undecoded(datasets.load_dataset(name, features=paths), sounds)
+
+
+def _read_stream(source: datasets.IterableDataset) -> datasets.Dataset:
+    features = source.features
+    sounds = _audio_columns(features or {})
+    source = _undecoded(source, sounds)
+    if sounds:
+        files = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        features = datasets.Features({**features, **dict.fromkeys(sounds, files)})
+    return _undecoded(datasets.Dataset.from_list(list(source.take(STREAM_LIMIT)), features=features), sounds)
+
+
+def _audio_columns(features: dict[str, Any]) -> list[str]:
+    return [column for column, feature in features.items() if isinstance(feature, datasets.Audio)]
+
+
+def _undecoded(dataset: Any, sounds: list[str]) -> Any:
+    for column in sounds:
+        dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+    return dataset
 
 
 def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
@@ -102,7 +132,7 @@ def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | 
             return name
     class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(class_labels) > 1:
-        raise ValueError(f"The data set has several label columns, {class_labels}: name one as `label_column`.")
+        raise ValueError(f"The data set has several label columns, {class_labels}: name the one that is meant.")
     return class_labels[0] if class_labels else None
 
 
@@ -144,6 +174,8 @@ def select_classes(dataset: datasets.Dataset, names: Sequence[str], column: str 
     column = label_column(dataset, column)
     if column is None:
         raise ValueError(f"The data set has no label column among {dataset.column_names}: classes cannot be selected.")
+    # A transform of the user's must neither run here nor be lost.
+    form, dataset = dataset.format, dataset.with_format(None)
     known = class_names(dataset, column)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -153,7 +185,9 @@ def select_classes(dataset: datasets.Dataset, names: Sequence[str], column: str 
     kept = dataset.select(np.flatnonzero(np.isin(labels, old)))
     new = [old.index(label) for label in read_labels(kept, column)]
     kept = kept.remove_columns(column).add_column(column, new)
-    return kept.cast_column(column, datasets.ClassLabel(names=list(names)))
+    kept = kept.cast_column(column, datasets.ClassLabel(names=list(names)))
+    columns = None if form["type"] == "custom" else form["columns"]
+    return kept.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
 def split_domain(
@@ -170,13 +204,20 @@ def split_domain(
     Returns:
         The defender's part and the adversary's part, disjoint, in the data set's order.
     """
-    column = label_column(dataset, column)
+    first, second = split_indices(dataset, seed, share, label_column(dataset, column))
+    return dataset.select(first), dataset.select(second)
+
+
+def split_indices(
+    dataset: datasets.Dataset, seed: int, share: float, column: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of both parts of `split_domain`; not stratified where `column` is None."""
     generator = np.random.default_rng(derive_seed("split", seed))
     labels = np.zeros(len(dataset), dtype=np.int64) if column is None else read_labels(dataset, column)
     # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.
     order = np.lexsort((generator.random(len(labels)), labels))
     dealt = np.floor(np.arange(1, len(order) + 1) * share) > np.floor(np.arange(len(order)) * share)
-    return dataset.select(np.sort(order[dealt])), dataset.select(np.sort(order[~dealt]))
+    return np.sort(order[dealt]), np.sort(order[~dealt])
 
 
 class Domain:
@@ -195,8 +236,11 @@ class Domain:
         preparation: Preparation,
         name: str = "domain",
         memory_limit: int = MEMORY_LIMIT,
+        row_numbers: np.ndarray | None = None,
     ):
         self.name, self.dataset, self.preparation = name, dataset, preparation
+        self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers
+        self._lengths: dict[str, Tensor] = {}
         column = preparation.label_column
         self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
         self.class_names = [] if column is None else class_names(dataset, column)
@@ -213,26 +257,40 @@ class Domain:
         """How many classes there are; 0 without labels."""
         return len(self.class_names)
 
-    def rows(self, indices: Tensor, seed: int = 0) -> Example:
+    def rows(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Example:
         """The examples at `indices`, stacked: input name -> tensor of shape (len(indices), ...).
 
         Args:
             indices: Shape (n,), int64.
-            seed: Decides a random transform of the data set, where it has one.
+            seeds: One an example: decide a random transform of the data set, where it has one; its index by default.
 
         Raises:
             ValueError: An example holds NaN or infinity.
         """
         if self._tensors is not None:
-            return _trim({name: values[indices] for name, values in self._tensors.items()})
-        with _seeded(seed):
-            batch = self.preparation.stack(self._prepare(indices.tolist()))
+            return {name: self._select(name, indices) for name in self._tensors}
+        if self._transformed:
+            examples = []
+            for index, seed in zip(indices.tolist(), seeds or indices.tolist(), strict=True):
+                with _seeded(seed):
+                    examples += self._prepare([index])
+        else:
+            examples = self._prepare(indices.tolist())
+        batch = self.preparation.stack(examples)
         self._check_finite(batch, indices)
         return batch
 
     def _prepare(self, indices: list[int]) -> list[Example]:
-        rows = self.dataset[indices]
-        return self.preparation(rows)
+        examples = self.preparation(self.dataset[indices])
+        if self.labels is not None:
+            for example, label in zip(examples, self.labels[indices], strict=True):
+                example["labels"] = label
+        return examples
+
+    def _select(self, name: str, indices: Tensor) -> Tensor:
+        """Rows of one input, without the padding that no row of them uses: a short one does not pay for a long one."""
+        values = self._tensors[name][indices]
+        return values[:, : int(self._lengths[name][indices].max())] if name in self._lengths else values
 
     def _materialize(self, memory_limit: int) -> Example | None:
         examples: list[Example] = []
@@ -242,6 +300,11 @@ class Domain:
             if size * len(self) > memory_limit:
                 return None
         tensors = self.preparation.stack(examples)
+        for name in tensors:
+            if tensors[name].ndim > 1:
+                lengths = torch.tensor([len(example[name]) for example in examples])
+                if lengths.min() < lengths.max():
+                    self._lengths[name] = lengths
         self._check_finite(tensors, torch.arange(len(self)))
         return tensors
 
@@ -251,19 +314,17 @@ class Domain:
                 bad = (~values.flatten(1).isfinite().all(dim=1)).nonzero().flatten()
                 raise ValueError(
                     f"{len(bad)} examples of the {self.name} domain hold NaN or infinity in {name!r}, the first at row "
-                    f"{int(indices[bad[0]])}: drop or repair them."
+                    f"{int(self._row_numbers[int(indices[bad[0]])])}: drop or repair them."
                 )
 
     def example_hashes(self) -> set[str]:
         """A hash of each example's inputs (labels left out), to find examples that two domains share."""
         hashes = set()
         for start in range(0, len(self), _CHUNK):
-            rows = self.rows(torch.arange(start, min(start + _CHUNK, len(self))))
-            names = sorted(set(rows) - {"labels"})
-            for i in range(len(rows[names[0]])):
+            for example in self._prepare(list(range(start, min(start + _CHUNK, len(self))))):
                 digest = hashlib.blake2b(digest_size=16)
-                for name in names:
-                    digest.update(_used(rows, name, i).contiguous().numpy().data)
+                for name in sorted(set(example) - {"labels"}):
+                    digest.update(example[name].contiguous().numpy().data)
                 hashes.add(digest.hexdigest())
         return hashes
 
@@ -275,21 +336,6 @@ class Domain:
             digest.update(name.encode())
             digest.update(values.contiguous().numpy().data)
         return digest.hexdigest()
-
-
-def _trim(batch: Example) -> Example:
-    """Drop the columns that no example of the batch uses, so that a short sentence does not pay for a long one."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return batch
-    used = mask.any(dim=0)
-    return {n: v[:, used] if v.ndim == 2 and v.shape == mask.shape else v for n, v in batch.items()}
-
-
-def _used(rows: Example, name: str, index: int) -> Tensor:
-    """One example's values without its padding, whose length depends on its neighbours."""
-    values, mask = rows[name][index], rows.get("attention_mask")
-    return values[mask[index].bool()] if mask is not None and values.shape == mask[index].shape else values
 
 
 class _seeded:
@@ -319,6 +365,7 @@ def build_domain(
     input_column: str | None = None,
     label: str | None = None,
     memory_limit: int = MEMORY_LIMIT,
+    row_numbers: np.ndarray | None = None,
 ) -> Domain:
     """Make a domain's examples ready for a model.
 
@@ -330,6 +377,7 @@ def build_domain(
         input_column: The raw column, where it is not found by itself.
         label: The label column, where it is not found by itself.
         memory_limit: Bytes up to which prepared examples are kept in memory.
+        row_numbers: What messages call each row, where `dataset` is a part of the user's.
 
     Raises:
         ValueError: No label where the task needs one, an unknown or ambiguous column, NaN, missing or negative labels.
@@ -337,23 +385,34 @@ def build_domain(
     labels = label_column(dataset, label) if needs.labelled else None
     if needs.labelled and labels is None:
         raise ValueError(
-            f"The {name} domain has no label column among {dataset.column_names}: name it as `label_column`."
+            f"The {name} domain has no label column among {dataset.column_names}: name the one that is meant."
         )
-    for column, feature in dataset.features.items():
-        if isinstance(feature, datasets.Audio) and feature.decode:
-            dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+    dataset = _with_plain_media(dataset)
     with _seeded(0):
         row = dataset[0]
     if input_column is not None and input_column not in row:
         raise ValueError(f"The {name} domain has no column {input_column!r}; it has {list(row)}.")
     candidates = {c: v for c, v in row.items() if c != labels and c in (input_column or c, input_column)}
-    padding = {"input_ids": getattr(processing_class, "pad_token_id", None) or 0}
+    pad = getattr(processing_class, "pad_token_id", None)
+    padding = {"input_ids": (needs.pad_token_id or 0) if pad is None else pad}
     return Domain(
         dataset,
         Preparation(_choose_inputs(candidates, needs, processing_class, name), labels, padding),
         name,
         memory_limit,
+        row_numbers,
     )
+
+
+def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Images decoded by Pillow and sounds left as files, whatever the data set's format asks for."""
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Audio) and feature.decode:
+            dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+        if isinstance(feature, datasets.Image) and not feature.decode:
+            dataset = dataset.cast_column(column, datasets.Image())
+    media = any(isinstance(feature, (datasets.Audio, datasets.Image)) for feature in dataset.features.values())
+    return dataset.with_format(None) if media and dataset.format["type"] != "custom" else dataset
 
 
 def _choose_inputs(row: dict[str, Any], needs: ModelInputs, processing_class: Any | None, name: str):

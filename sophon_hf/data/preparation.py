@@ -28,6 +28,7 @@ class ModelInputs:
         channels: Image channels, or None where the model has no convolution to tell.
         image_size: (height, width) where the model takes one size only, else None.
         symmetric: Whether pixels lie in [-1, 1] (diffusion) and not in [0, 1].
+        pad_token_id: What the model takes for padding, where it is told.
     """
 
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class ModelInputs:
     channels: int | None = None
     image_size: tuple[int, int] | None = None
     symmetric: bool = False
+    pad_token_id: int | None = None
 
     def accepts(self, name: str) -> bool:
         """Whether the model's `forward` has a parameter of this name."""
@@ -58,11 +60,7 @@ class Preparation:
 
     def __call__(self, rows: Rows) -> list[Example]:
         """One example a row."""
-        examples = self.inputs(rows)
-        if self.label_column is not None:
-            for example, label in zip(examples, rows[self.label_column], strict=True):
-                example["labels"] = torch.as_tensor(int(label))
-        return examples
+        return self.inputs(rows)
 
     def stack(self, examples: list[Example]) -> Example:
         """One tensor an input, filled up at the end of the first dimension where lengths differ."""

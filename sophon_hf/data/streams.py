@@ -49,8 +49,8 @@ class Stream:
 
     def batch(self, start: int, size: int) -> Batch:
         """The `size` examples from position `start` on; an epoch is `len(self.indices)` positions."""
-        rows = self.domain.rows(self.indices[self._order(start, size)], derive_seed(self.seed, "rows", start))
-        return self.task.collate(rows, [self.seed + position for position in range(start, start + size)])
+        seeds = [self.seed + position for position in range(start, start + size)]
+        return self.task.collate(self.domain.rows(self.indices[self._order(start, size)], seeds), seeds)
 
     def _order(self, start: int, size: int) -> Tensor:
         pieces = []
@@ -91,6 +91,8 @@ EVALUATION_SHARE = 0.1
 
 def sample_environment(domain: Domain, task: Task, strategy: FineTuningStrategy, seed: int) -> Environment:
     """Draw R_i and T_i from the restricted domain: disjoint, nine to one, decided by `seed` alone."""
+    if len(domain) < 2:
+        raise ValueError("The restricted domain has one example only: R_i and T_i need at least one each.")
     order = _order(len(domain), seed, 0)
     held_out = max(1, round(EVALUATION_SHARE * len(domain)))
     return Environment(

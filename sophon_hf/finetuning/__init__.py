@@ -2,6 +2,6 @@
 
 from sophon_hf.finetuning.engine import FineTuning, Update
 from sophon_hf.finetuning.initialization import Stored, preserved
-from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError, StrategySpace
 
-__all__ = ["FineTuning", "FineTuningStrategy", "Stored", "StrategySpace", "Update", "preserved"]
+__all__ = ["FineTuning", "FineTuningStrategy", "NotApplicableError", "Stored", "StrategySpace", "Update", "preserved"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sophon_hf.data.streams import Batch
+from sophon_hf.finetuning.adapters import add_adapter
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
@@ -53,6 +54,7 @@ class FineTuning:
 
     Raises:
         ValueError: The strategy finds nothing to update, or a part that cannot be re-initialised.
+        NotApplicableError: Its adapter cannot be put on this model.
     """
 
     def __init__(
@@ -73,7 +75,13 @@ class FineTuning:
         # An adversary is not bound by what the publisher froze.
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self.parameters = select_parameters(model, strategy, anatomy, self.reinitialized)
+        self.after_step = None
+        if strategy.adapter is None:
+            self.parameters = select_parameters(model, strategy, anatomy, self.reinitialized)
+        else:
+            renewed = [p for name, p in model.named_parameters() if name in self.reinitialized]
+            adapter, self.after_step = add_adapter(model, strategy, anatomy, steps)
+            self.parameters = [*adapter, *(p.requires_grad_() for p in renewed)]
 
     def __iter__(self) -> Iterator[Update]:
         optimizer = make_optimizer(self.strategy, self.parameters)
@@ -93,6 +101,8 @@ class FineTuning:
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
+            if self.after_step is not None:
+                self.after_step(step)
             yield Update(step, loss.detach())
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.tasks.anatomy import Anatomy
 
 
@@ -28,17 +28,18 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
         Names of the parameters that do not come from the given model.
 
     Raises:
-        ValueError: A part cannot be re-initialised, or the model has too few blocks.
+        NotApplicableError: A part cannot be re-initialised, or the model has too few blocks.
     """
     if strategy.initialization == "direct":
         return set()
-    renewed = [*anatomy.last_blocks(strategy.reinitialized_blocks)]
+    try:
+        renewed = [*anatomy.last_blocks(strategy.reinitialized_blocks)]
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from error
     if strategy.initialization == "scratch":
         renewed = [""]
-    if renewed:
-        fresh = _fresh_model(model)
-        for name in renewed:
-            _copy_state(fresh.get_submodule(name), model.get_submodule(name))
+    for name, fresh in _fresh_parts(model, renewed):
+        _copy_state(fresh, model.get_submodule(name))
     model.set_submodule(anatomy.head, _new_head(model, model.get_submodule(anatomy.head), num_classes))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
@@ -51,7 +52,7 @@ def _new_head(model: nn.Module, head: nn.Module, num_classes: int | None) -> nn.
     elif isinstance(head, nn.Linear):
         fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
     else:
-        raise ValueError(
+        raise NotApplicableError(
             f"The head is a {type(head).__name__} with {getattr(head, outputs, 'unknown')} outputs: only a linear "
             f"head can be replaced by one with {num_classes}."
         )
@@ -64,24 +65,30 @@ def _new_head(model: nn.Module, head: nn.Module, num_classes: int | None) -> nn.
     return fresh
 
 
-def _fresh_model(model: nn.Module) -> nn.Module:
+def _fresh_parts(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Newly initialised counterparts: from a fresh model of the library where there is a config, else by resetting."""
     config = getattr(model, "config", None)
-    if config is not None and hasattr(model, "save_pretrained"):
-        if hasattr(model, "from_config"):
-            return type(model).from_config(config)
-        return type(model)(copy.deepcopy(config))
-    fresh = copy.deepcopy(model)
-    _reset(fresh)
-    return fresh
+    fresh_model = None
+    if names and config is not None and hasattr(model, "save_pretrained"):
+        from_config = getattr(type(model), "from_config", type(model))
+        fresh_model = from_config(copy.deepcopy(config))
+    for name in names:
+        if fresh_model is not None:
+            yield name, fresh_model.get_submodule(name)
+        else:
+            fresh = copy.deepcopy(model.get_submodule(name))
+            _reset(fresh)
+            yield name, fresh
 
 
 def _reset(module: nn.Module) -> None:
-    for name, part in module.named_modules():
+    # Children first: a parent (attention, say) may set them in its own way.
+    for name, part in reversed(list(module.named_modules())):
         reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
         if reset is not None:
             reset()
         elif any(True for _ in part.parameters(recurse=False)):
-            raise ValueError(
+            raise NotApplicableError(
                 f"{name or type(module).__name__!r} ({type(part).__name__}) has parameters of its own but no "
                 "`reset_parameters`, so it cannot be re-initialised: give it that method."
             )

@@ -19,6 +19,13 @@ INITIALIZATIONS = ("direct", "new_head", "scratch")
 TRANSFERS = ("all", "head", "norm", "pattern")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
+ADAPTERS = ("lora", "rslora", "dora", "adalora", "ia3", "loha", "lokr", "oft")
+USUAL_EPOCHS = 20.0
+PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up")
+
+
+class NotApplicableError(ValueError):
+    """A strategy that cannot be carried out on a model at all, which says nothing about the model's resistance."""
 
 
 def _check(value: Any, allowed: Iterable[str], what: str) -> None:
@@ -56,6 +63,12 @@ class FineTuningStrategy:
         transfer: What is updated: "all" parameters, the "head" only (the paper's FC), the normalisation layers
             ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated.
         pattern: Regular expression searched in parameter names, with transfer "pattern".
+        adapter: Update an adapter of the peft library (lora, rslora, dora, adalora, ia3, loha, lokr, oft) beside the
+            frozen layers in place of `transfer`; a new head trains beside it. For attacks only.
+        rank: Rank of the adapter (block size of oft).
+        preparation: What an informed adversary does to the model first: "batch_norm" (re-estimate its statistics),
+            "rescale" (put normalised layers back to the norm of an initialisation), "shrink_and_perturb",
+            "warm_up" (train on original data). For attacks only.
         optimizer: One of torch.optim's: sgd, momentum (0.9), nesterov (0.9), adagrad, adadelta, adam, adamw.
         learning_rate: Its rate.
         weight_decay: Its weight decay.
@@ -71,6 +84,9 @@ class FineTuningStrategy:
     reinitialized_blocks: int = 0
     transfer: str = "all"
     pattern: str | None = None
+    adapter: str | None = None
+    rank: int = 8
+    preparation: str | None = None
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -78,7 +94,7 @@ class FineTuningStrategy:
     warmup: float = 0.0
     max_grad_norm: float = 0.0
     batch_size: int = 50
-    epochs: float = 20.0
+    epochs: float = USUAL_EPOCHS
     steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -88,8 +104,12 @@ class FineTuningStrategy:
         _check(self.transfer, TRANSFERS, "transfer")
         _check(self.optimizer, OPTIMIZERS, "optimizer")
         _check(self.schedule, SCHEDULES, "schedule")
-        if self.reinitialized_blocks and self.initialization != "new_head":
-            raise ValueError(f"reinitialized_blocks = {self.reinitialized_blocks} goes with initialization 'new_head'.")
+        if self.adapter is not None:
+            _check(self.adapter, ADAPTERS, "adapter")
+            if self.transfer != "all" or self.initialization == "scratch":
+                raise ValueError("An adapter takes the place of `transfer`, on a pre-trained model: leave 'all'.")
+        if self.preparation is not None:
+            _check(self.preparation, PREPARATIONS, "preparation")
         if (self.transfer == "pattern") != (self.pattern is not None):
             raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
         if self.pattern is not None:
@@ -97,20 +117,19 @@ class FineTuningStrategy:
                 re.compile(self.pattern)
             except re.error as error:
                 raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
-        for name, lowest, highest in (
-            ("reinitialized_blocks", 0, math.inf),
-            ("weight_decay", 0, math.inf),
-            ("warmup", 0, 1),
-            ("max_grad_norm", 0, math.inf),
-            ("batch_size", 1, math.inf),
-        ):
-            if not lowest <= getattr(self, name) <= highest:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between {lowest} and {highest}.")
+        for name, least in (("reinitialized_blocks", 0), ("batch_size", 1), ("rank", 1), ("steps", 1)):
+            value = getattr(self, name)
+            if (name, value) != ("steps", None) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+        for name, highest in (("weight_decay", math.inf), ("warmup", 1), ("max_grad_norm", math.inf)):
+            value = getattr(self, name)
+            if not 0 <= value <= highest or value == math.inf:
+                raise ValueError(f"{name} is {value}, but must be finite and lie between 0 and {highest}.")
+        if self.reinitialized_blocks and self.initialization != "new_head":
+            raise ValueError(f"reinitialized_blocks = {self.reinitialized_blocks} goes with initialization 'new_head'.")
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, but must be at least 1.")
 
     @property
     def needs_original_head(self) -> bool:
@@ -123,7 +142,11 @@ class FineTuningStrategy:
         start = self.initialization.replace("_", " ")
         if self.reinitialized_blocks:
             start += f" + {self.reinitialized_blocks} block" + "s" * (self.reinitialized_blocks > 1)
+        if self.preparation:
+            start = f"{self.preparation.replace('_', ' ')}, then {start}"
         part = f"pattern {self.pattern}" if self.transfer == "pattern" else self.transfer
+        if self.adapter:
+            part = self.adapter + ("" if self.adapter == "ia3" else f" {self.rank}")
         extras = "".join(
             f", {text}"
             for present, text in (
@@ -131,6 +154,7 @@ class FineTuningStrategy:
                 (self.schedule != "constant", self.schedule),
                 (self.warmup, f"warm-up {self.warmup:g}"),
                 (self.max_grad_norm, f"clip {self.max_grad_norm:g}"),
+                (self.steps is None and self.epochs != USUAL_EPOCHS, f"{self.epochs:g} epochs"),
             )
             if present
         )
@@ -142,7 +166,8 @@ class FineTuningStrategy:
 
     def step_of_epoch(self, epoch: float, examples: int) -> int:
         """The step at which `epoch` passes over `examples` are complete; batches run on across their borders."""
-        return math.ceil(epoch * examples / min(self.batch_size, examples))
+        # Rounded first, since 1.1 epochs of 10 steps are 11.000000000000002 steps in floating point.
+        return math.ceil(round(epoch * examples / min(self.batch_size, examples), 9))
 
     def with_changes(self, **changes: Any) -> FineTuningStrategy:
         """A copy with some fields changed."""
@@ -211,6 +236,8 @@ class StrategySpace:
         ):
             for value in values:
                 FineTuningStrategy(**{field: value})
+        for blocks in self.reinitialized_blocks:
+            FineTuningStrategy(initialization="new_head", reinitialized_blocks=blocks)
 
     def sample(self, seed: int) -> FineTuningStrategy:
         """Draw one strategy; the same seed gives the same one."""

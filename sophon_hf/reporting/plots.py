@@ -44,6 +44,70 @@ def plot_curves(
     axes[0][0].legend(frameon=False)
     if title:
         figure.suptitle(title)
+    return _save(figure, path)
+
+
+def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, path: Path, metric: str) -> Path:
+    """Attack x model: what each attack reached on each model.
+
+    Args:
+        rows: Attacks.
+        columns: Models.
+        values: Shape (rows, columns); NaN where an attack was not applicable.
+        path: Where the PNG goes.
+        metric: Its name.
+    """
+    figure, axis = plt.subplots(figsize=(5.5 + 0.6 * len(columns), 1.2 + 0.26 * len(rows)))
+    image = axis.imshow(values, aspect="auto", cmap="cividis")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    middle = np.nanmean(values) if np.isfinite(values).any() else 0
+    for i, j in np.ndindex(*values.shape):
+        text = f"{values[i, j]:.3f}" if np.isfinite(values[i, j]) else "n/a"
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")
+    figure.colorbar(image, label=f"final {metric}")
+    return _save(figure, path)
+
+
+def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: str) -> Path:
+    """The best attack so far against the number of attacks tried, for each model.
+
+    Args:
+        lines: Model -> test metric of the best attack among the first 1, 2, ... (chosen on validation data).
+        path: Where the PNG goes.
+        metric: Its name.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for model, values in lines.items():
+        axis.step(range(1, len(values) + 1), values, where="post", label=model, color=COLOURS.get(model))
+    axis.set_xlabel("attacks tried")
+    axis.set_ylabel(f"best {metric} so far")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str = "") -> Path:
+    """A suppression loss over the iterations, one line a run, as in Fig. 13 and 14; gaps where it is not finite.
+
+    Args:
+        lines: Label -> L_FTS of each iteration.
+        path: Where the PNG goes.
+        title: Above the plot.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for label, values in lines.items():
+        axis.plot(np.where(np.isfinite(values), values, np.nan), label=label, linewidth=1)
+    axis.set_xlabel("iteration")
+    axis.set_ylabel("L_FTS")
+    axis.set_yscale("symlog")
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -43,6 +43,7 @@ class ClassificationTask:
             labelled=True,
             channels=first_channels(model),
             image_size=_fixed_size(model),
+            pad_token_id=getattr(getattr(unwrap(model), "config", None), "pad_token_id", None),
         )
 
     def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy:
@@ -86,7 +87,7 @@ class ClassificationTask:
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Transformers with position embeddings take one image size only; convolutional networks any."""
     config = getattr(unwrap(model), "config", None)
-    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
+    if any(getattr(config, name, None) is None for name in ("image_size", "patch_size", "num_attention_heads")):
         return None
     height_and_width = as_integers(config.image_size)
     return height_and_width if len(height_and_width) == 2 else (height_and_width[0], height_and_width[0])

@@ -38,11 +38,13 @@ def evaluate_model(
     rank: int = 0,
     world_size: int = 1,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    with_loss: bool = True,
 ) -> Evaluation:
     """Measure in evaluation mode; each rank takes every `world_size`-th example, and all get the result.
 
     Noise and timesteps of a diffusion task follow from an example's place in the domain, so they are the same for
-    every model, batch size and number of ranks.
+    every model, batch size and number of ranks. Without `with_loss` the loss is NaN: for labels that the head has no
+    output for, which the metric counts as wrong.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -54,7 +56,8 @@ def evaluate_model(
         with autocast():
             prediction = task.predict(model, batch)
         target = task.target(batch)
-        losses.append(task.loss(prediction, target).double() * len(indices))
+        loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
+        losses.append(loss.double() * len(indices))
         for name, values in task.scores(prediction, target).items():
             scores.setdefault(name, []).append(values)
     for module, mode in modes.items():

@@ -1,0 +1,139 @@
+"""What an informed adversary does to a protected model before fine-tuning it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sophon_hf.data import Domain, Stream, derive_seed
+from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
+from sophon_hf.tasks import NORMALISATIONS, Task, to_device
+
+SHRINK, PERTURB = 0.5, 0.1
+STATISTICS_BATCHES = 20
+WARM_UP_STEPS = 100
+
+
+def prepare_model(
+    model: nn.Module, task: Task, strategy: FineTuningStrategy, training: Domain, original: Domain | None, seed: int
+) -> None:
+    """Carry out the strategy's preparation, in place.
+
+    Args:
+        model: Unwrapped; a copy of the victim.
+        task: What is learned.
+        strategy: Names the preparation; nothing happens where it names none.
+        training: The adversary's data.
+        original: Data of the original domain, for the warm-up.
+        seed: Decides noise and order.
+
+    Raises:
+        NotApplicableError: The model has nothing that the preparation acts on, or original data are missing.
+    """
+    if strategy.preparation == "batch_norm":
+        reestimate_batch_norm(model, task, training, seed)
+    elif strategy.preparation == "rescale":
+        rescale_weights(model, task, training)
+    elif strategy.preparation == "shrink_and_perturb":
+        shrink_and_perturb(model, seed)
+    elif strategy.preparation == "warm_up":
+        if original is None:
+            raise NotApplicableError("warming up needs data of the original domain, and none was given")
+        _warm_up(model, task, original, strategy, seed)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: int = 0) -> None:
+    """Replace batch-norm statistics by the plain average over batches of `domain`."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not layers:
+        raise NotApplicableError(f"{type(model).__name__} has no batch norm to re-estimate")
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # A cumulative average.
+    device = next(model.parameters()).device
+    model.train()
+    stream = Stream(domain, task, derive_seed(seed, "batch norm"))
+    for _, batch in zip(range(STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
+        task.predict(model, to_device(batch, device))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+@torch.no_grad()
+def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
+    """Put every layer that feeds a normalisation back to the norm of a fresh initialisation.
+
+    Such layers are scale-invariant: the function does not change (running statistics move along), but an inflated
+    norm, which makes every gradient step small in proportion, is undone.
+
+    Returns:
+        How many layers were rescaled.
+    """
+    pairs = _normalised_layers(model, lambda: task.predict(model, _sample(model, task, domain)))
+    if not pairs:
+        raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation")
+    for layer, norm in pairs:
+        fresh = copy.deepcopy(layer)
+        fresh.reset_parameters()
+        scale = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
+        layer.weight.mul_(scale)
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+        if getattr(norm, "running_mean", None) is not None:
+            norm.running_mean.mul_(scale)
+            norm.running_var.mul_(scale**2)
+    return len(pairs)
+
+
+def _normalised_layers(model: nn.Module, predict: Callable) -> list[tuple[nn.Module, nn.Module]]:
+    outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+
+    def remember(layer: nn.Module, _: tuple, output: torch.Tensor) -> None:
+        outputs[id(output)] = (layer, output)  # The tensor is kept, so that its id is not given again.
+
+    def match(norm: nn.Module, inputs: tuple) -> None:
+        if inputs and id(inputs[0]) in outputs:
+            pairs.append((outputs[id(inputs[0])][0], norm))
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            hooks.append(module.register_forward_hook(remember))
+        elif isinstance(module, NORMALISATIONS):
+            hooks.append(module.register_forward_pre_hook(match))
+    training = model.training
+    model.eval()
+    predict()
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return pairs
+
+
+def _sample(model: nn.Module, task: Task, domain: Domain) -> dict[str, torch.Tensor]:
+    batch = task.collate(domain.rows(torch.arange(min(2, len(domain)))), [0, 1])
+    return to_device(batch, next(model.parameters()).device)
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
+    """Halve every weight matrix and add noise of a tenth of its own spread (Ash and Adams, 2020)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "shrink and perturb"))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.mul_(SHRINK).add_(noise * parameter.std() * PERTURB / SHRINK)
+
+
+def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
+    warm_up = FineTuningStrategy(optimizer=strategy.optimizer, learning_rate=strategy.learning_rate)
+    batches = Stream(original, task, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
+    anatomy = task.anatomy(model, _sample(model, task, original))
+    for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, anatomy=anatomy):
+        pass

@@ -1,0 +1,80 @@
+"""Parameter-efficient fine-tuning: adapters of the peft library on the model's linear and convolutional layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.tasks.anatomy import Anatomy
+
+
+def add_adapter(
+    model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy, steps: int
+) -> tuple[list[nn.Parameter], Callable[[int], Any]]:
+    """Put an adapter beside every linear and convolutional layer but the head, in place; the layers themselves freeze.
+
+    Batch-norm statistics go on moving in training mode, as they do for anyone who trains an adapter; they are part of
+    the attack's result.
+
+    Args:
+        model: Unwrapped.
+        strategy: Names the adapter and its rank.
+        anatomy: Where the head is.
+        steps: Length of the fine-tuning, by which AdaLoRA allots its ranks.
+
+    Returns:
+        The adapter's parameters, and what to call with the step number after each optimizer step.
+
+    Raises:
+        NotApplicableError: The adapter has no layer to go to, or peft cannot put it there.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    before = {id(parameter) for parameter in model.parameters()}
+    targets = [name for name, module in model.named_modules() if _takes(strategy, module) and name != anatomy.head]
+    if not targets:
+        raise NotApplicableError(f"{strategy.adapter} finds no layer of {type(model).__name__} that it could go to")
+    config = _config(strategy, "|".join(re.escape(name) for name in targets), steps)
+    try:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name="default")
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
+        raise NotApplicableError(f"peft cannot put {strategy.adapter} on {type(model).__name__}: {error}") from error
+    added = [p for p in model.parameters() if id(p) not in before and p.requires_grad]
+    allocate = getattr(tuner, "update_and_allocate", None)
+    return added, allocate or (lambda step: None)
+
+
+def _takes(strategy: FineTuningStrategy, module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        # Grouped (depthwise) convolutions hold little and most adapters refuse them.
+        sizes = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        return module.groups == 1 and (strategy.adapter != "oft" or sizes % strategy.rank == 0)
+    if isinstance(module, nn.Linear):
+        return strategy.adapter != "oft" or module.in_features % strategy.rank == 0
+    return False
+
+
+def _config(strategy: FineTuningStrategy, targets: str, steps: int) -> Any:
+    import peft
+
+    rank = strategy.rank
+    if strategy.adapter in ("lora", "rslora", "dora"):
+        return peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=targets,
+            use_rslora=strategy.adapter == "rslora", use_dora=strategy.adapter == "dora",
+        )  # fmt: skip
+    if strategy.adapter == "adalora":
+        return peft.AdaLoraConfig(
+            init_r=rank + rank // 2, target_r=rank, lora_alpha=2 * rank, target_modules=targets,
+            tinit=steps // 10, tfinal=steps // 5, deltaT=max(1, steps // 50), total_step=steps,
+        )  # fmt: skip
+    if strategy.adapter == "ia3":
+        return peft.IA3Config(target_modules=targets, feedforward_modules=[])
+    if strategy.adapter == "oft":
+        return peft.OFTConfig(oft_block_size=rank, target_modules=targets, use_cayley_neumann=False)
+    cls = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[strategy.adapter]
+    return cls(r=rank, alpha=2 * rank, target_modules=targets)

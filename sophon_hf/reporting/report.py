@@ -1,0 +1,188 @@
+"""The report of a sweep: report.json, report.md, plots, and one page of HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sophon_hf.attacks.checks import FailedCheck, check
+from sophon_hf.attacks.results import AttackResults, write_atomically
+from sophon_hf.reporting.plots import plot_best_so_far, plot_heat_map
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+.score { font-size: 2rem; font-weight: 700; margin: 0.2rem 0; }
+.failed { border-left: 4px solid #D55E00; padding: 0.2rem 0.8rem; margin: 0.6rem 0; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+"""
+
+
+def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
+    """Write report.json, report.md, index.html and the plots into `folder`.
+
+    Returns:
+        What report.json holds.
+    """
+    folder = Path(folder)
+    failed = check(results)
+    summary = summarize(results, failed)
+    plots = {
+        "Metric while an adversary fine-tunes": results.plot(folder / "curves.png"),
+        "Every attack on every model": plot_heat_map(*_heat_map(results), folder / "heat_map.png", results.metric),
+        "Best attack against number of attacks tried": plot_best_so_far(
+            _best_so_far(results), folder / "best_so_far.png", results.metric
+        ),
+    }
+    write_atomically(folder / "report.json", json.dumps(summary, indent=1))
+    write_atomically(folder / "report.md", to_markdown(results, summary))
+    write_atomically(folder / "index.html", to_html(results, summary, plots))
+    return summary
+
+
+def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
+    """The figures of a report as plain values; the score is absent where a check voids it."""
+    transfer = results.recovered_transfer()
+    void = next((f.message for f in failed if f.voids), None)
+    best = {}
+    for model in _models(results):
+        attack = results.best(model)
+        if attack is not None:
+            best[model] = {
+                "attack": attack.strategy.name,
+                "epoch": attack.epoch,
+                "mean": attack.mean,
+                "sd": attack.sd,
+                "seeds": len(attack.test),
+            }
+    return {
+        "metric": results.metric,
+        "recovered_transfer": None if void else transfer.value,
+        "interval": None if void else transfer.interval,
+        "void": void,
+        "best": best,
+        "original_metric": results.original_metric,
+        "cost_to_recover": results.cost_to_recover(),
+        "failed_checks": [vars(f) for f in failed],
+        "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable}),
+        "facts": results.facts,
+    }
+
+
+def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
+    """The report as Markdown: score and failed checks first, then a table like the paper's."""
+    lines = [f"# {_headline(summary)}", "", _sentence(results, summary), ""]
+    lines += [
+        f"- **{f['name']}**: {f['message']}{' (voids the score)' if f['voids'] else ''}"
+        for f in summary["failed_checks"]
+    ]
+    header, rows = _table(results)
+    lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(results: AttackResults, summary: dict[str, Any], plots: dict[str, Path]) -> str:
+    """The same as one page, with the plots inside it."""
+    header, rows = _table(results)
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    failed = "".join(
+        f'<div class="failed"><b>{html.escape(f["name"])}</b>{" (voids the score)" if f["voids"] else ""}: '
+        f"{html.escape(f['message'])}</div>"
+        for f in summary["failed_checks"]
+    )
+    pictures = "".join(
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for title, path in plots.items()
+    )
+    facts = html.escape(json.dumps(summary["facts"], indent=1))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(_headline(summary))}</title><style>{_STYLE}</style></head><body>"
+        f'<h1>Attack report</h1><p class="score">{html.escape(_headline(summary))}</p>'
+        f"<p>{html.escape(_sentence(results, summary))}</p>{failed}{pictures}"
+        f'<h2>All attacks</h2><div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<h2>What was run</h2><details><summary>Versions, seeds, fingerprints</summary><pre>{facts}</pre></details>"
+        "</body></html>"
+    )
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    if summary["recovered_transfer"] is None:
+        return f"Recovered transfer: void ({summary['void']})"
+    low, high = summary["interval"]
+    return f"Recovered transfer: {summary['recovered_transfer']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+
+
+def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
+    parts = [
+        f"the strongest attack on the {model} model ({best['attack']}) reaches {best['mean']:.3f} ± {best['sd']:.3f}"
+        for model, best in summary["best"].items()
+        if model != "scratch"
+    ]
+    if "scratch" in summary["best"]:
+        best = summary["best"]["scratch"]
+        parts.append(f"the best training from scratch {best['mean']:.3f} ± {best['sd']:.3f}")
+    intact = summary["original_metric"]
+    kept = (
+        f" In the original domain: {results.metric} {intact['original']:.3f} before protection, {intact['protected']:.3f} after."
+        if {"original", "protected"} <= set(intact)
+        else ""
+    )
+    cost = summary["cost_to_recover"]
+    paid = (
+        f" Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
+        if cost
+        else " No attack on the protected model reaches scratch's result within its budget."
+    )
+    return f"Test {results.metric} in the restricted domain: {'; '.join(parts)}.{kept}{paid}"
+
+
+def _models(results: AttackResults) -> list[str]:
+    return list(dict.fromkeys(cell.model for cell in results.cells))
+
+
+def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
+    """Mean ± SD at each measured epoch, one row a model and attack."""
+    epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
+    rows = []
+    for model in _models(results):
+        for strategy, cells in results.by_strategy(model):
+            row = {}
+            for point, epoch in enumerate(cells[0].curve.epoch):
+                values = [cell.curve.test[point] for cell in cells]
+                row[round(epoch, 2)] = f"{np.mean(values):.3f} ±{np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+            rows.append([model, strategy.name, *(row.get(epoch, "") for epoch in epochs)])
+    return ["model", "attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
+
+
+def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
+    models = _models(results)
+    attacks = list(dict.fromkeys(cell.strategy.name for cell in results.cells))
+    values = np.full((len(attacks), len(models)), math.nan)
+    for column, model in enumerate(models):
+        for strategy, cells in results.by_strategy(model):
+            values[attacks.index(strategy.name), column] = np.mean([cell.curve.test[-1] for cell in cells])
+    return attacks, models, values
+
+
+def _best_so_far(results: AttackResults) -> dict[str, list[float]]:
+    lines = {}
+    for model in _models(results):
+        strategies = [strategy for strategy, _ in results.by_strategy(model)]
+        bests = [results.best(model, strategies[: i + 1]) for i in range(len(strategies))]
+        lines[model] = [best.mean if best is not None else math.nan for best in bests]
+    return lines
