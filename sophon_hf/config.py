@@ -14,6 +14,10 @@ from sophon_hf.finetuning.strategy import StrategySpace, _check
 
 AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
 _TRAINER_LEARNING_RATE = 5e-5
+_FP16 = (
+    "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
+    "rounds the weights: use bf16=True or full precision."
+)
 
 
 @dataclass
@@ -104,6 +108,8 @@ class SophonConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_unsupported()
         super().__post_init__()
+        if getattr(self, "mixed_precision", None) == "fp16":
+            raise ValueError(_FP16)
         if self.learning_rate not in (_TRAINER_LEARNING_RATE, self.beta):
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, but SOPHON has two rates: set `beta` (reinforcement, now "
@@ -143,10 +149,7 @@ class SophonConfig(TrainingArguments):
 
     def _refuse_unsupported(self) -> None:
         if self.fp16 or self.fp16_full_eval or self.bf16_full_eval:
-            raise ValueError(
-                "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision "
-                "evaluation rounds the weights: use bf16=True or full precision."
-            )
+            raise ValueError(_FP16)
         if self.fsdp or self.deepspeed:
             raise ValueError(
                 "FSDP and DeepSpeed shard the parameters that a simulated adversary changes in place; they are not "
@@ -154,7 +157,7 @@ class SophonConfig(TrainingArguments):
             )
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                "A schedule that waits for a metric would follow one of two losses: use constant, linear or cosine."
+                f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use constant, linear or cosine."
             )
         for name in (
             "label_smoothing_factor",

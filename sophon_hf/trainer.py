@@ -397,9 +397,10 @@ class SophonTrainer(Trainer):
 
     def _build_domain(self, source: Source, name: str) -> Domain:
         known = self.domains[name if name in self.domains else "restricted"]
+        dataset, column = load_domain(source, "test"), self.input_columns.get(name)
         return build_domain(
-            load_domain(source, "test"), self.task.inputs(self.model), self.processing_class, name=name,
-            label=known.preparation.label_column, input_column=self.input_columns.get(name),
+            dataset, self.task.inputs(self.model), self.processing_class, name=name,
+            label=known.preparation.label_column, input_column=column if column in dataset.column_names else None,
         )  # fmt: skip
 
     def _probe(self) -> float:

@@ -603,7 +603,8 @@ def test_head_and_blocks_are_found_and_the_model_is_left_alone(name):
     model = make_trained(name).train()
     before = state(model)
     anatomy = infer_task(model).anatomy(model, make_batch(model))
-    assert anatomy == Anatomy(HEADS[name], tuple(ANATOMIES[name]))
+    assert (anatomy.head, anatomy.blocks) == (HEADS[name], tuple(ANATOMIES[name]))
+    assert anatomy.outputs == (1 if name == "unet" else CLASSES)
     assert not changed(model, before)
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
@@ -618,7 +619,7 @@ def test_blocks_of_bottlenecks_in_stages_of_one_are_found():
 
 def test_a_model_without_repeated_units_has_no_blocks(model):
     anatomy = infer_task(model).anatomy(model, make_batch(model))
-    assert anatomy == Anatomy("head", ())
+    assert anatomy == Anatomy("head", (), 3)
     assert anatomy.last_blocks(0) == ()
 
 

@@ -273,7 +273,7 @@ def test_a_folder_of_something_else_is_no_checkpoint(interrupted, tmp_path):
         # These decide the weights too: the guard acts at every evaluation, and the rates follow the warm-up.
         ({"eval_steps": 1}, "eval_steps"),
         ({"warmup_steps": 4}, "warmup_steps"),
-        ({"bf16": True}, "bf16"),
+        ({"bf16": True}, "mixed_precision"),
         ({"weight_decay": 0.1}, "weight_decay"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

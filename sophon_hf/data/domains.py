@@ -385,7 +385,7 @@ def build_domain(
     labels = label_column(dataset, label) if needs.labelled else None
     if needs.labelled and labels is None:
         raise ValueError(
-            f"The {name} domain has no label column among {dataset.column_names}: name the one that is meant."
+            f"The {name} domain has no label column among {dataset.column_names}: name the one that is meant (`label_columns`)."
         )
     dataset = _with_plain_media(dataset)
     with _seeded(0):

@@ -40,21 +40,21 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
         _copy_state(fresh, model.get_submodule(name))
-    model.set_submodule(anatomy.head, _new_head(model, model.get_submodule(anatomy.head), num_classes))
+    model.set_submodule(anatomy.head, _new_head(model, anatomy, num_classes))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def _new_head(model: nn.Module, head: nn.Module, num_classes: int | None) -> nn.Module:
-    outputs = "out_features" if isinstance(head, nn.Linear) else "out_channels"
-    if num_classes is None or num_classes == getattr(head, outputs, num_classes):
+def _new_head(model: nn.Module, anatomy: Anatomy, num_classes: int | None) -> nn.Module:
+    head = model.get_submodule(anatomy.head)
+    if num_classes in (None, anatomy.outputs) or num_classes == getattr(head, "out_features", None):
         fresh = copy.deepcopy(head)
     elif isinstance(head, nn.Linear):
         fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
     else:
         raise NotApplicableError(
-            f"The head is a {type(head).__name__} with {getattr(head, outputs, 'unknown')} outputs: only a linear "
-            f"head can be replaced by one with {num_classes}."
+            f"The head {anatomy.head!r} is a {type(head).__name__} with {anatomy.outputs} outputs: only a linear head "
+            f"can be replaced by one with {num_classes}."
         )
     weight = next(head.parameters())
     fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)

@@ -29,10 +29,12 @@ class Anatomy:
     Attributes:
         head: Name of the final layer, which makes the prediction (the paper's "final FC layer").
         blocks: Names of the repeated units (residual blocks, transformer layers), in the order they run.
+        outputs: Channels of the prediction: the classes that the head has outputs for.
     """
 
     head: str
     blocks: tuple[str, ...]
+    outputs: int | None = None
 
     def last_blocks(self, count: int) -> tuple[str, ...]:
         """The names of the last `count` blocks.
@@ -100,7 +102,7 @@ def find_anatomy(model: nn.Module, predict: Callable[[], Tensor], head: str | No
             f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others."
         )
     blocks = [name for name in _blocks(modules) if name in order and not head.startswith(f"{name}.") and name != head]
-    return Anatomy(head, tuple(sorted(blocks, key=order.index)))
+    return Anatomy(head, tuple(sorted(blocks, key=order.index)), prediction.shape[1])
 
 
 def _blocks(modules: dict[str, nn.Module]) -> list[str]:
