@@ -1,4 +1,4 @@
-"""`sophon-hf`: protect a model, or see the demo. Libraries are imported only by the command that needs them."""
+"""`sophon-hf`: protect a model, attack it, report, or see the demo. Libraries are imported only by the command that needs them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ Protect pre-trained models against fine-tuning in a restricted domain, and measu
 
 commands:
   protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains every field)
+  attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
+  report  DIR                                 tell again what a finished sweep found
   demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
 
+`--traceback` anywhere shows where an error came from.
 On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml
 """
 
@@ -21,6 +24,18 @@ def _protect(arguments: list[str]) -> None:
     from sophon_hf.protect import main as protect
 
     protect(arguments)
+
+
+def _attack(arguments: list[str]) -> None:
+    from sophon_hf.attack import main as attack
+
+    attack(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from sophon_hf.attack import report
+
+    report(arguments)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -35,12 +50,19 @@ def _demo(arguments: list[str]) -> None:
     run(options.output_dir, options.iterations)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"protect": _protect, "demo": _demo}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "protect": _protect,
+    "attack": _attack,
+    "report": _report,
+    "demo": _demo,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `sophon-hf`."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -59,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except (ValueError, TypeError, OSError) as error:
-        if "--traceback" in sys.argv:
+        if traceback:
             raise
         sys.exit(f"sophon-hf {arguments[0]}: {error}")
 

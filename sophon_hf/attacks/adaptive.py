@@ -15,6 +15,7 @@ from sophon_hf.tasks import NORMALISATIONS, Task, to_device
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
 WARM_UP_STEPS = 100
+UNCHANGED = 0.01
 
 
 def prepare_model(
@@ -69,37 +70,51 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     """Put every layer that feeds a normalisation back to the norm of a fresh initialisation.
 
     Such layers are scale-invariant: the function does not change (running statistics move along), but an inflated
-    norm, which makes every gradient step small in proportion, is undone.
+    norm, which makes every gradient step small in proportion, is undone. A layer whose output goes elsewhere too (to a
+    skip connection, say) is not, and is left as it is.
 
     Returns:
         How many layers were rescaled.
     """
-    pairs = _normalised_layers(model, lambda: task.predict(model, _sample(model, task, domain)))
-    if not pairs:
-        raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation")
-    for layer, norm in pairs:
+    training, sample = model.training, _sample(model, task, domain)
+    model.eval()
+    count = 0
+    for layer, norms in _normalised_layers(model, lambda: task.predict(model, sample)).items():
         fresh = copy.deepcopy(layer)
         fresh.reset_parameters()
-        scale = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
-        layer.weight.mul_(scale)
-        if layer.bias is not None:
-            layer.bias.mul_(scale)
+        factor = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
+        before = task.predict(model, sample)
+        _scale(layer, norms, factor)
+        if (task.predict(model, sample) - before).norm() <= UNCHANGED * before.norm():
+            count += 1
+        else:
+            _scale(layer, norms, 1 / factor)
+    model.train(training)
+    if not count:
+        raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
+    return count
+
+
+def _scale(layer: nn.Module, norms: list[nn.Module], factor: float) -> None:
+    layer.weight.mul_(factor)
+    if layer.bias is not None:
+        layer.bias.mul_(factor)
+    for norm in norms:
         if getattr(norm, "running_mean", None) is not None:
-            norm.running_mean.mul_(scale)
-            norm.running_var.mul_(scale**2)
-    return len(pairs)
+            norm.running_mean.mul_(factor)
+            norm.running_var.mul_(factor**2)
 
 
-def _normalised_layers(model: nn.Module, predict: Callable) -> list[tuple[nn.Module, nn.Module]]:
+def _normalised_layers(model: nn.Module, predict: Callable) -> dict[nn.Module, list[nn.Module]]:
     outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    pairs: dict[nn.Module, list[nn.Module]] = {}
 
     def remember(layer: nn.Module, _: tuple, output: torch.Tensor) -> None:
         outputs[id(output)] = (layer, output)  # The tensor is kept, so that its id is not given again.
 
     def match(norm: nn.Module, inputs: tuple) -> None:
         if inputs and id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], norm))
+            pairs.setdefault(outputs[id(inputs[0])][0], []).append(norm)
 
     hooks = []
     for module in model.modules():
@@ -107,10 +122,7 @@ def _normalised_layers(model: nn.Module, predict: Callable) -> list[tuple[nn.Mod
             hooks.append(module.register_forward_hook(remember))
         elif isinstance(module, NORMALISATIONS):
             hooks.append(module.register_forward_pre_hook(match))
-    training = model.training
-    model.eval()
     predict()
-    model.train(training)
     for hook in hooks:
         hook.remove()
     return pairs
@@ -128,7 +140,7 @@ def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.mul_(SHRINK).add_(noise * parameter.std() * PERTURB / SHRINK)
+            parameter.mul_(SHRINK).add_(noise * parameter.std(correction=0) * PERTURB / SHRINK)
 
 
 def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:

@@ -164,7 +164,8 @@ class AttackResults:
         gap = sign * (original.mean - scratch.mean)
         error = np.hypot(self._standard_error(original), self._standard_error(scratch))
         least = LEAST_TRANSFER if self.metric == "accuracy" else LEAST_TRANSFER * abs(scratch.mean)
-        if gap < max(least, STANDARD_ERRORS * error):
+        # Written so that NaN is void too.
+        if not gap >= max(least, STANDARD_ERRORS * error):
             return RecoveredTransfer(
                 None,
                 None,

@@ -74,6 +74,7 @@ class AttackSuite:
             strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
+        strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
@@ -157,7 +158,15 @@ class AttackSuite:
         # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
         weights["scratch"] = type(models["original"]).__name__ + str(_shapes(models["original"]))
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
-        return [_digest([weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs]) for c in cells]
+        original = [] if budget.original is None else [budget.original.fingerprint]
+        return [
+            _digest(
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs]
+                # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
+                + (original if c.strategy.preparation == "warm_up" else [])
+            )
+            for c in cells
+        ]
 
     def _read(self, key: str) -> Cell | None:
         path = self.output_dir / "cells" / f"{key}.json"
@@ -175,6 +184,8 @@ class AttackSuite:
         from accelerate import PartialState
 
         state = PartialState()
+        # All must have listed what is missing before the first one writes, or their shares would not add up.
+        state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
         steps = sum(cell.strategy.total_steps(len(budget.training)) for _, cell in mine)
         with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
@@ -246,7 +257,9 @@ def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
-    return model if isinstance(model, nn.Module) else load_model(model)
+    from accelerate import PartialState
+
+    return model if isinstance(model, nn.Module) else load_model(model).to(PartialState().device)
 
 
 def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -266,13 +279,17 @@ def _check_same_architecture(models: dict[str, nn.Module]) -> None:
 
 
 def _check_disjoint(budget: _Budget) -> None:
-    seen = budget.training.example_hashes()
-    for name, domain in (("validation", budget.validation), ("test", budget.test)):
-        shared = seen & domain.example_hashes()
+    training, validation, test = (d.example_hashes() for d in (budget.training, budget.validation, budget.test))
+    for seen, name, other, measured in (
+        (training, "training", "validation", validation),
+        (training, "training", "test", test),
+        (validation, "validation", "test", test),
+    ):
+        shared = len(seen & measured)
         if shared:
             raise ValueError(
-                f"{len(shared)} of the adversary's training examples are in the {name} split too: an attack that has "
-                "seen the answers measures nothing. Remove them, or split with `split_domain`."
+                f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has seen the "
+                "answers measures nothing. Remove them, or split with `split_domain`."
             )
 
 
@@ -282,9 +299,7 @@ def _head_fits(task: Task, model: nn.Module, budget: _Budget) -> bool:
     with torch.no_grad():
         device = next(model.parameters()).device
         batch = {n: v.to(device) for n, v in task.collate(budget.training.rows(torch.arange(2)), [0, 1]).items()}
-        training = model.training
-        outputs = task.predict(model.eval(), batch).shape[1]
-        model.train(training)
+        outputs = task.anatomy(model, batch).outputs
     return budget.training.num_classes <= outputs
 
 

@@ -18,7 +18,7 @@ def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
         size: Height and width in pixels; the originals have 8.
 
     Returns:
-        Splits "train" (1,297) and "test" (500), with columns `image` (grey) and `label`.
+        Splits "train" (997) and "test" (800), with columns `image` (grey) and `label`.
     """
     from sklearn.datasets import load_digits
 
@@ -28,7 +28,7 @@ def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
         for pixels in digits.images
     ]
     order = np.random.default_rng(0).permutation(len(images))
-    return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, test=500)
+    return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, test=800)
 
 
 def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> datasets.DatasetDict:

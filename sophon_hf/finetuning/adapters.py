@@ -50,9 +50,9 @@ def add_adapter(
 
 def _takes(strategy: FineTuningStrategy, module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
-        # Grouped (depthwise) convolutions hold little and most adapters refuse them.
-        sizes = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
-        return module.groups == 1 and (strategy.adapter != "oft" or sizes % strategy.rank == 0)
+        # Grouped (depthwise) convolutions hold little and most adapters refuse them. OFT of peft does not start as the
+        # identity on convolutions: it folds overlapping patches back, and pads after it has turned them.
+        return module.groups == 1 and strategy.adapter != "oft"
     if isinstance(module, nn.Linear):
         return strategy.adapter != "oft" or module.in_features % strategy.rank == 0
     return False

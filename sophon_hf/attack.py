@@ -1,0 +1,89 @@
+"""`sophon-hf attack` and `sophon-hf report`: run a sweep of attacks, and tell what it found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sophon_hf.attacks import AttackResults, AttackSuite
+from sophon_hf.attacks.sweeps import SWEEPS
+from sophon_hf.data import load_domain, select_classes, split_domain
+from sophon_hf.protect import load_processor
+from sophon_hf.reporting.report import to_markdown, write_report
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sophon-hf attack",
+        description="Attack a protected model, the original one, and train from scratch, at the same budget.",
+    )
+    add = parser.add_argument
+    add("--protected", required=True, help="Hub id or folder of the protected model")
+    add("--original", required=True, help="Hub id or folder of the model before protection")
+    add("--restricted", required=True, help="restricted domain: Hub id or folder of a data set")
+    add("--restricted_split", default="train", help="its split that the adversary trains on")
+    add("--test_split", default="test", help="its split that results are reported on")
+    add("--restricted_classes", nargs="+", help="keep these classes, numbered in this order, as for protection")
+    add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
+    add(
+        "--whole",
+        action="store_true",
+        help="train on the whole split, not on the adversary's half of `sophon-hf protect`",
+    )
+    add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
+    add("--examples", type=int, help="the adversary's examples, stratified; all by default")
+    add("--epochs", type=float, help="of an ordinary attack; 20 by default")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
+    add(
+        "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
+    )
+    add("--dry-run", action="store_true", help="list the cells and their cost, and run nothing")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Run a sweep as the arguments say, and write its report to `output_dir/report`."""
+    options = _parser().parse_args(arguments)
+    suite = AttackSuite(
+        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, examples=options.examples,
+        processing_class=load_processor(options.original),
+    )  # fmt: skip
+    training, test = (load_domain(options.restricted, s) for s in (options.restricted_split, options.test_split))
+    if options.restricted_classes:
+        training, test = (select_classes(part, options.restricted_classes) for part in (training, test))
+    if not options.whole:
+        _, training = split_domain(training)
+    if options.dry_run:
+        count = min(options.examples or len(training), len(training))
+        plan = suite.plan(count)
+        print(f"{plan['cells']} cells, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
+        for strategy in suite.strategies:
+            print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
+        return
+    data = options.original_data
+    results = suite.run(
+        protected=options.protected,
+        original=options.original,
+        restricted_dataset=training,
+        eval_dataset=test,
+        original_dataset=None if data is None else load_domain(data, "train"),
+        original_eval_dataset=None if data is None else load_domain(data, "test"),
+    )
+    _write(results, Path(options.output_dir) / "report")
+
+
+def report(arguments: list[str]) -> None:
+    """Write the report of a finished sweep again."""
+    parser = argparse.ArgumentParser(prog="sophon-hf report", description="Write report.json, report.md, plots, HTML.")
+    parser.add_argument("folder", type=Path, help="output_dir of `sophon-hf attack`")
+    folder = parser.parse_args(arguments).folder
+    path = folder / "results.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: `sophon-hf attack --output_dir {folder}` writes it.")
+    _write(AttackResults.load(path), folder / "report")
+
+
+def _write(results: AttackResults, folder: Path) -> None:
+    summary = write_report(results, folder)
+    print(to_markdown(results, summary).split("\n| ")[0])
+    print(f"The whole report: {folder}/index.html")
