@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, _check
@@ -107,6 +109,8 @@ class SophonConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_unsupported()
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            self.use_cpu = True  # Else accelerate would start every process of a machine without a GPU on its own.
         super().__post_init__()
         if getattr(self, "mixed_precision", None) == "fp16":
             raise ValueError(_FP16)

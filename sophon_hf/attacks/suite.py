@@ -181,9 +181,7 @@ class AttackSuite:
     def _compute(
         self, task: Task, models: dict[str, nn.Module], budget: _Budget, missing: list[tuple[str, Cell]]
     ) -> None:
-        from accelerate import PartialState
-
-        state = PartialState()
+        state = _state()
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
@@ -257,9 +255,14 @@ def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
+    return model if isinstance(model, nn.Module) else load_model(model).to(_state().device)
+
+
+def _state() -> Any:
     from accelerate import PartialState
 
-    return model if isinstance(model, nn.Module) else load_model(model).to(PartialState().device)
+    # Else accelerate would start every process of a machine without a GPU on its own.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

@@ -50,8 +50,8 @@ def add_adapter(
 
 def _takes(strategy: FineTuningStrategy, module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
-        # Grouped (depthwise) convolutions hold little and most adapters refuse them. OFT of peft does not start as the
-        # identity on convolutions: it folds overlapping patches back, and pads after it has turned them.
+        # Grouped (depthwise) convolutions hold little and most adapters refuse them. peft's OFT does not start as the
+        # identity on convolutions, since it adds overlapping patches up when it folds them back.
         return module.groups == 1 and strategy.adapter != "oft"
     if isinstance(module, nn.Linear):
         return strategy.adapter != "oft" or module.in_features % strategy.rank == 0
