@@ -33,12 +33,18 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     """The protected model, from `folder` where it is there already."""
     model = copy.deepcopy(pair.model)
     done = folder / "protection.json"
+    fields = json.loads(options.config)
+    asked = {"config": fields, "tolerance": options.tolerance, "max_steps": options.iterations, "seed": options.seed}
     if done.exists():
         from safetensors.torch import load_model
 
+        record = json.loads(done.read_text())
+        if record["asked"] != asked:
+            raise ValueError(
+                f"{folder} was protected with {record['asked']}, not {asked}: give this one another --name."
+            )
         load_model(model, folder / "model.safetensors")
-        return model, json.loads(done.read_text())
-    fields = json.loads(options.config)
+        return model, record
     config = SophonConfig(
         output_dir=str(folder), seed=options.seed, tolerance=options.tolerance, max_steps=options.iterations,
         eval_steps=25, use_cpu=not torch.cuda.is_available(), report_to="none", **fields,
@@ -55,6 +61,7 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     trainer.train(resume_from_checkpoint=started or None)
     record = {
         "seconds": round(time.time() - start),
+        "asked": asked,
         "config": {
             **fields,
             "tolerance": options.tolerance,

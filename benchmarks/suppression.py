@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from pairs import ResidualNet
 from torch import nn
 
-from sophon_hf.data import Domain, build_domain, sample_environment
-from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.data import Domain, build_domain
+from sophon_hf.finetuning import FineTuningStrategy, sample_environment
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks import infer_task
 
@@ -68,16 +68,30 @@ def floor(model: nn.Module, domain: Domain, steps: int) -> None:
     model.load_state_dict(start)
 
 
-def peak_memory(steps: int) -> float:
-    """Peak resident memory in MiB of a process that does nothing but one suppression loop."""
-    code = f"import suppression as s; s.ours(*s.make(), {steps}); print(s.peak())"
+def peak_memory(steps: int) -> dict[str, float]:
+    """Of a process that does nothing but one suppression loop: MiB before it, at its peak, and of the model."""
+    code = f"import suppression as s; s.measure_memory({steps})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
-    return float(output.stdout.split()[-1])
+    return json.loads(output.stdout.splitlines()[-1])
 
 
-def peak() -> float:
-    """Peak resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def measure_memory(steps: int) -> None:
+    """Print this process's memory around one loop. Linux resets the peak on request, so set-up does not hide it."""
+    torch.set_num_threads(1)
+    model, domain = make()
+    ours(model, domain, 2)  # Allocator and kernels are warm.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    ours(model, domain, steps)
+    model_size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    print(json.dumps({"before": before, "peak": _status("VmHWM"), "model": model_size}))
+
+
+def _status(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only.")
 
 
 def main() -> None:
@@ -100,8 +114,9 @@ def main() -> None:
         "time_ratio": round(statistics.median(ratios), 3),
         "time_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
-        "memory_mib": {str(steps): round(value, 1) for steps, value in memory.items()},
-        "memory_ratio_200_to_10": round(memory[200] / memory[10], 3),
+        "memory_mib": {str(steps): {k: round(v, 1) for k, v in value.items()} for steps, value in memory.items()},
+        "memory_ratio_200_to_10": round(memory[200]["peak"] / memory[10]["peak"], 3),
+        "loop_mib": {str(steps): round(value["peak"] - value["before"], 1) for steps, value in memory.items()},
         "K": options.K,
         "batch": BATCH,
         "torch": torch.__version__,

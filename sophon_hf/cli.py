@@ -42,7 +42,9 @@ def _demo(arguments: list[str]) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="sophon-hf demo", description="Pre-train, protect, attack, report.")
-    parser.add_argument("--output_dir", default="demo-output", help="is emptied; gets model, results and plot")
+    parser.add_argument(
+        "--output_dir", default="demo-output", help="gets model, attacks and report; an earlier demo makes room"
+    )
     parser.add_argument("--iterations", type=int, default=60, help="Iter of Algorithm 1")
     options = parser.parse_args(arguments)
     from sophon_hf.demo import run

@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from sophon_hf.finetuning.strategy import StrategySpace, _check
 
 AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
-_TRAINER_LEARNING_RATE = 5e-5
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -86,9 +85,7 @@ class SophonConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Share of each domain held out for evaluation where no eval_dataset is given."},
     )
-    learning_rate: float = field(
-        default=_TRAINER_LEARNING_RATE, metadata={"help": "Not used: set beta (and alpha) instead."}
-    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Not used: set beta (and alpha) instead."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Schedule of both alpha and beta over the iterations."}
     )
@@ -114,10 +111,15 @@ class SophonConfig(TrainingArguments):
         super().__post_init__()
         if getattr(self, "mixed_precision", None) == "fp16":
             raise ValueError(_FP16)
-        if self.learning_rate not in (_TRAINER_LEARNING_RATE, self.beta):
+        if not self.eval_on_start and self.eval_strategy != "no":
+            raise ValueError(
+                "eval_on_start is off, but the guard has to measure the model before protection: leave it on, or switch "
+                "the guard off by eval_strategy='no'."
+            )
+        if self.learning_rate is not None and self.learning_rate != self.beta:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, but SOPHON has two rates: set `beta` (reinforcement, now "
-                f"{self.beta}) and `alpha` (suppression, now {self.alpha})."
+                f"{self.beta}) and `alpha` (suppression, now {self.alpha}), and leave learning_rate None."
             )
         self.learning_rate = self.beta
         whole = {"max_steps": 1, "K": 1, "N": 1, "l_FTS": 0, "l_NTR": 1, "per_device_train_batch_size": 1}
@@ -163,6 +165,8 @@ class SophonConfig(TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use constant, linear or cosine."
             )
+        if self.ignore_data_skip:
+            raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")
         for name in (
             "label_smoothing_factor",
             "neftune_noise_alpha",

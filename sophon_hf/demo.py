@@ -54,14 +54,14 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 60) -> dict[st
     """Run the demo.
 
     Args:
-        output_dir: Is emptied, and gets the protected model, the attacks' results, and the report.
+        output_dir: Gets (an earlier demo there makes room) the protected model, the attacks' results, and the report.
         iterations: Iter of Algorithm 1.
 
     Returns:
         The report's figures.
     """
     output_dir = Path(output_dir)
-    shutil.rmtree(output_dir, ignore_errors=True)
+    _make_room(output_dir)
     letters, digits = printed_letters(), handwritten_digits()
     torch.manual_seed(0)
     original = small_classifier()
@@ -96,6 +96,15 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 60) -> dict[st
     summary = write_report(results, output_dir / "report")
     print(_table(results), f"\nThe whole report: {output_dir}/report/index.html", sep="\n")
     return summary
+
+
+def _make_room(output_dir: Path) -> None:
+    """Remove an earlier demo, and nothing else."""
+    made = ("protected", "attacks", "report")
+    others = [path.name for path in output_dir.iterdir() if path.name not in made] if output_dir.exists() else []
+    if others:
+        raise ValueError(f"{output_dir} holds {others[0]!r}, which no demo has made: choose an empty or a new folder.")
+    shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def _table(results: AttackResults) -> str:

@@ -135,6 +135,14 @@ def main(arguments: list[str]) -> None:
         label_columns={"original": options.original_label, "restricted": options.restricted_label},
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
+    if config.save_strategy == "no":
+        trainer.save_model()  # `save_strategy` is about checkpoints; the command is run for the model.
+    state = trainer.guard.state
+    if state.best_step is None and state.start is not None:
+        sys.exit(
+            f"sophon-hf protect: the model in {config.output_dir} is NOT protected, since no evaluated state kept the "
+            "original domain within the tolerance. Lower alpha, raise beta or l_NTR, or allow more tolerance."
+        )
     if trainer.is_world_process_zero():
-        state = trainer.guard.state
-        print(f"Protected model (iteration {state.best_step}) saved in {config.output_dir}.")
+        which = "not evaluated" if state.best_step is None else f"iteration {state.best_step}"
+        print(f"Protected model ({which}) saved in {config.output_dir}.")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sophon_hf.data.streams import Batch, Environment
+from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
+from sophon_hf.finetuning.environment import Environment
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.tasks.anatomy import Anatomy
@@ -272,7 +273,7 @@ def _differentiable_optimizer(strategy: FineTuningStrategy, moving: list[Tensor]
         zeros = torch.zeros_like(tensor, requires_grad=False)
         if isinstance(optimizer, torch.optim.SGD) and strategy.optimizer != "sgd":
             optimizer.state[tensor] = {"momentum_buffer": zeros}
-        if isinstance(optimizer, torch.optim.Adam):
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             step = torch.zeros((), dtype=torch.float64, device=tensor.device)
             optimizer.state[tensor] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     return optimizer

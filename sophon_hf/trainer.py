@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
-import datasets
 import torch
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
+from sophon_hf.checkpoints import (
+    check_fresh_folder,
+    check_same_run,
+    last_complete_checkpoint,
+    load_state,
+    run_facts,
+    save_state,
+)
 from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain, sample_environment
-from sophon_hf.data.domains import Source, label_column, split_indices
-from sophon_hf.finetuning import FineTuning, FineTuningStrategy, preserved
+from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain
+from sophon_hf.data.domains import Source
+from sophon_hf.finetuning import FineTuningStrategy, sample_environment
 from sophon_hf.guard import Guard
+from sophon_hf.preflight import build_domains, check_labels, refuse_launcher_settings, try_domain, try_strategies
 from sophon_hf.suppression import Suppression, SuppressionGradient
-from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model, to_device
+from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, load_task
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "sophon_state.pt"
 PROBE_RATE = 1e-3
 PROBE_BATCH = 50
 
@@ -82,15 +86,17 @@ class SophonTrainer(Trainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
-        model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+        if isinstance(model, (str, os.PathLike)):
+            source, model = model, load_model(model)
+            task = load_task(source, model) if task is None else task
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
         self.task = infer_task(model) if task is None else task
         self.reinforcement_loss = reinforcement_loss
         self.input_columns = input_columns or {}
-        self.domains = _build_domains(
-            model, self.task, args, restricted_dataset, original_dataset, eval_dataset, processing_class,
-            self.input_columns, label_columns or {},
+        self.domains = build_domains(
+            model, self.task, args, {"original": original_dataset, "restricted": restricted_dataset}, eval_dataset,
+            processing_class, self.input_columns, label_columns or {},
         )  # fmt: skip
         super().__init__(
             model=model,
@@ -100,7 +106,7 @@ class SophonTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        _refuse_launcher_settings(self.accelerator)
+        refuse_launcher_settings(self.accelerator)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
@@ -127,13 +133,13 @@ class SophonTrainer(Trainer):
 
     def _choose_strategies(self) -> None:
         """Run every domain once, find the head, check labels against it, and settle on Phi."""
-        predictions = {name: self._try(name, domain) for name, domain in self.domains.items()}
-        self.anatomy = self.task.anatomy(self.model, self._first_rows(self.domains["original"]))
+        predictions = {name: try_domain(self.task, self.model, name, d) for name, d in self.domains.items()}
+        self.anatomy = self.task.anatomy(self.model, first_rows(self.task, self.domains["original"], self.args.device))
         self.space = self.args.space
         outputs = None
         if self.domains["original"].labels is not None:
             outputs = predictions["original"].shape[1]
-            _check_labels(self.domains, outputs)
+            check_labels(self.domains, outputs, self.model)
         elif self.args.strategy_space is None:
             # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
             self.space = replace(self.space, initializations=("direct",))
@@ -151,44 +157,8 @@ class SophonTrainer(Trainer):
                 "every simulated adversary brings a new head.", classes, outputs,
             )  # fmt: skip
             self.space = self.space.without_original_head()
-        self._try_strategies()
-
-    def _first_rows(self, domain: Domain) -> dict[str, Tensor]:
-        batch = self.task.collate(domain.rows(torch.arange(min(2, len(domain)))), [0, 1][: len(domain)])
-        return to_device(batch, self.args.device)
-
-    def _try(self, name: str, domain: Domain) -> Tensor:
-        """The model's prediction for a domain's first examples, so that what does not fit is found before any work."""
-        needs, rows = self.task.inputs(self.model), self._first_rows(domain)
-        main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
-        if main is not None and main.ndim == 4:
-            expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
-            if tuple(main.shape[1:]) != expected:
-                raise ValueError(
-                    f"The {name} domain's examples are {tuple(main.shape[1:])} (channels, height, width), but the model "
-                    f"takes {expected}: resize or convert them, or pass raw images."
-                )
-        modes = {module: module.training for module in self.model.modules()}
-        try:
-            with torch.no_grad():
-                return self.task.predict(self.model.eval(), rows)
-        except Exception as error:
-            raise ValueError(
-                f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
-                "that it was trained with, or raw columns and a `processing_class`."
-            ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _try_strategies(self) -> None:
-        """Set up each kind of strategy once, so that one that cannot be carried out is found before any work."""
-        space, classes = self.space, self.domains["restricted"].num_classes or None
-        for start, blocks, transfer in product(space.initializations, space.reinitialized_blocks, space.transfers):
-            blocks = blocks if start == "new_head" else 0
-            strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
-            with preserved(self.model, self.anatomy.head):
-                FineTuning(self.model, self.task, strategy, [], 1, anatomy=self.anatomy, num_classes=classes)
+        classes = self.domains["restricted"].num_classes or None
+        try_strategies(self.task, self.model, self.anatomy, self.space, classes)
 
     def _suppression_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         losses = self.task.suppression_losses
@@ -404,18 +374,19 @@ class SophonTrainer(Trainer):
         )  # fmt: skip
 
     def _probe(self) -> float:
-        """What fixed adversaries reach in the restricted domain: the same for every state, so states compare."""
-        # T_i is a part of the defender's own data, and gamma falls on the last step alone: a forward pass is all it costs.
-        starts = ["new_head"] if not self._direct_fits else list(self.space.initializations)
+        """What fixed adversaries, trained on the restricted domain, reach on held-out data: states compare by it."""
         scores: dict[str, list] = {}
-        for number, start in enumerate(starts):
+        for number, start in enumerate(self.space.initializations):
             strategy = FineTuningStrategy(initialization=start, learning_rate=PROBE_RATE, batch_size=PROBE_BATCH)
-            environment = sample_environment(
-                self.domains["restricted"], self.task, strategy, derive_seed(self.args.seed, "probe", number)
-            )
-            for name, values in self.suppression.measure(environment, self.args.K).items():
+            seed = derive_seed(self.args.seed, "probe", number)
+            environment = sample_environment(self.domains["restricted"], self.task, strategy, seed)
+            held_out = Stream(self.domains["eval_restricted"], self.task, seed)
+            for name, values in self.suppression.measure(
+                replace(environment, evaluation=held_out), self.args.K
+            ).items():
                 scores.setdefault(name, []).extend(values.tolist())
-        return self.task.compute_metric(scores)
+        # One process decides for all: a kernel that is not deterministic must not make them choose differently.
+        return broadcast_object_list([self.task.compute_metric(scores)])[0]
 
     def _guard(self, original: float, simulated: float) -> None:
         step, start = self.state.global_step, self.guard.state.start
@@ -477,12 +448,11 @@ class SophonTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            self._check_same_run(os.fspath(resume_from_checkpoint))
+            check_same_run(os.fspath(resume_from_checkpoint), self._run_facts())
         else:
-            self._check_fresh_folder()
+            check_fresh_folder(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         self._micro_step, self._pending_logs, self._resumed_at = 0, [], None
-        # A second run of the same trainer protects what the first one left, from the start.
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
         output = super().train(resume_from_checkpoint or None, **kwargs)
@@ -490,84 +460,45 @@ class SophonTrainer(Trainer):
         return output
 
     def _finish(self) -> None:
-        state = self.guard.state
+        state, metric = self.guard.state, self.task.metric
         if self.guard.restore_best():
             logger.info(
                 "The protected model is the state of iteration %d: original %s %.4f (start %.4f).",
-                state.best_step, self.task.metric, state.best_original, state.start,
+                state.best_step, metric, state.best_original, state.start,
             )  # fmt: skip
-        elif state.rollbacks:
+        elif state.start is None:
+            logger.warning(
+                "eval_strategy is 'no', so the guard has seen nothing: whether the model still works in the original "
+                "domain, and is protected, has not been measured. It is the state of the last iteration."
+            )
+        else:
             self.guard.restore_good()
             logger.warning(
                 "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
                 "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
-                self.task.metric, self.args.tolerance, state.good_step,
+                metric, self.args.tolerance, state.good_step,
             )  # fmt: skip
         if self.args.save_strategy != "no":
             self.save_model()
 
     def _run_facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be this run's."""
-        names = (
-            "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
-            "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay",
-            "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1",
-            "adam_beta2", "adam_epsilon",
-        )  # fmt: skip
-        facts = {name: getattr(self.args, name) for name in names}
-        facts["mixed_precision"] = self.accelerator.mixed_precision
-        facts["model"] = type(self.model).__name__
-        facts["parameters"] = sum(p.numel() for p in self.model.parameters())
-        facts |= {f"{name} data": domain.fingerprint for name, domain in self.domains.items()}
-        scheduler = getattr(self.task, "noise_scheduler", None)
-        if scheduler is not None:
-            facts["noise_scheduler"] = dict(scheduler.config)
-        # As JSON knows them, so that an enum or a tuple equals what the checkpoint holds.
-        return json.loads(json.dumps(facts, default=lambda value: getattr(value, "value", str(value))))
-
-    def _check_same_run(self, checkpoint: str) -> None:
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.exists(path):
-            raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {STATE_FILE}.")
-        saved = torch.load(path, weights_only=True, map_location="cpu")["facts"]
-        for name, value in self._run_facts().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. "
-                    "Resume with the same settings and data, or start in another output_dir."
-                )
-
-    def _check_fresh_folder(self) -> None:
-        if not os.path.isdir(self.args.output_dir):
-            return
-        found = [
-            n for n in os.listdir(self.args.output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")
-        ]
-        if found:
-            raise ValueError(
-                f"{self.args.output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by "
-                "train(resume_from_checkpoint=True) if it has a complete checkpoint; else empty the folder, or choose "
-                "another output_dir."
-            )
+        loss = getattr(self.reinforcement_loss, "__qualname__", None)
+        precision = self.accelerator.mixed_precision
+        return run_facts(
+            self.args, self.task, self.model, self.domains, mixed_precision=precision, reinforcement_loss=loss
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = {
-                "facts": self._run_facts(),
-                "optimizer": self.suppression_optimizer.state_dict(),
-                "scheduler": {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"},
-                "guard": self.guard.state_dict(),
-            }
-            temporary = os.path.join(output_dir, f".{STATE_FILE}")
-            torch.save(state, temporary)
-            os.replace(temporary, os.path.join(output_dir, STATE_FILE))
+            schedule = {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"}
+            state = {"optimizer": self.suppression_optimizer.state_dict(), "scheduler": schedule}
+            save_state(output_dir, {**state, "facts": self._run_facts(), "guard": self.guard.state_dict()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True, map_location="cpu")
+            state = load_state(checkpoint)
             self.suppression_optimizer.load_state_dict(state["optimizer"])
             self.suppression_scheduler.__dict__.update(state["scheduler"])
             self.guard.load_state_dict(state["guard"])
@@ -604,36 +535,6 @@ class SophonTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end: a killed process may leave a torn one behind.
-
-    Raises:
-        ValueError: There is none.
-    """
-    checkpoints = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
-        path = os.path.join(output_dir, name)
-        number = name.removeprefix("checkpoint-")
-        if name.startswith("checkpoint-") and number.isdigit() and _is_complete(path):
-            checkpoints.append((int(number), path))
-    if not checkpoints:
-        raise ValueError(
-            f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another one, "
-            "and train without resuming."
-        )
-    return max(checkpoints)[1]
-
-
-def _is_complete(checkpoint: str) -> bool:
-    try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            json.load(file)
-    except (OSError, ValueError):
-        logger.warning("%s was not written to its end and is passed over.", checkpoint)
-        return False
-    return os.path.exists(os.path.join(checkpoint, STATE_FILE))
-
-
 class _LastLoopBatches(torch.utils.data.Dataset):
     """Item i is the i-th micro-batch that the Trainer itself takes a step with."""
 
@@ -651,80 +552,3 @@ class _LastLoopBatches(torch.utils.data.Dataset):
 
 def _only_one(items: list) -> Any:
     return items[0]
-
-
-def _build_domains(
-    model: nn.Module,
-    task: Task,
-    args: SophonConfig,
-    restricted: Source,
-    original: Source,
-    evaluation: dict[str, Source] | None,
-    processing_class: Any | None,
-    input_columns: dict[str, str],
-    label_columns: dict[str, str],
-) -> dict[str, Domain]:
-    """The four domains: original, restricted, and what each is evaluated on."""
-    if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != {"original", "restricted"}):
-        what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
-        raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")
-    for argument, columns in (("input_columns", input_columns), ("label_columns", label_columns)):
-        unknown = set(columns) - {"original", "restricted"}
-        if unknown:
-            raise ValueError(f"{argument} has the keys {sorted(unknown)}: it takes 'original' and 'restricted'.")
-    domains, needs = {}, task.inputs(model)
-    for name, source in (("original", original), ("restricted", restricted)):
-        dataset, label = load_domain(source), label_columns.get(name)
-        rows = held_rows = None
-        if evaluation is not None:
-            held_out = load_domain(evaluation[name], "validation")
-            if len(dataset) < 2:
-                raise ValueError(f"The {name} domain has one example only: it takes at least two.")
-        else:
-            held_rows, rows = _hold_out(dataset, name, args, label_column(dataset, label) if needs.labelled else None)
-            held_out, dataset = dataset.select(held_rows), dataset.select(rows)
-        for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
-            domains[key] = build_domain(
-                part, needs, processing_class, name=name, input_column=input_columns.get(name), label=label,
-                row_numbers=numbers,
-            )  # fmt: skip
-    return domains
-
-
-def _hold_out(dataset: datasets.Dataset, name: str, args: SophonConfig, label: str | None):
-    if len(dataset) < 4:
-        raise ValueError(f"The {name} domain has {len(dataset)} examples, too few to hold some out: give eval_dataset.")
-    share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
-    return split_indices(dataset, args.seed, share, label)
-
-
-def _refuse_launcher_settings(accelerator: Any) -> None:
-    """What `accelerate launch` or its config file asks for does not show in the arguments."""
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "accelerate is set to fp16, whose loss scaler the suppression gradient does not pass: use bf16 or no."
-        )
-    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in sharding:
-        raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes."
-        )
-
-
-def _check_labels(domains: dict[str, Domain], outputs: int | None) -> None:
-    for name, domain in domains.items():
-        highest = int(domain.labels.max())
-        if outputs is not None and "original" in name and highest >= outputs:
-            raise ValueError(
-                f"The original domain has label {highest}, but the model's head has {outputs} outputs (0 to "
-                f"{outputs - 1}): number the classes as the model does (`select_classes`)."
-            )
-        if highest >= domain.num_classes:
-            raise ValueError(
-                f"The {name} domain has label {highest}, but its features name {domain.num_classes} classes: repair "
-                "the features or the labels."
-            )
-    if len(domains["restricted"].labels.unique()) < 2:
-        raise ValueError(
-            "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-# timm and torchvision are an extra.
+# timm and torchvision are an extra; a browser is no Python package.
 collect_ignore = [] if importlib.util.find_spec("timm") else ["test_timm.py"]
+if not (shutil.which("chromium") or shutil.which("google-chrome")):
+    collect_ignore.append("test_page.py")
 try:
     import torchvision  # noqa: F401
 except ImportError:

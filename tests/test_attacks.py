@@ -110,7 +110,13 @@ def test_an_attack_learns_and_is_decided_by_its_seed(model, parts):
 def test_after_step_hears_of_every_step(model, parts):
     heard = []
     run_attack(
-        model, infer_task(model), DIRECT, parts["training"], parts["test"], epochs=(), after_step=lambda *s: heard.append(s)
+        model,
+        infer_task(model),
+        DIRECT,
+        parts["training"],
+        parts["test"],
+        epochs=(),
+        after_step=lambda *s: heard.append(s),
     )
     assert heard == [(step, 4) for step in range(1, 5)]
 
@@ -134,7 +140,9 @@ def test_paper_sweeps():
 
 def test_strong_sweep():
     strong = load_sweep("strong")
-    whole = {(s.optimizer, s.learning_rate, s.initialization, s.reinitialized_blocks) for s in strong if s.transfer == "all"}
+    whole = {
+        (s.optimizer, s.learning_rate, s.initialization, s.reinitialized_blocks) for s in strong if s.transfer == "all"
+    }
     assert whole == {
         (*optimizer, *start)
         for optimizer in (("adam", 3e-4), ("adam", 1e-3), ("adam", 3e-3), ("momentum", 1e-2), ("momentum", 1e-1))
@@ -466,7 +474,12 @@ def test_two_processes_share_the_cells_and_find_what_one_finds(tmp_path):
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(tmp_path / "run.py"), str(tmp_path / "two"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stderr[-3000:]
 

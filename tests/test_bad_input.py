@@ -81,7 +81,7 @@ BAD_DOMAINS = {
     "no such split": (
         lambda: datasets.DatasetDict(dev=make_points(1)), ValueError, r"no split 'train'; it has \['dev'\]. Name one",
     ),
-    "too few to hold some out": (lambda: make_points(1).select([0, 1]), ValueError, "too few.*give eval_dataset"),
+    "too few to hold some out": (lambda: make_points(1).select([0, 1]), ValueError, "has 2 examples: it takes at least 4"),
     "no labels": (unlabelled, ValueError, r"{name} domain has no label column among \['x'\].*label_column"),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
     "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),

@@ -9,8 +9,9 @@ import torch
 from conftest import make_points
 
 from sophon_hf import ClassificationTask, DiffusionTask, FineTuningStrategy
-from sophon_hf.data import Stream, build_domain, derive_seed, sample_environment
+from sophon_hf.data import Stream, build_domain, derive_seed
 from sophon_hf.data.preparation import ModelInputs
+from sophon_hf.finetuning import sample_environment
 
 CLASSIFIER = ModelInputs(names=("x",), main="x", labelled=True)
 DIFFUSION = ModelInputs(names=("sample",), main="sample", labelled=False)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from sophon_hf import ClassificationTask, DiffusionTask, FineTuningStrategy
-from sophon_hf.data import Domain, Environment, build_domain, sample_environment
-from sophon_hf.finetuning import FineTuning
+from sophon_hf.data import Domain, build_domain
+from sophon_hf.finetuning import Environment, FineTuning, sample_environment
 from sophon_hf.losses import denial_of_service, inverse_cross_entropy, kl_from_uniform
 from sophon_hf.suppression import Suppression, SuppressionGradient
 from sophon_hf.tasks import Task

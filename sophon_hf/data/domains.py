@@ -57,7 +57,6 @@ def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(source)}. Name one of them.")
         source = source[split]
     if isinstance(source, datasets.IterableDataset):
-        logger.info("Reading the iterable data set once, up to %d examples.", STREAM_LIMIT)
         source = _read_stream(source)
     if not isinstance(source, datasets.Dataset):
         raise TypeError(
@@ -104,7 +103,10 @@ def _read_stream(source: datasets.IterableDataset) -> datasets.Dataset:
     if sounds:
         files = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         features = datasets.Features({**features, **dict.fromkeys(sounds, files)})
-    return _undecoded(datasets.Dataset.from_list(list(source.take(STREAM_LIMIT)), features=features), sounds)
+    rows = list(source.take(STREAM_LIMIT + 1))
+    if len(rows) > STREAM_LIMIT:
+        logger.warning("Only the first %d examples of the iterable data set are read: shuffle it first.", STREAM_LIMIT)
+    return _undecoded(datasets.Dataset.from_list(rows[:STREAM_LIMIT], features=features), sounds)
 
 
 def _audio_columns(features: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ class ModelInputs:
         image_size: (height, width) where the model takes one size only, else None.
         symmetric: Whether pixels lie in [-1, 1] (diffusion) and not in [0, 1].
         pad_token_id: What the model takes for padding, where it is told.
+        longest: How many tokens the model has positions for, where it is told.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class ModelInputs:
     image_size: tuple[int, int] | None = None
     symmetric: bool = False
     pad_token_id: int | None = None
+    longest: int | None = None
 
     def accepts(self, name: str) -> bool:
         """Whether the model's `forward` has a parameter of this name."""
@@ -128,8 +130,11 @@ def prepare_text(column: str, needs: ModelInputs, processing_class: Any | None) 
             "or a dataset with `input_ids` and `attention_mask`."
         )
 
+    # Many saved tokenizers know no length, and would cut nothing. Two positions are for those that count from the padding.
+    longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
+
     def inputs(rows: Rows) -> list[Example]:
-        encoded = processing_class(list(rows[column]), truncation=True)
+        encoded = processing_class(list(rows[column]), truncation=True, max_length=longest)
         names = [name for name in encoded if needs.accepts(name)]
         return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sophon_hf.data.domains import Domain
-    from sophon_hf.finetuning.strategy import FineTuningStrategy
     from sophon_hf.tasks import Task
 
 Batch = dict[str, Tensor]
@@ -29,7 +27,8 @@ def derive_seed(*key: int | str) -> int:
 
 
 @lru_cache(maxsize=8)
-def _order(size: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of `size` that follows from seed and epoch."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
 
@@ -56,7 +55,7 @@ class Stream:
         pieces = []
         while size > 0:
             epoch, offset = divmod(start, len(self.indices))
-            pieces.append(_order(len(self.indices), self.seed, epoch)[offset : offset + size])
+            pieces.append(epoch_order(len(self.indices), self.seed, epoch)[offset : offset + size])
             start, size = start + len(pieces[-1]), size - len(pieces[-1])
         return torch.cat(pieces)
 
@@ -67,37 +66,3 @@ class Stream:
         while True:
             yield self.batch(start, size)
             start += size
-
-
-@dataclass(frozen=True)
-class Environment:
-    """A fine-tuning environment (phi_i, R_i, T_i) of section 4.1.1.
-
-    Attributes:
-        strategy: phi_i, what the simulated adversary does.
-        fine_tuning: R_i, what it trains on.
-        evaluation: T_i, what it is measured on; disjoint from R_i.
-        seed: Decides the new head and the dropout of this adversary.
-    """
-
-    strategy: FineTuningStrategy
-    fine_tuning: Stream
-    evaluation: Stream
-    seed: int
-
-
-EVALUATION_SHARE = 0.1
-
-
-def sample_environment(domain: Domain, task: Task, strategy: FineTuningStrategy, seed: int) -> Environment:
-    """Draw R_i and T_i from the restricted domain: disjoint, nine to one, decided by `seed` alone."""
-    if len(domain) < 2:
-        raise ValueError("The restricted domain has one example only: R_i and T_i need at least one each.")
-    order = _order(len(domain), seed, 0)
-    held_out = max(1, round(EVALUATION_SHARE * len(domain)))
-    return Environment(
-        strategy=strategy,
-        fine_tuning=Stream(domain, task, derive_seed(seed, "R"), order[held_out:]),
-        evaluation=Stream(domain, task, derive_seed(seed, "T"), order[:held_out]),
-        seed=seed,
-    )

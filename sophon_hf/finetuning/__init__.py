@@ -1,7 +1,18 @@
 """Fine-tuning strategies (what an adversary does) and the engine that runs them, for defender and attacker alike."""
 
 from sophon_hf.finetuning.engine import FineTuning, Update
+from sophon_hf.finetuning.environment import Environment, sample_environment
 from sophon_hf.finetuning.initialization import Stored, preserved
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError, StrategySpace
 
-__all__ = ["FineTuning", "FineTuningStrategy", "NotApplicableError", "Stored", "StrategySpace", "Update", "preserved"]
+__all__ = [
+    "Environment",
+    "FineTuning",
+    "FineTuningStrategy",
+    "NotApplicableError",
+    "Stored",
+    "StrategySpace",
+    "Update",
+    "preserved",
+    "sample_environment",
+]

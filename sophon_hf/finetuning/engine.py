@@ -94,6 +94,10 @@ class FineTuning:
                 prediction = self.task.predict(self.model, batch)
             loss = self.task.loss(prediction, self.task.target(batch))
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                raise ValueError(
+                    f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph."
+                )
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
             if self.strategy.max_grad_norm:

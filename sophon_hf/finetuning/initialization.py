@@ -39,7 +39,7 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
     if strategy.initialization == "scratch":
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
-        _copy_state(fresh, model.get_submodule(name))
+        _copy_state(fresh, model.get_submodule(name), skip=anatomy.head.removeprefix(f"{name}." if name else ""))
     model.set_submodule(anatomy.head, _new_head(model, anatomy, num_classes))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
@@ -95,11 +95,17 @@ def _reset(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_state(source: nn.Module, target: nn.Module) -> None:
+def _copy_state(source: nn.Module, target: nn.Module, skip: str) -> None:
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
-        if name in values and values[name].shape == tensor.shape:
-            tensor.copy_(values[name])
+        if f"{name}.".startswith(f"{skip}."):
+            continue
+        if name not in values or values[name].shape != tensor.shape:
+            raise NotApplicableError(
+                f"{name!r} of shape {tuple(tensor.shape)} has no counterpart in a newly made {type(source).__name__}, so "
+                "it would keep what was learned: the model was changed after it was made."
+            )
+        tensor.copy_(values[name])
 
 
 class Stored:

@@ -14,6 +14,8 @@ import numpy as np
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
 COLOURS = {"protected": "#D55E00", "original": "#0072B2", "scratch": "#555555", "ntl": "#009E73"}
 
+PANELS_IN_A_ROW = 3
+
 Line = tuple[Sequence[float], Sequence[Sequence[float]]]
 
 
@@ -29,19 +31,25 @@ def plot_curves(
         metric: Label of the y axis.
         title: Above the panels.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=True, squeeze=False)
-    for axis, (name, models) in zip(axes[0], panels.items(), strict=True):
+    columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, models) in zip(axes.flat, panels.items(), strict=False):
         for model, (epochs, seeds) in models.items():
             values = np.array(seeds)
             mean, spread = values.mean(axis=0), values.std(axis=0)
             colour = COLOURS.get(model)
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=10, parse_math=False)
         axis.set_xlabel("adversary's epochs")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"{metric} in the restricted domain")
-    axes[0][0].legend(frameon=False)
+    for row in axes:
+        row[0].set_ylabel(f"{metric} in the restricted domain")
+    if panels:
+        axes[0][0].legend(frameon=False)
     if title:
         figure.suptitle(title)
     return _save(figure, path)
@@ -53,19 +61,20 @@ def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarra
     Args:
         rows: Attacks.
         columns: Models.
-        values: Shape (rows, columns); NaN where an attack was not applicable.
+        values: Shape (rows, columns); NaN where an attack has no result.
         path: Where the PNG goes.
         metric: Its name.
     """
-    figure, axis = plt.subplots(figsize=(5.5 + 0.6 * len(columns), 1.2 + 0.26 * len(rows)))
-    image = axis.imshow(values, aspect="auto", cmap="cividis")
+    figure, axis = plt.subplots(figsize=(4.5 + 1.2 * len(columns), 1.2 + 0.26 * len(rows)))
+    axis.imshow(values, aspect="auto", cmap="cividis")
     axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows, fontsize=7)
-    middle = np.nanmean(values) if np.isfinite(values).any() else 0
+    # A name may hold a regular expression, whose dollar signs are no mathematics.
+    axis.set_yticks(range(len(rows)), rows, fontsize=7, parse_math=False)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0
     for i, j in np.ndindex(*values.shape):
         text = f"{values[i, j]:.3f}" if np.isfinite(values[i, j]) else "n/a"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")
-    figure.colorbar(image, label=f"final {metric}")
+    axis.set_title(f"final {metric}", fontsize=10)
     return _save(figure, path)
 
 
@@ -110,6 +119,6 @@ def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str 
 def _save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -17,15 +17,19 @@ from sophon_hf.reporting.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-.score { font-size: 2rem; font-weight: 700; margin: 0.2rem 0; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.2rem; font-weight: 600; margin: 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; }
+.score { font-size: 3rem; font-weight: 700; line-height: 1.2; margin: 0; }
 .failed { border-left: 4px solid #D55E00; padding: 0.2rem 0.8rem; margin: 0.6rem 0; }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+:is(th, td):nth-child(-n + 2) { text-align: left; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+pre { overflow-x: auto; }
 """
+_MEANING = "100% = the protection does nothing; 0% = pre-training is worth nothing to the adversary."
 
 
 def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
@@ -83,20 +87,21 @@ def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
     """The report as Markdown: score and failed checks first, then a table like the paper's."""
     lines = [f"# {_headline(summary)}", "", _sentence(results, summary), ""]
     lines += [
-        f"- **{f['name']}**: {f['message']}{' (voids the score)' if f['voids'] else ''}"
+        f"- **{f['name']}**: {' '.join(f['message'].split())}{' (voids the score)' if f['voids'] else ''}"
         for f in summary["failed_checks"]
     ]
-    header, rows = _table(results)
-    lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    for header, rows in (_best_table(summary), _table(results)):
+        lines += ["", _markdown_row(header), "|---" * len(header) + "|", *map(_markdown_row, rows)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: list[str]) -> str:
+    # A pattern may hold a bar, which would begin a new cell.
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def to_html(results: AttackResults, summary: dict[str, Any], plots: dict[str, Path]) -> str:
     """The same as one page, with the plots inside it."""
-    header, rows = _table(results)
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     failed = "".join(
         f'<div class="failed"><b>{html.escape(f["name"])}</b>{" (voids the score)" if f["voids"] else ""}: '
         f"{html.escape(f['message'])}</div>"
@@ -107,48 +112,66 @@ def to_html(results: AttackResults, summary: dict[str, Any], plots: dict[str, Pa
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for title, path in plots.items()
     )
+    value, remark = _score(summary)
+    score = f'<p class="score">{value}</p><p>{html.escape(remark)}</p>'
     facts = html.escape(json.dumps(summary["facts"], indent=1))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(_headline(summary))}</title><style>{_STYLE}</style></head><body>"
-        f'<h1>Attack report</h1><p class="score">{html.escape(_headline(summary))}</p>'
-        f"<p>{html.escape(_sentence(results, summary))}</p>{failed}{pictures}"
-        f'<h2>All attacks</h2><div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<h1>Recovered transfer</h1>{score}<p>{html.escape(_sentence(results, summary))}</p>{failed}"
+        f"<h2>Strongest attack on each model</h2>{_html_table(*_best_table(summary))}{pictures}"
+        f"<h2>All attacks</h2>{_html_table(*_table(results))}"
         f"<h2>What was run</h2><details><summary>Versions, seeds, fingerprints</summary><pre>{facts}</pre></details>"
         "</body></html>"
     )
 
 
-def _headline(summary: dict[str, Any]) -> str:
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _score(summary: dict[str, Any]) -> tuple[str, str]:
+    """The score, and what belongs beside it: its interval, or why it is void."""
     if summary["recovered_transfer"] is None:
-        return f"Recovered transfer: void ({summary['void']})"
+        return "void", summary["void"]
     low, high = summary["interval"]
-    return f"Recovered transfer: {summary['recovered_transfer']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+    return f"{summary['recovered_transfer']:.0%}", f"95 % interval {low:.0%} to {high:.0%}"
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    value, remark = _score(summary)
+    return f"Recovered transfer: {value} ({' '.join(remark.split())})"
 
 
 def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
-    parts = [
-        f"the strongest attack on the {model} model ({best['attack']}) reaches {best['mean']:.3f} ± {best['sd']:.3f}"
+    """What the score means, and what does not fit into a table."""
+    parts = [_MEANING]
+    if {"protected", "scratch"} <= set(summary["best"]):
+        cost = summary["cost_to_recover"]
+        parts.append(
+            f"Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
+            if cost
+            else "No attack on the protected model reaches scratch's result within its budget."
+        )
+    if summary["not_applicable"]:
+        parts.append(f"Not applicable, which is no resistance: {'; '.join(summary['not_applicable'])}.")
+    return " ".join(parts)
+
+
+def _best_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    metric, intact = summary["metric"], summary["original_metric"]
+    rows = [
+        [
+            model, best["attack"], f"{best['epoch']:g}", f"{best['mean']:.3f} ±{best['sd']:.3f}",
+            f"{intact[model]:.3f}" if model in intact else "",
+        ]
         for model, best in summary["best"].items()
-        if model != "scratch"
-    ]
-    if "scratch" in summary["best"]:
-        best = summary["best"]["scratch"]
-        parts.append(f"the best training from scratch {best['mean']:.3f} ± {best['sd']:.3f}")
-    intact = summary["original_metric"]
-    kept = (
-        f" In the original domain: {results.metric} {intact['original']:.3f} before protection, {intact['protected']:.3f} after."
-        if {"original", "protected"} <= set(intact)
-        else ""
-    )
-    cost = summary["cost_to_recover"]
-    paid = (
-        f" Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
-        if cost
-        else " No attack on the protected model reaches scratch's result within its budget."
-    )
-    return f"Test {results.metric} in the restricted domain: {'; '.join(parts)}.{kept}{paid}"
+    ]  # fmt: skip
+    header = ["model", "strongest attack", "epoch", f"restricted {metric}", f"original {metric}"]
+    return header, rows
 
 
 def _models(results: AttackResults) -> list[str]:
@@ -170,8 +193,9 @@ def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
-    models = _models(results)
-    attacks = list(dict.fromkeys(cell.strategy.name for cell in results.cells))
+    # Training from scratch shares no strategy with the models.
+    models = [model for model in _models(results) if model != "scratch"]
+    attacks = list(dict.fromkeys(cell.strategy.name for cell in results.cells if cell.model in models))
     values = np.full((len(attacks), len(models)), math.nan)
     for column, model in enumerate(models):
         for strategy, cells in results.by_strategy(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -12,8 +13,8 @@ from sophon_hf.data.streams import Batch
 from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
-from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, to_device
-from sophon_hf.tasks.models import WithTensors, load_model, unwrap
+from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, first_rows, to_device
+from sophon_hf.tasks.models import WithTensors, evaluation_mode, load_model, noise_scheduler_of, unwrap
 
 
 class Task(Protocol):
@@ -46,6 +47,13 @@ def infer_task(model: nn.Module) -> Task:
     return ClassificationTask()
 
 
+def load_task(source: str | os.PathLike, model: nn.Module) -> Task:
+    """The task of a model that came from `source`: a pipeline's UNet keeps the noise scheduler it was trained with."""
+    task = infer_task(model)
+    scheduler = noise_scheduler_of(source) if isinstance(task, DiffusionTask) else None
+    return task if scheduler is None else DiffusionTask(scheduler)
+
+
 __all__ = [
     "NORMALISATIONS",
     "Anatomy",
@@ -55,8 +63,11 @@ __all__ = [
     "Task",
     "WithTensors",
     "evaluate_model",
+    "evaluation_mode",
+    "first_rows",
     "infer_task",
     "load_model",
+    "load_task",
     "to_device",
     "unwrap",
 ]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sophon_hf.tasks.models import evaluation_mode
+
 _LINEAR = (nn.Linear, Conv1D)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -77,14 +79,10 @@ def find_anatomy(model: nn.Module, predict: Callable[[], Tensor], head: str | No
         return hook
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             prediction = predict()
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
     modules = dict(model.named_modules())

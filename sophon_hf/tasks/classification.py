@@ -43,6 +43,7 @@ class ClassificationTask:
             labelled=True,
             channels=first_channels(model),
             image_size=_fixed_size(model),
+            longest=getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None),
             pad_token_id=getattr(getattr(unwrap(model), "config", None), "pad_token_id", None),
         )
 
@@ -77,7 +78,9 @@ class ClassificationTask:
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the metric is computed from, one entry an example."""
-        return {"predictions": prediction.argmax(dim=1), "references": target}
+        # argmax of NaN is 0, which would give a broken model the accuracy of a guess.
+        broken = ~prediction.isfinite().all(dim=1)
+        return {"predictions": prediction.argmax(dim=1).masked_fill(broken, -1), "references": target}
 
     def compute_metric(self, scores: dict[str, list]) -> float:
         """ACC-k in [0, 1]."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sophon_hf.data.streams import Batch
+from sophon_hf.tasks.models import evaluation_mode
 
 if TYPE_CHECKING:
     from sophon_hf.data.domains import Domain
@@ -26,6 +27,12 @@ class Evaluation(NamedTuple):
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor of a batch."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def first_rows(task: Task, domain: Domain, device: torch.device, count: int = 2) -> Batch:
+    """A batch of a domain's first examples, to try a model on."""
+    indices = torch.arange(min(count, len(domain)))
+    return to_device(task.collate(domain.rows(indices), indices.tolist()), device)
 
 
 @torch.no_grad()
@@ -46,22 +53,18 @@ def evaluate_model(
     every model, batch size and number of ranks. Without `with_loss` the loss is NaN: for labels that the head has no
     output for, which the metric counts as wrong.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     device = next(model.parameters()).device
     scores: dict[str, list[torch.Tensor]] = {}
     losses = []
     for indices in torch.arange(rank, len(domain), world_size).split(batch_size):
         batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
-        with autocast():
+        with evaluation_mode(model), autocast():
             prediction = task.predict(model, batch)
         target = task.target(batch)
         loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
         losses.append(loss.double() * len(indices))
         for name, values in task.scores(prediction, target).items():
             scores.setdefault(name, []).append(values)
-    for module, mode in modes.items():
-        module.training = mode
     gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:

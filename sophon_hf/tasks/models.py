@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ class WithTensors:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output."""
         return torch.func.functional_call(self.module, self.tensors, (), inputs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def unwrap(model: Callable[..., Any]) -> nn.Module:
@@ -86,15 +99,27 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
     return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
+def noise_scheduler_of(source: str | os.PathLike) -> Any | None:
+    """The noise scheduler that a diffusion pipeline was trained with, or None where `source` is no pipeline."""
+    source = os.fspath(source)
+    in_folder = os.path.isdir(source) and os.path.exists(os.path.join(source, "scheduler"))
+    if in_folder or (not os.path.isdir(source) and _hub_file(source, "scheduler/scheduler_config.json")):
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+    return None
+
+
 def _is_diffusion(source: str) -> bool:
     if os.path.isdir(source):
         if os.path.exists(os.path.join(source, "model_index.json")):
             return True
         path = os.path.join(source, "config.json")
-    elif _hub_file(source, "model_index.json"):
-        return True
     else:
+        # A classifier has this file and nothing else is asked for, so a cached one loads without a network.
         path = _hub_file(source, "config.json")
+        if path is None:
+            return _hub_file(source, "model_index.json") is not None
     if path is None or not os.path.exists(path):
         return False
     with open(path, encoding="utf-8") as file:

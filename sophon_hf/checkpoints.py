@@ -1,0 +1,117 @@
+"""What a checkpoint holds beside the Trainer's own files, and which checkpoint a run may go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon_hf.config import SophonConfig
+from sophon_hf.data import Domain
+from sophon_hf.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "sophon_state.pt"
+
+_SETTINGS = (
+    "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
+    "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+
+
+def run_facts(
+    args: SophonConfig, task: Task, model: nn.Module, domains: dict[str, Domain], **more: Any
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be this run's, as JSON knows it."""
+    facts = {name: getattr(args, name) for name in _SETTINGS}
+    facts["model"] = type(model).__name__
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["head"] = getattr(task, "head", None)
+    facts |= {f"{name} data": domain.fingerprint for name, domain in domains.items()}
+    if hasattr(task, "noise_scheduler"):
+        facts["noise_scheduler"] = dict(task.noise_scheduler.config)
+    return json.loads(json.dumps({**facts, **more}, default=lambda value: getattr(value, "value", str(value))))
+
+
+def check_same_run(checkpoint: str, facts: dict[str, Any]) -> None:
+    """Whether a checkpoint is this run's.
+
+    Raises:
+        ValueError: It is not, and what differs.
+    """
+    path = os.path.join(checkpoint, STATE_FILE)
+    if not os.path.exists(path):
+        raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {STATE_FILE}.")
+    saved = load_state(checkpoint)["facts"]
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. "
+                "Resume with the same settings and data, or start in another output_dir."
+            )
+
+
+def check_fresh_folder(output_dir: str) -> None:
+    """Whether a folder is free for a new run.
+
+    Raises:
+        ValueError: It holds another one.
+    """
+    if not os.path.isdir(output_dir):
+        return
+    found = [n for n in os.listdir(output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")]
+    if found:
+        raise ValueError(
+            f"{output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by train(resume_from_checkpoint=True) "
+            "if it has a complete checkpoint; else empty the folder, or choose another output_dir."
+        )
+
+
+def save_state(checkpoint: str, state: dict[str, Any]) -> None:
+    """Write the state file, in full or not at all."""
+    temporary = os.path.join(checkpoint, f".{STATE_FILE}")
+    torch.save(state, temporary)
+    os.replace(temporary, os.path.join(checkpoint, STATE_FILE))
+
+
+def load_state(checkpoint: str) -> dict[str, Any]:
+    """Read the state file; it holds tensors and plain values only."""
+    return torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True, map_location="cpu")
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that was written to its end: a killed process may leave a torn one behind.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoints = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        path = os.path.join(output_dir, name)
+        number = name.removeprefix("checkpoint-")
+        if name.startswith("checkpoint-") and number.isdigit() and _is_complete(path):
+            checkpoints.append((int(number), path))
+    if not checkpoints:
+        raise ValueError(
+            f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another one, "
+            "and train without resuming."
+        )
+    return max(checkpoints)[1]
+
+
+def _is_complete(checkpoint: str) -> bool:
+    # The Trainer writes its state last.
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        logger.warning("%s was not written to its end and is passed over.", checkpoint)
+        return False
+    return os.path.exists(os.path.join(checkpoint, STATE_FILE))

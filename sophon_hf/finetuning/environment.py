@@ -1,0 +1,47 @@
+"""Fine-tuning environments (phi_i, R_i, T_i) of section 4.1.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sophon_hf.data import Domain, Stream, derive_seed
+from sophon_hf.data.streams import epoch_order
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+
+if TYPE_CHECKING:
+    from sophon_hf.tasks import Task
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A fine-tuning environment (phi_i, R_i, T_i) of section 4.1.1.
+
+    Attributes:
+        strategy: phi_i, what the simulated adversary does.
+        fine_tuning: R_i, what it trains on.
+        evaluation: T_i, what it is measured on; disjoint from R_i.
+        seed: Decides the new head and the dropout of this adversary.
+    """
+
+    strategy: FineTuningStrategy
+    fine_tuning: Stream
+    evaluation: Stream
+    seed: int
+
+
+EVALUATION_SHARE = 0.1
+
+
+def sample_environment(domain: Domain, task: Task, strategy: FineTuningStrategy, seed: int) -> Environment:
+    """Draw R_i and T_i from the restricted domain: disjoint, nine to one, decided by `seed` alone."""
+    if len(domain) < 2:
+        raise ValueError("The restricted domain has one example only: R_i and T_i need at least one each.")
+    order = epoch_order(len(domain), seed, 0)
+    held_out = max(1, round(EVALUATION_SHARE * len(domain)))
+    return Environment(
+        strategy=strategy,
+        fine_tuning=Stream(domain, task, derive_seed(seed, "R"), order[held_out:]),
+        evaluation=Stream(domain, task, derive_seed(seed, "T"), order[:held_out]),
+        seed=seed,
+    )

@@ -1,0 +1,171 @@
+"""Before any work: build the domains, and find out whether data, model and strategies fit one another."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import product
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from sophon_hf.config import SophonConfig
+from sophon_hf.data import Domain, build_domain, load_domain
+from sophon_hf.data.domains import Source, label_column, split_indices
+from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, preserved
+from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
+
+logger = logging.getLogger(__name__)
+
+FEWEST_EXAMPLES = 4
+FEWEST_WITH_BATCH_NORM = 20
+
+
+def build_domains(
+    model: nn.Module,
+    task: Task,
+    args: SophonConfig,
+    sources: dict[str, Source],
+    evaluation: dict[str, Source] | None,
+    processing_class: Any | None,
+    input_columns: dict[str, str],
+    label_columns: dict[str, str],
+) -> dict[str, Domain]:
+    """The four domains: "original", "restricted", and "eval_..." of each, held out where `evaluation` is None."""
+    if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != set(sources)):
+        what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
+        raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")
+    for argument, columns in (("input_columns", input_columns), ("label_columns", label_columns)):
+        unknown = set(columns) - set(sources)
+        if unknown:
+            raise ValueError(f"{argument} has the keys {sorted(unknown)}: it takes 'original' and 'restricted'.")
+    domains, needs = {}, task.inputs(model)
+    for name, source in sources.items():
+        dataset, label = load_domain(source), label_columns.get(name)
+        if len(dataset) < FEWEST_EXAMPLES:
+            raise ValueError(f"The {name} domain has {len(dataset)} examples: it takes at least {FEWEST_EXAMPLES}.")
+        rows = held_rows = None
+        if evaluation is not None:
+            held_out = load_domain(evaluation[name], "validation")
+        else:
+            held_rows, rows = _hold_out(dataset, args, label_column(dataset, label) if needs.labelled else None)
+            held_out, dataset = dataset.select(held_rows), dataset.select(rows)
+        for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
+            domains[key] = build_domain(
+                part, needs, processing_class, name=name, input_column=input_columns.get(name), label=label,
+                row_numbers=numbers,
+            )  # fmt: skip
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if batch_norm and len(domains["restricted"]) < FEWEST_WITH_BATCH_NORM:
+        raise ValueError(
+            f"The restricted domain has {len(domains['restricted'])} examples to protect with: a model with batch norm "
+            f"needs at least {FEWEST_WITH_BATCH_NORM}, so that a simulated adversary can be evaluated on a tenth of them."
+        )
+    return domains
+
+
+def _hold_out(dataset: datasets.Dataset, args: SophonConfig, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+    share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
+    return split_indices(dataset, args.seed, share, label)
+
+
+def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> None:
+    """Labels against features, the head, and the order of classes that the model names.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    for name, domain in domains.items():
+        highest = int(domain.labels.max())
+        if "original" in name and highest >= outputs:
+            raise ValueError(
+                f"The original domain has label {highest}, but the model's head has {outputs} outputs (0 to "
+                f"{outputs - 1}): number the classes as the model does (`select_classes`)."
+            )
+        if highest >= domain.num_classes:
+            raise ValueError(
+                f"The {name} domain has label {highest}, but its features name {domain.num_classes} classes: repair "
+                "the features or the labels."
+            )
+    if len(domains["restricted"].labels.unique()) < 2:
+        raise ValueError(
+            "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
+        )
+    _check_class_order(domains["original"].class_names, model)
+
+
+def _check_class_order(given: list[str], model: nn.Module) -> None:
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    known = [str(names[index]) for index in sorted(names)]
+    if given == known or all(name.startswith("LABEL_") for name in known) or given[0] == "class 0":
+        return
+    if set(given) <= set(known):
+        raise ValueError(
+            f"The original domain numbers its classes {given[:5]}..., the model {known[:5]}...: labels would be wrong. "
+            "Number them as the model does: select_classes(dataset, list(model.config.id2label.values()))."
+        )
+    logger.warning(
+        "The original domain names its classes %s, the model %s: make sure that label 0 means the same for both, and so on.",
+        given[:5], known[:5],
+    )  # fmt: skip
+
+
+def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
+    """The model's prediction for a domain's first examples, so that what does not fit is found before any work.
+
+    Raises:
+        ValueError: The model cannot take them.
+    """
+    needs, rows = task.inputs(model), first_rows(task, domain, next(model.parameters()).device)
+    main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
+    if main is not None and main.ndim == 4:
+        expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
+        if tuple(main.shape[1:]) != expected:
+            raise ValueError(
+                f"The {name} domain's examples are {tuple(main.shape[1:])} (channels, height, width), but the model "
+                f"takes {expected}: resize or convert them, or pass raw images."
+            )
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            return task.predict(model, rows)
+    except Exception as error:
+        raise ValueError(
+            f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
+            "that it was trained with, or raw columns and a `processing_class`."
+        ) from error
+
+
+def try_strategies(
+    task: Task, model: nn.Module, anatomy: Anatomy, space: StrategySpace, num_classes: int | None
+) -> None:
+    """Set up each kind of strategy once.
+
+    Raises:
+        ValueError: One of them cannot be carried out on this model.
+    """
+    for start, blocks, transfer in product(space.initializations, space.reinitialized_blocks, space.transfers):
+        blocks = blocks if start == "new_head" else 0
+        strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
+        with preserved(model, anatomy.head):
+            FineTuning(model, task, strategy, [], 1, anatomy=anatomy, num_classes=num_classes)
+
+
+def refuse_launcher_settings(accelerator: Any) -> None:
+    """What `accelerate launch` or its config file asks for does not show in the arguments.
+
+    Raises:
+        ValueError: fp16 or a sharding plugin.
+    """
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "accelerate is set to fp16, whose loss scaler the suppression gradient does not pass: use bf16 or no."
+        )
+    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharding:
+        raise ValueError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes."
+        )
