@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import datasets
+
 from sophon_hf.attacks import AttackResults, AttackSuite
 from sophon_hf.attacks.sweeps import SWEEPS
 from sophon_hf.data import load_domain, select_classes, split_domain
@@ -25,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--test_split", default="test", help="its split that results are reported on")
     add("--restricted_classes", nargs="+", help="keep these classes, numbered in this order, as for protection")
     add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
+    add("--original_classes", nargs="+", help="keep these classes of it, numbered in this order, as for protection")
     add(
         "--whole",
         action="store_true",
@@ -60,16 +63,23 @@ def main(arguments: list[str]) -> None:
         for strategy in suite.strategies:
             print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
         return
-    data = options.original_data
+    warm_up, intact = (_original(options, split) for split in ("train", "test"))
     results = suite.run(
         protected=options.protected,
         original=options.original,
         restricted_dataset=training,
         eval_dataset=test,
-        original_dataset=None if data is None else load_domain(data, "train"),
-        original_eval_dataset=None if data is None else load_domain(data, "test"),
+        original_dataset=warm_up,
+        original_eval_dataset=intact,
     )
     _write(results, Path(options.output_dir) / "report")
+
+
+def _original(options: argparse.Namespace, split: str) -> datasets.Dataset | None:
+    if options.original_data is None:
+        return None
+    dataset = load_domain(options.original_data, split)
+    return select_classes(dataset, options.original_classes) if options.original_classes else dataset
 
 
 def report(arguments: list[str]) -> None:

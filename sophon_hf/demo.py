@@ -50,7 +50,7 @@ def pretrain(model: torch.nn.Module, task: Task, domain: Domain, steps: int = 40
             pass
 
 
-def run(output_dir: str | Path = "demo-output", iterations: int = 60) -> dict[str, Any]:
+def run(output_dir: str | Path = "demo-output", iterations: int = 120) -> dict[str, Any]:
     """Run the demo.
 
     Args:
@@ -67,20 +67,24 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 60) -> dict[st
     original = small_classifier()
     task = infer_task(original)
     needs = task.inputs(original)
-    pretrain(original, task, build_domain(letters["train"], needs, name="original"))
+    validation, training = split_domain(letters["train"], share=0.1)
+    pretrain(original, task, build_domain(training, needs, name="original"))
 
     defender, adversary = split_domain(digits["train"])
+    defender_validation, defender = split_domain(defender, share=0.1)
     protected = small_classifier()
     protected.load_state_dict(original.state_dict())
     trainer = SophonTrainer(
         protected,
         defender,
-        letters["train"],
+        training,
         SophonConfig(
-            output_dir=str(output_dir / "protected"), max_steps=iterations, K=25, l_NTR=4, alpha=1e-3, beta=1e-3,
-            tolerance=0.01, eval_steps=10, save_strategy="no", report_to="none", per_device_train_batch_size=64,
-            strategy_space={"learning_rates": [3e-4, 1e-3, 3e-3], "batch_sizes": [25, 50]}, use_cpu=True,
+            output_dir=str(output_dir / "protected"), max_steps=iterations, K=25, l_NTR=6, alpha=1e-3, beta=2e-3,
+            tolerance=0.02, eval_steps=30, save_strategy="no", report_to="none", per_device_train_batch_size=64,
+            strategy_space={"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]},
+            use_cpu=True,
         ),
+        eval_dataset={"original": validation, "restricted": defender_validation},
     )  # fmt: skip
     trainer.train()
     trainer.save_model()

@@ -330,6 +330,11 @@ def test_original_metric_and_baselines(tmp_path, data):
     assert [c.model for c in results.cells] == ["protected", "original", "ntl", "scratch"]
 
 
+def test_an_original_domain_of_more_classes_than_the_head_is_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="original domain's test split has 5 classes, more than the model's head"):
+        make_suite(tmp_path).run(**data, original_eval_dataset=make_points(3, num_classes=5))
+
+
 def test_budget(tmp_path, data):
     """A tenth for validation first, then as many of the rest as are asked for; epochs keep their proportion."""
     long = DIRECT.with_changes(epochs=40, learning_rate=0.02)

@@ -185,11 +185,11 @@ for arguments in json.loads(sys.argv[1]):
 def test_from_a_folder_to_a_report(tmp_path, config):
     source, original, restricted, protected = (config[n] for n in ("model", "original", "restricted", "output_dir"))
     attacks = tmp_path / "attacks"
-    (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "original_classes": ["a", "b"]}))
     sweep = [{"initialization": start, "learning_rate": 0.01, "batch_size": 10} for start in ("direct", "new_head")]
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     attack = [
-        "attack", "--protected", protected, "--original", source, "--restricted", restricted, "--original_data", original,
+        "attack", "--protected", protected, "--original", source, "--restricted", restricted, "--original_data", original, "--original_classes", "a", "b",
         "--sweep", str(tmp_path / "sweep.json"), "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(attacks),
     ]  # fmt: skip
     chain = [["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"], [*attack, "--dry-run"], attack]
@@ -215,7 +215,7 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert (attacks / "report" / "index.html").exists()
 
 
-def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config):
+def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys):
     model = ResNetForImageClassification.from_pretrained(config["model"])
     task = infer_task(model)
     domain = build_domain(load_domain(config["original"]), task.inputs(model), name="original")
@@ -229,4 +229,6 @@ def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path,
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit, match="the model in .*protected is NOT protected"):
         cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"])
-    cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1", "--tolerance", "1"])
+    kept = ["--tolerance", "1", "--output_dir", str(tmp_path / "kept")]
+    cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1", *kept])
+    assert f"Protected model (iteration 1) saved in {tmp_path / 'kept'}." in capsys.readouterr().out

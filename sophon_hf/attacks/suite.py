@@ -120,6 +120,11 @@ class AttackSuite:
             test = build_domain(
                 load_domain(original_eval_dataset, "test"), needs, self.processing_class, name="original"
             )
+            if not _head_fits(task, models["original"], test):
+                raise ValueError(
+                    f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
+                    "outputs: select the classes that the model knows, in its order (`select_classes`)."
+                )
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
         _check_disjoint(budget)
         cells = self._cells(models)
@@ -196,7 +201,7 @@ class AttackSuite:
 
     def _run_cell(self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, after_step: Callable) -> None:
         try:
-            if cell.strategy.needs_original_head and not _head_fits(task, victim, budget):
+            if cell.strategy.needs_original_head and not _head_fits(task, victim, budget.training):
                 raise NotApplicableError(
                     f"the head has fewer outputs than the {budget.training.num_classes} restricted classes"
                 )
@@ -296,14 +301,14 @@ def _check_disjoint(budget: _Budget) -> None:
             )
 
 
-def _head_fits(task: Task, model: nn.Module, budget: _Budget) -> bool:
-    if budget.training.labels is None:
+def _head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
+    if domain.labels is None:
         return True
     with torch.no_grad():
         device = next(model.parameters()).device
-        batch = {n: v.to(device) for n, v in task.collate(budget.training.rows(torch.arange(2)), [0, 1]).items()}
+        batch = {n: v.to(device) for n, v in task.collate(domain.rows(torch.arange(2)), [0, 1]).items()}
         outputs = task.anatomy(model, batch).outputs
-    return budget.training.num_classes <= outputs
+    return domain.num_classes <= outputs
 
 
 def _hash_weights(model: nn.Module) -> str:
