@@ -45,7 +45,7 @@ def _demo(arguments: list[str]) -> None:
     parser.add_argument(
         "--output_dir", default="demo-output", help="gets model, attacks and report; an earlier demo makes room"
     )
-    parser.add_argument("--iterations", type=int, default=120, help="Iter of Algorithm 1")
+    parser.add_argument("--iterations", type=int, default=90, help="Iter of Algorithm 1")
     options = parser.parse_args(arguments)
     from sophon_hf.demo import run
 
