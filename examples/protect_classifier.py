@@ -13,9 +13,9 @@ import argparse
 from transformers import AutoImageProcessor
 
 from sophon_hf import SophonConfig, SophonTrainer, load_domain, split_domain
+from sophon_hf.commands.demo import pretrain, small_classifier
 from sophon_hf.data import build_domain
 from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.demo import pretrain, small_classifier
 from sophon_hf.tasks import infer_task, load_model
 
 

@@ -14,10 +14,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
+from sophon_hf.commands.demo import pretrain
 from sophon_hf.data import build_domain
 from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.demo import pretrain
-from sophon_hf.tasks import load_model
+from sophon_hf.tasks import load_model, load_task
 
 
 def small_unet() -> UNet2DModel:
@@ -49,7 +49,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = load_model(options.model) if options.model else small_unet()
-    task = DiffusionTask(DDPMScheduler())
+    task = load_task(options.model, model) if options.model else DiffusionTask(DDPMScheduler())
     if options.model:
         original, restricted = load_domain(options.original), load_domain(options.restricted)
     else:

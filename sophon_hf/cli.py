@@ -21,19 +21,19 @@ On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml
 
 
 def _protect(arguments: list[str]) -> None:
-    from sophon_hf.protect import main as protect
+    from sophon_hf.commands.protect import main as protect
 
     protect(arguments)
 
 
 def _attack(arguments: list[str]) -> None:
-    from sophon_hf.attack import main as attack
+    from sophon_hf.commands.attack import main as attack
 
     attack(arguments)
 
 
 def _report(arguments: list[str]) -> None:
-    from sophon_hf.attack import report
+    from sophon_hf.commands.attack import report
 
     report(arguments)
 
@@ -47,7 +47,7 @@ def _demo(arguments: list[str]) -> None:
     )
     parser.add_argument("--iterations", type=int, default=90, help="Iter of Algorithm 1")
     options = parser.parse_args(arguments)
-    from sophon_hf.demo import run
+    from sophon_hf.commands.demo import run
 
     run(options.output_dir, options.iterations)
 

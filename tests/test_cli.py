@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from sophon_hf import FineTuningStrategy, __version__, cli, load_domain
+from sophon_hf.commands.protect import read_arguments
 from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuning
-from sophon_hf.protect import read_arguments
 from sophon_hf.tasks import evaluate_model, infer_task
 
 MODEL = ["--model", "m", "--original", "o", "--restricted", "r"]

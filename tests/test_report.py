@@ -14,7 +14,7 @@ from test_results import A, B, cells, curve, make_results
 
 from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks import AttackResults, Cell
-from sophon_hf.reporting.plots import plot_best_so_far, plot_curves, plot_heat_map, plot_stability
+from sophon_hf.plots import plot_best_so_far, plot_curves, plot_heat_map, plot_stability
 from sophon_hf.reporting.report import write_report
 
 FILES = ["best_so_far.png", "curves.png", "heat_map.png", "index.html", "report.json", "report.md"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
-from sophon_hf.tasks import NORMALISATIONS, Task, to_device
+from sophon_hf.tasks import NORMALISATIONS, Task, first_rows, to_device
 
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
@@ -76,7 +76,7 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     Returns:
         How many layers were rescaled.
     """
-    training, sample = model.training, _sample(model, task, domain)
+    training, sample = model.training, first_rows(task, domain, next(model.parameters()).device)
     model.eval()
     count = 0
     for layer, norms in _normalised_layers(model, lambda: task.predict(model, sample)).items():
@@ -128,11 +128,6 @@ def _normalised_layers(model: nn.Module, predict: Callable) -> dict[nn.Module, l
     return pairs
 
 
-def _sample(model: nn.Module, task: Task, domain: Domain) -> dict[str, torch.Tensor]:
-    batch = task.collate(domain.rows(torch.arange(min(2, len(domain)))), [0, 1])
-    return to_device(batch, next(model.parameters()).device)
-
-
 @torch.no_grad()
 def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
     """Halve every weight matrix and add noise of a tenth of its own spread (Ash and Adams, 2020)."""
@@ -146,6 +141,6 @@ def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
 def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
     warm_up = FineTuningStrategy(optimizer=strategy.optimizer, learning_rate=strategy.learning_rate)
     batches = Stream(original, task, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
-    anatomy = task.anatomy(model, _sample(model, task, original))
+    anatomy = task.anatomy(model, first_rows(task, original, next(model.parameters()).device))
     for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, anatomy=anatomy):
         pass

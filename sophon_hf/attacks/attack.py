@@ -14,7 +14,7 @@ from torch import nn
 from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy
-from sophon_hf.tasks import Task, evaluate_model
+from sophon_hf.tasks import Task, evaluate_model, first_rows
 
 EVALUATION_BATCH = 500
 PAPER_EPOCHS = (0, 1, 5, 10, 15, 20)
@@ -79,8 +79,7 @@ def run_attack(
     """
     model = copy.deepcopy(model)
     device = next(model.parameters()).device
-    sample = {name: value.to(device) for name, value in task.collate(training.rows(torch.arange(2)), [0, 1]).items()}
-    anatomy = task.anatomy(model, sample)
+    anatomy = task.anatomy(model, first_rows(task, training, device))
     steps = strategy.total_steps(len(training))
     points = {strategy.step_of_epoch(epoch, len(training)): epoch for epoch in epochs}
     points = {step: epoch for step, epoch in points.items() if step <= steps}

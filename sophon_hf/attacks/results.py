@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks.attack import Curve
 from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.reporting.plots import plot_curves
+from sophon_hf.plots import plot_curves
 
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0
@@ -47,12 +48,19 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "strategy": self.strategy.to_dict()}
+        values = {**asdict(self), "strategy": self.strategy.to_dict()}
+        if self.curve is not None:
+            # JSON knows no NaN.
+            values["curve"] = {n: [v if v == v else None for v in points] for n, points in values["curve"].items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
         """The inverse of `to_dict`."""
-        curve = Curve(**values["curve"]) if values["curve"] is not None else None
+        curve = None
+        if values["curve"] is not None:
+            points = {n: [math.nan if v is None else v for v in p] for n, p in values["curve"].items()}
+            curve = Curve(**points)
         return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
 
 
@@ -165,12 +173,13 @@ class AttackResults:
         error = np.hypot(self._standard_error(original), self._standard_error(scratch))
         least = LEAST_TRANSFER if self.metric == "accuracy" else LEAST_TRANSFER * abs(scratch.mean)
         # Written so that NaN is void too.
-        if not gap >= max(least, STANDARD_ERRORS * error):
-            return RecoveredTransfer(
-                None,
-                None,
-                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: no transfer to protect",
+        needed = max(least, STANDARD_ERRORS * error)
+        if not gap >= needed:
+            reason = (
+                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: {needed:.3f} apart are needed "
+                "(3 points, and three standard errors) for a transfer to protect"
             )
+            return RecoveredTransfer(None, None, reason)
         value = sign * (protected.mean - scratch.mean) / gap
         return RecoveredTransfer(float(value), self._interval(protected, original, scratch))
 
@@ -262,6 +271,7 @@ class AttackResults:
                     "cells": [cell.to_dict() for cell in self.cells],
                 },
                 indent=1,
+                allow_nan=False,
             ),
         )
 

@@ -7,11 +7,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model, to_device
+from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class AttackSuite:
         examples: How many of the adversary's examples it uses, stratified; all where None.
         task: What is learned, where it cannot be inferred.
         processing_class: For raw columns.
+        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        label_columns: The same for the label column.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class AttackSuite:
         examples: int | None = None,
         task: Task | None = None,
         processing_class: Any | None = None,
+        input_columns: dict[str, str | None] | None = None,
+        label_columns: dict[str, str | None] | None = None,
     ):
         strategies = load_sweep(sweep) if isinstance(sweep, (str, Path)) else list(sweep)
         if not strategies:
@@ -79,6 +84,7 @@ class AttackSuite:
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
         self.processing_class = processing_class
+        self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
 
     def run(
         self,
@@ -112,14 +118,11 @@ class AttackSuite:
         _check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
         budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
-        needs = task.inputs(models["original"])
         if original_dataset is not None:
-            budget.original = build_domain(load_domain(original_dataset), needs, self.processing_class, name="original")
+            budget.original = self._domain(task, models["original"], load_domain(original_dataset), "original")
         original_metric = {}
         if original_eval_dataset is not None:
-            test = build_domain(
-                load_domain(original_eval_dataset, "test"), needs, self.processing_class, name="original"
-            )
+            test = self._domain(task, models["original"], load_domain(original_eval_dataset, "test"), "original")
             if not _head_fits(task, models["original"], test):
                 raise ValueError(
                     f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
@@ -128,11 +131,11 @@ class AttackSuite:
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
         _check_disjoint(budget)
         cells = self._cells(models)
-        keys = self._keys(cells, models, budget)
+        keys = self._keys(task, cells, models, budget)
         # A cell that failed is tried again; one that is not applicable stays so.
-        missing = [(k, c) for k, c in zip(keys, cells, strict=True) if (old := self._read(k)) is None or old.failed]
+        missing = [(k, c) for k, c in zip(keys, cells, strict=True) if (old := self._read(k, c)) is None or old.failed]
         self._compute(task, models, budget, missing)
-        finished = [self._read(key) or cell for key, cell in zip(keys, cells, strict=True)]
+        finished = [self._read(key, cell) or cell for key, cell in zip(keys, cells, strict=True)]
         results = AttackResults(
             finished,
             task.metric,
@@ -145,40 +148,59 @@ class AttackSuite:
         return results
 
     def _budget(self, task, model, restricted, test, validation) -> _Budget:
-        dataset = load_domain(restricted)
-        if validation is None:
-            validation, dataset = split_domain(dataset, share=VALIDATION_SHARE)
+        dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
+        if carved:
+            validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
         if self.examples is not None and self.examples < len(dataset):
-            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset))
-        parts = (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
-        needs = task.inputs(model)
-        return _Budget(*(build_domain(part, needs, self.processing_class, name="restricted") for part in parts))
+            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
+        training, held_out, test = (
+            self._domain(task, model, part, "restricted")
+            for part in (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
+        )
+        if carved:
+            # Data that hold an example twice would otherwise have it on both sides.
+            seen, hashes = set(training.example_hashes()), held_out.example_hashes()
+            kept = [i for i, digest in enumerate(hashes) if digest not in seen]
+            if not kept:
+                raise ValueError("Every validation example is a training example too: give a validation_dataset.")
+            if len(kept) < len(hashes):
+                held_out = self._domain(task, model, validation.select(kept), "restricted")
+        return _Budget(training, held_out, test)
+
+    def _domain(self, task: Task, model: nn.Module, dataset: datasets.Dataset, name: str) -> Domain:
+        return build_domain(
+            dataset, task.inputs(model), self.processing_class, name=name, input_column=self.input_columns.get(name),
+            label=self.label_columns.get(name),
+        )  # fmt: skip
 
     def _cells(self, models: dict[str, nn.Module]) -> list[Cell]:
         by_model = {name: self.strategies for name in models} | {"scratch": scratch(self.strategies)}
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
-    def _keys(self, cells: list[Cell], models: dict[str, nn.Module], budget: _Budget) -> list[str]:
+    def _keys(self, task: Task, cells: list[Cell], models: dict[str, nn.Module], budget: _Budget) -> list[str]:
         weights = {name: _hash_weights(model) for name, model in models.items()}
         # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
         weights["scratch"] = type(models["original"]).__name__ + str(_shapes(models["original"]))
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
+        scheduler = getattr(task, "noise_scheduler", None)
+        how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
         original = [] if budget.original is None else [budget.original.fingerprint]
         return [
             _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs]
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs, how]
                 # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
                 + (original if c.strategy.preparation == "warm_up" else [])
             )
             for c in cells
         ]
 
-    def _read(self, key: str) -> Cell | None:
+    def _read(self, key: str, cell: Cell) -> Cell | None:
         path = self.output_dir / "cells" / f"{key}.json"
         if not path.exists():
             return None
         try:
-            return Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            # Models of equal weights share a file, so its name for the model may be the other one's.
+            return replace(Cell.from_dict(json.loads(path.read_text(encoding="utf-8"))), model=cell.model)
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is torn or not a result: it is computed again.", path)
             return None
@@ -287,7 +309,7 @@ def _check_same_architecture(models: dict[str, nn.Module]) -> None:
 
 
 def _check_disjoint(budget: _Budget) -> None:
-    training, validation, test = (d.example_hashes() for d in (budget.training, budget.validation, budget.test))
+    training, validation, test = (set(d.example_hashes()) for d in (budget.training, budget.validation, budget.test))
     for seen, name, other, measured in (
         (training, "training", "validation", validation),
         (training, "training", "test", test),
@@ -304,10 +326,7 @@ def _check_disjoint(budget: _Budget) -> None:
 def _head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     if domain.labels is None:
         return True
-    with torch.no_grad():
-        device = next(model.parameters()).device
-        batch = {n: v.to(device) for n, v in task.collate(domain.rows(torch.arange(2)), [0, 1]).items()}
-        outputs = task.anatomy(model, batch).outputs
+    outputs = task.anatomy(model, first_rows(task, domain, next(model.parameters()).device)).outputs
     return domain.num_classes <= outputs
 
 

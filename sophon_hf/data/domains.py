@@ -319,15 +319,15 @@ class Domain:
                     f"{int(self._row_numbers[int(indices[bad[0]])])}: drop or repair them."
                 )
 
-    def example_hashes(self) -> set[str]:
+    def example_hashes(self) -> list[str]:
         """A hash of each example's inputs (labels left out), to find examples that two domains share."""
-        hashes = set()
+        hashes = []
         for start in range(0, len(self), _CHUNK):
             for example in self._prepare(list(range(start, min(start + _CHUNK, len(self))))):
                 digest = hashlib.blake2b(digest_size=16)
                 for name in sorted(set(example) - {"labels"}):
                     digest.update(example[name].contiguous().numpy().data)
-                hashes.add(digest.hexdigest())
+                hashes.append(digest.hexdigest())
         return hashes
 
     def _fingerprint(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
 from sophon_hf.attacks.results import AttackResults, write_atomically
-from sophon_hf.reporting.plots import plot_best_so_far, plot_heat_map
+from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
 :root { color-scheme: light dark; }

@@ -9,9 +9,10 @@ import datasets
 
 from sophon_hf.attacks import AttackResults, AttackSuite
 from sophon_hf.attacks.sweeps import SWEEPS
+from sophon_hf.commands.protect import load_processor
 from sophon_hf.data import load_domain, select_classes, split_domain
-from sophon_hf.protect import load_processor
 from sophon_hf.reporting.report import to_markdown, write_report
+from sophon_hf.tasks import load_model, load_task
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +28,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--test_split", default="test", help="its split that results are reported on")
     add("--restricted_classes", nargs="+", help="keep these classes, numbered in this order, as for protection")
     add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
+    add("--original_split", default="train", help="its split for attacks that warm up on it")
+    add("--original_test_split", default="test", help="its split that intactness is measured on")
+    for name in ("original", "restricted"):
+        add(f"--{name}_input", help=f"input column of the {name} domain, where it is not clear")
+        add(f"--{name}_label", help=f"label column of the {name} domain, where it is not clear")
     add("--original_classes", nargs="+", help="keep these classes of it, numbered in this order, as for protection")
     add(
         "--whole",
@@ -47,15 +53,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     """Run a sweep as the arguments say, and write its report to `output_dir/report`."""
     options = _parser().parse_args(arguments)
+    original = load_model(options.original)
     suite = AttackSuite(
         options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, examples=options.examples,
-        processing_class=load_processor(options.original),
+        task=load_task(options.original, original), processing_class=load_processor(options.original, original),
+        input_columns={"original": options.original_input, "restricted": options.restricted_input},
+        label_columns={"original": options.original_label, "restricted": options.restricted_label},
     )  # fmt: skip
     training, test = (load_domain(options.restricted, s) for s in (options.restricted_split, options.test_split))
     if options.restricted_classes:
-        training, test = (select_classes(part, options.restricted_classes) for part in (training, test))
+        training, test = (
+            select_classes(part, options.restricted_classes, options.restricted_label) for part in (training, test)
+        )
     if not options.whole:
-        _, training = split_domain(training)
+        _, training = split_domain(training, column=options.restricted_label)
     if options.dry_run:
         count = min(options.examples or len(training), len(training))
         plan = suite.plan(count)
@@ -63,10 +74,10 @@ def main(arguments: list[str]) -> None:
         for strategy in suite.strategies:
             print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
         return
-    warm_up, intact = (_original(options, split) for split in ("train", "test"))
+    warm_up, intact = (_original(options, split) for split in (options.original_split, options.original_test_split))
     results = suite.run(
         protected=options.protected,
-        original=options.original,
+        original=original,
         restricted_dataset=training,
         eval_dataset=test,
         original_dataset=warm_up,
@@ -79,7 +90,11 @@ def _original(options: argparse.Namespace, split: str) -> datasets.Dataset | Non
     if options.original_data is None:
         return None
     dataset = load_domain(options.original_data, split)
-    return select_classes(dataset, options.original_classes) if options.original_classes else dataset
+    return (
+        select_classes(dataset, options.original_classes, options.original_label)
+        if options.original_classes
+        else dataset
+    )
 
 
 def report(arguments: list[str]) -> None:

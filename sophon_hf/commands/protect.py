@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import yaml
+from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import load_domain, select_classes, split_domain
-from sophon_hf.tasks import load_model
+from sophon_hf.tasks import load_model, load_task
+from sophon_hf.tasks.models import main_input
 from sophon_hf.trainer import SophonTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,19 +104,25 @@ def _as_flags(name: str, value: Any) -> list[str]:
     json_fields = ("gamma", "strategy_space")
     if isinstance(value, dict) or name in json_fields:
         return [f"--{name}", json.dumps(value)]
+    if value is False and name.endswith("_strategy"):
+        return [f"--{name}", "no"]  # YAML reads an unquoted no as false.
     if isinstance(value, list):
         return [f"--{name}", *(str(item) for item in value)]
     return [f"--{name}", str(value)]
 
 
-def load_processor(source: str) -> Any | None:
-    """The image processor, tokenizer or feature extractor saved with a model, or None where there is none."""
-    for cls in (AutoImageProcessor, AutoTokenizer, AutoFeatureExtractor):
-        try:
-            return cls.from_pretrained(source)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-            continue
-    return None
+def load_processor(source: str, model: nn.Module) -> Any | None:
+    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved."""
+    cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
+        main_input(model), AutoFeatureExtractor
+    )
+    if cls is None or not hasattr(model, "config"):
+        return None
+    try:
+        return cls.from_pretrained(source)
+    except OSError as error:
+        logger.warning("No %s is saved with %s, so raw columns are only scaled: %s", cls.__name__, source, error)
+        return None
 
 
 def main(arguments: list[str]) -> None:
@@ -125,12 +136,14 @@ def main(arguments: list[str]) -> None:
         domains[name] = select_classes(dataset, classes, label) if classes else dataset
     if options.adversary_half:
         domains["restricted"], _ = split_domain(domains["restricted"], column=options.restricted_label)
+    model = load_model(options.model)
     trainer = SophonTrainer(
-        load_model(options.model),
+        model,
         domains["restricted"],
         domains["original"],
         config,
-        processing_class=load_processor(options.model),
+        task=load_task(options.model, model),
+        processing_class=load_processor(options.model, model),
         input_columns={"original": options.original_input, "restricted": options.restricted_input},
         label_columns={"original": options.original_label, "restricted": options.restricted_label},
     )

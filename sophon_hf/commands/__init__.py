@@ -1,0 +1,1 @@
+"""What `sophon-hf` does for each of its commands."""
