@@ -23,7 +23,7 @@ from torch import nn
 from sophon_hf.data import Domain, build_domain
 from sophon_hf.finetuning import FineTuningStrategy, sample_environment
 from sophon_hf.suppression import Suppression
-from sophon_hf.tasks import infer_task
+from sophon_hf.tasks import Anatomy, infer_task
 
 BATCH = 64
 
@@ -48,7 +48,7 @@ def ours(model: nn.Module, domain: Domain, steps: int) -> None:
     task = infer_task(model)
     strategy = FineTuningStrategy(learning_rate=1e-3, batch_size=BATCH)
     environment = sample_environment(domain, task, strategy, seed=0)
-    anatomy = task.anatomy(model, domain.rows(torch.arange(2)))
+    anatomy = Anatomy("head", ())
     suppression = Suppression(model, task, anatomy, task.suppression_losses["inverse_cross_entropy"])
     suppression([environment], [[1 / steps] * steps])
 
@@ -58,12 +58,15 @@ def floor(model: nn.Module, domain: Domain, steps: int) -> None:
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = domain.rows(torch.arange(BATCH))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for _ in range(steps):
         model.train()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
         optimizer.step()
         model.eval()
+        for norm in norms:
+            norm.train()  # As L_alpha is evaluated: on the statistics of its batch.
         nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
     model.load_state_dict(start)
 

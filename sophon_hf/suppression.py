@@ -135,7 +135,7 @@ class Suppression:
             with torch.no_grad():
                 size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
                 batch = environment.evaluation.batch(0, size)
-                return self._evaluate(self.model, batch, batch_statistics=False)[1]
+                return self._evaluate(self.model, batch, batch_statistics=False)[1]()
 
     def _first_order(
         self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
@@ -146,13 +146,16 @@ class Suppression:
         live = dict(self.model.named_parameters())
         names = [name for name in gradient if name not in fine_tuning.reinitialized]
         points, buffers = [live[name] for name in names], [gradient[name] for name in names]
-        for update in islice(fine_tuning, _last_evaluated(weights)):
+        last = _last_evaluated(weights)
+        for update in islice(fine_tuning, last):
             weight = weights[update.step - 1]
             if not weight:
                 continue
             loss, scores = self._evaluate(self.model, _held_out(environment, update.step))
             _add(buffers, torch.autograd.grad(loss, points, allow_unused=True), weight)
-            adversary.losses[update.step], adversary.after = loss.detach(), scores
+            adversary.losses[update.step] = loss.detach()
+            if update.step == last:
+                adversary.after = scores()
         return adversary
 
     def _second_order(
@@ -193,7 +196,7 @@ class Suppression:
                 with sdpa_kernel(SDPBackend.MATH):
                     loss, scores = self._evaluate(WithTensors(self.model, copies), _held_out(environment, step))
                 total = total + weights[step - 1] * loss
-                adversary.losses[step], adversary.after = loss.detach(), scores
+                adversary.losses[step], adversary.after = loss.detach(), scores()
         if adversary.losses:
             names = [name for name in gradient if name not in fine_tuning.reinitialized]
             slopes = torch.autograd.grad(total, [theta[name] for name in names], allow_unused=True)
@@ -215,8 +218,8 @@ class Suppression:
 
     def _evaluate(
         self, model: Callable, batch: Batch, batch_statistics: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_alpha and scores in evaluation mode, but for batch norm, which takes the statistics of T_i.
+    ) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        """L_alpha, and what gives the scores, in evaluation mode, but for batch norm, which takes the statistics of T_i.
 
         After a few updates the running statistics are still those of the original domain. An adversary's soon are not,
         so suppressing the model under them would suppress a model that no adversary ends up with.
@@ -228,13 +231,13 @@ class Suppression:
         with self.autocast():
             prediction = self.task.predict(model, batch)
         target = self.task.target(batch)
-        return self.loss(prediction, target), self.task.scores(prediction.detach(), target)
+        return self.loss(prediction, target), lambda: self.task.scores(prediction.detach(), target)
 
     @torch.no_grad()
     def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
         if not environment.strategy.needs_original_head:
             return {}
-        return self._evaluate(self.model, _held_out(environment, 1))[1]
+        return self._evaluate(self.model, _held_out(environment, 1))[1]()
 
 
 def _last_evaluated(weights: Sequence[float]) -> int:
