@@ -1,4 +1,4 @@
-"""Non-fine-tunable learning for Hugging Face models: protect, attack, report, publish, audit.
+"""Non-fine-tunable learning for Hugging Face models: protect them, attack them, report what the protection is worth.
 
 Names are loaded when they are first used, so that `import sophon_hf` and the command line answer at once.
 """
