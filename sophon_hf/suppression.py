@@ -22,6 +22,8 @@ from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from sophon_hf.tasks import Task
 
 MEASURED_EXAMPLES = 1000
@@ -287,3 +289,30 @@ def _copy_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0:
                 state[name] = value.clone()
+
+
+@torch.no_grad()
+def average_and_clip(
+    gradients: dict[str, Tensor], loss: Tensor, accelerator: Accelerator, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Average gradients and loss over the processes in one message, and clip the gradients, in place.
+
+    Args:
+        gradients: By parameter name.
+        loss: A scalar that is averaged with them.
+        accelerator: Of the processes.
+        max_norm: What the norm of all gradients together is clipped to; 0 for never.
+
+    Returns:
+        The gradients' norm before clipping, and the loss.
+    """
+    tensors = list(gradients.values())
+    vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
+    vector = accelerator.reduce(vector, reduction="mean")
+    loss, vector = vector[-1], vector[:-1]
+    norm = vector.norm()
+    if max_norm > 0:
+        vector *= (max_norm / (norm + 1e-6)).clamp(max=1)
+    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return norm, loss

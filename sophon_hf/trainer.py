@@ -30,7 +30,8 @@ from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy, sample_environment
 from sophon_hf.guard import Guard
 from sophon_hf.preflight import build_domains, check_labels, refuse_launcher_settings, try_domain, try_strategies
-from sophon_hf.suppression import Suppression, SuppressionGradient
+from sophon_hf.step_log import StepLog
+from sophon_hf.suppression import Suppression, average_and_clip
 from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, load_task
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class SophonTrainer(Trainer):
         self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
         self.suppression_optimizer: torch.optim.Optimizer | None = None
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-        self._pending_logs: list[dict[str, Any]] = []
+        self.step_log = StepLog(self.task)
         self._micro_step = 0
         self._resumed_at: int | None = None
 
@@ -172,13 +173,12 @@ class SophonTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         """One iteration: all suppression loops, then the reinforcement loops; the Trainer applies the last of these."""
         if self._micro_step == 0:
-            self._pending_logs.append({})
             for loop in range(self.args.l_FTS):
                 self._suppression_loop(loop)
             for loop in range(self.args.l_NTR - 1):
                 self._reinforcement_loop(model, loop)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._pending_logs[-1]["L_NTR"] = self._pending_logs[-1].get("L_NTR", 0) + loss.detach()
+        self.step_log.add_reinforcement(loss, first_micro_batch=self._micro_step == 0)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         return loss
 
@@ -192,7 +192,7 @@ class SophonTrainer(Trainer):
             strategy = self.space.sample(derive_seed(seed, "strategy"))
             environments.append(sample_environment(self.domains["restricted"], self.task, strategy, seed))
         result = self.suppression(environments, args.step_weights)
-        norm, result.loss = self._average_and_clip(result.gradient, result.loss)
+        norm, result.loss = average_and_clip(result.gradient, result.loss, self.accelerator, args.max_grad_norm)
         if torch.isfinite(norm):
             for name, parameter in self.model.named_parameters():
                 parameter.grad = result.gradient.get(name)
@@ -202,38 +202,7 @@ class SophonTrainer(Trainer):
             self.guard.state.dropped += 1
             logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
         self.suppression_scheduler.step()
-        self._pending_logs.append(self._describe(result, norm))
-
-    @torch.no_grad()
-    def _average_and_clip(self, gradients: dict[str, Tensor], loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Average gradients and loss over the processes in one message, and clip the gradients, in place.
-
-        Returns:
-            The gradients' norm before clipping, and the loss.
-        """
-        tensors = list(gradients.values())
-        vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
-        vector = self.accelerator.reduce(vector, reduction="mean")
-        loss, vector = vector[-1], vector[:-1]
-        norm = vector.norm()
-        if self.args.max_grad_norm > 0:
-            vector *= (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-        return norm, loss
-
-    def _describe(self, result: SuppressionGradient, norm: Tensor) -> dict[str, Any]:
-        accuracies = {}
-        for moment in ("before", "after"):
-            scores = [getattr(a, moment) for a in result.adversaries if getattr(a, moment)]
-            if scores:
-                accuracies[f"{self.task.metric}_{moment}"] = scores
-        return {
-            "L_FTS": result.loss.detach(),
-            "suppression_grad_norm": norm.detach(),
-            "strategy": "; ".join(a.strategy for a in result.adversaries),
-            **accuracies,
-        }
+        self.step_log.add_suppression(result, norm)
 
     def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
         """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
@@ -245,7 +214,7 @@ class SophonTrainer(Trainer):
                 losses.append(super().training_step(model, batch))
         # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        self._average_and_clip(gradients, torch.stack(losses).sum())
+        average_and_clip(gradients, torch.stack(losses).sum(), self.accelerator, args.max_grad_norm)
         # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
         getattr(self.optimizer, "optimizer", self.optimizer).step()
         model.zero_grad()
@@ -410,28 +379,11 @@ class SophonTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add what the loops since the last entry showed."""
-        if "loss" in logs and self._pending_logs:
-            logs = {**logs, **self._collect_logs()}
+        if "loss" in logs and self.step_log:
+            logs = {**logs, **self.step_log.collect()}
             logs["alpha"] = self.suppression_optimizer.param_groups[0]["lr"]
             logs["dropped_suppression_gradients"] = self.guard.state.dropped
         super().log(logs, start_time)
-
-    def _collect_logs(self) -> dict[str, Any]:
-        collected: dict[str, list] = {}
-        for entry in self._pending_logs:
-            for name, value in entry.items():
-                collected.setdefault(name, []).append(value)
-        self._pending_logs = []
-        logs: dict[str, Any] = {}
-        for name, values in collected.items():
-            if name == "strategy":
-                logs[name] = " | ".join(values)
-            elif isinstance(values[0], list):
-                parts = [scores for value in values for scores in value]
-                logs[name] = self.task.compute_metric({k: torch.cat([p[k] for p in parts]).tolist() for k in parts[0]})
-            else:
-                logs[name] = float(torch.stack([v.float() for v in values]).mean())
-        return logs
 
     # ---- Running, saving and resuming ----
 
@@ -452,7 +404,7 @@ class SophonTrainer(Trainer):
         else:
             check_fresh_folder(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        self._micro_step, self._pending_logs, self._resumed_at = 0, [], None
+        self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
         output = super().train(resume_from_checkpoint or None, **kwargs)
