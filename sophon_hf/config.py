@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from sophon_hf.finetuning.strategy import StrategySpace, _check
+from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 
 AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
 _FP16 = (
@@ -133,7 +133,7 @@ class SophonConfig(TrainingArguments):
         for name in ("mu", "tolerance", "max_grad_norm"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
-        _check(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
+        check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
@@ -42,7 +43,7 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: If there are fewer than two classes.
     """
     _check_classes(logits)
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     of_label = F.one_hot(labels, logits.shape[1]).bool()
     others = logits.masked_fill(of_label, float("-inf")).logsumexp(dim=1)
     margin = logits.gather(1, labels[:, None]).squeeze(1) - others
@@ -63,7 +64,7 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
         ValueError: If there are fewer than two classes.
     """
     _check_classes(logits)
-    log_probabilities = _at_least_float32(logits).log_softmax(dim=1)
+    log_probabilities = at_least_float32(logits).log_softmax(dim=1)
     return -(log_probabilities + math.log(logits.shape[1])).mean()
 
 
@@ -77,14 +78,14 @@ def denial_of_service(prediction: Tensor, target: Tensor | None = None) -> Tenso
     Returns:
         Scalar, float32 or float64; its gradient is `2 * prediction / batch`.
     """
-    return _at_least_float32(prediction).square().flatten(1).sum(dim=1).mean()
+    return at_least_float32(prediction).square().flatten(1).sum(dim=1).mean()
 
 
 def negated_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The unstable comparison of section 5.8 for classifiers: minus the cross-entropy (eq. 10), unbounded below."""
-    return -F.cross_entropy(_at_least_float32(logits), labels)
+    return -F.cross_entropy(at_least_float32(logits), labels)
 
 
 def negated_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """The unstable comparison of section 5.8 for diffusion models: minus the mean squared error (eq. 15)."""
-    return -F.mse_loss(_at_least_float32(prediction), target)
+    return -F.mse_loss(at_least_float32(prediction), target)

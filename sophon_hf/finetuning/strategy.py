@@ -28,7 +28,8 @@ class NotApplicableError(ValueError):
     """A strategy that cannot be carried out on a model at all, which says nothing about the model's resistance."""
 
 
-def _check(value: Any, allowed: Iterable[str], what: str) -> None:
+def check_choice(value: Any, allowed: Iterable[str], what: str) -> None:
+    """Raise a ValueError that names the closest choice where `value` is none of those allowed."""
     if value not in allowed:
         close = get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -100,16 +101,16 @@ class FineTuningStrategy:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "warmup", "max_grad_norm", "epochs"):
             object.__setattr__(self, name, _as_number(getattr(self, name), name))
-        _check(self.initialization, INITIALIZATIONS, "initialization")
-        _check(self.transfer, TRANSFERS, "transfer")
-        _check(self.optimizer, OPTIMIZERS, "optimizer")
-        _check(self.schedule, SCHEDULES, "schedule")
+        check_choice(self.initialization, INITIALIZATIONS, "initialization")
+        check_choice(self.transfer, TRANSFERS, "transfer")
+        check_choice(self.optimizer, OPTIMIZERS, "optimizer")
+        check_choice(self.schedule, SCHEDULES, "schedule")
         if self.adapter is not None:
-            _check(self.adapter, ADAPTERS, "adapter")
+            check_choice(self.adapter, ADAPTERS, "adapter")
             if self.transfer != "all" or self.initialization == "scratch":
                 raise ValueError("An adapter takes the place of `transfer`, on a pre-trained model: leave 'all'.")
         if self.preparation is not None:
-            _check(self.preparation, PREPARATIONS, "preparation")
+            check_choice(self.preparation, PREPARATIONS, "preparation")
         if (self.transfer == "pattern") != (self.pattern is not None):
             raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
         if self.pattern is not None:

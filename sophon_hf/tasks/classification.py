@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.data.streams import Batch
-from sophon_hf.losses import inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
+from sophon_hf.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
 from sophon_hf.metrics import Accuracy
 from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
 from sophon_hf.tasks.models import as_integers, first_channels, forward_names, main_input, unwrap
@@ -74,7 +73,7 @@ class ClassificationTask:
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy: what an adversary minimises, and L_beta of the original domain."""
-        return F.cross_entropy(prediction.float() if prediction.dtype != torch.float64 else prediction, target)
+        return F.cross_entropy(at_least_float32(prediction), target)
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the metric is computed from, one entry an example."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.data.streams import Batch, derive_seed
-from sophon_hf.losses import denial_of_service, negated_mse
+from sophon_hf.losses import at_least_float32, denial_of_service, negated_mse
 from sophon_hf.metrics import MeanSquaredError
 from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
 from sophon_hf.tasks.models import as_integers, forward_names, unwrap
@@ -89,7 +89,7 @@ class DiffusionTask:
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean squared error: what an adversary minimises, and L_beta of the original domain."""
-        return F.mse_loss(prediction.float() if prediction.dtype != torch.float64 else prediction, target)
+        return F.mse_loss(at_least_float32(prediction), target)
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the metric is computed from, one entry an example."""
