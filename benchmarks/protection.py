@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/protection"))
     options = parser.parse_args()
 
+    # Of the code that runs, not of what is checked out when it ends.
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     pair = getattr(pairs, options.pair)(options.work)
     task = infer_task(pair.model)
     folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
@@ -125,7 +128,7 @@ def main() -> None:
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
         "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit,
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": results.facts["versions"],
     }  # fmt: skip

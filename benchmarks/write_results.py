@@ -33,7 +33,7 @@ def overview(records: list[dict]) -> list[str]:
         "| pair | protection | sweep | adversary's images | RT, worst case | RT, direct only | original accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(records, key=lambda r: -(r["recovered_transfer"]["value"] or 0)):
+    for r in sorted(records, key=lambda r: -float(r["recovered_transfer"]["value"] or "inf")):
         before, after = r["original_accuracy"]["before"], r["original_accuracy"]["after"]
         lines.append(
             f"| {r['pair']} | {r['protection']} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
