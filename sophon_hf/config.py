@@ -111,7 +111,9 @@ class SophonConfig(TrainingArguments):
         super().__post_init__()
         if getattr(self, "mixed_precision", None) == "fp16":
             raise ValueError(_FP16)
-        if not self.eval_on_start and self.eval_strategy != "no":
+        if self.eval_strategy == "no":
+            self.eval_on_start = False  # No guard: a start that is never compared must not be put back either.
+        elif not self.eval_on_start:
             raise ValueError(
                 "eval_on_start is off, but the guard has to measure the model before protection: leave it on, or switch "
                 "the guard off by eval_strategy='no'."

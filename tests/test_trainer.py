@@ -471,6 +471,18 @@ def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path):
     assert trainer.evaluate()["eval_original_accuracy"] == best["eval_original_accuracy"]
 
 
+def test_without_evaluation_the_last_state_is_kept(tmp_path, caplog):
+    """There is no guard then, so nothing may be put back to the start."""
+    model = fitted()
+    start, args = state_of(model), SophonConfig(
+        output_dir=str(tmp_path / "output"), max_steps=2, K=2, strategy_space=SPACE, eval_strategy="no",
+        per_device_train_batch_size=16, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    SophonTrainer(model, make_points(1), make_points(2), args).train()
+    assert any(not torch.equal(start[name], value) for name, value in state_of(model).items())
+    assert "has not been measured" in caplog.text
+
+
 def test_a_suppression_gradient_that_is_not_finite_is_dropped_and_counted(tmp_path):
     """Adversaries that overflow teach nothing, so the run must equal one without suppression."""
     states, counts = [], []
