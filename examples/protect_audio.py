@@ -37,8 +37,7 @@ def parse_options() -> argparse.Namespace:
 
 def load(source: str) -> datasets.Dataset:
     """A folder, or a Hub id with the name of one of its configurations after a colon."""
-    name, _, configuration = source.partition(":")
-    dataset = load_domain(datasets.load_dataset(name, configuration) if configuration else name)
+    dataset = load_domain(source)
     # ESC-50 calls its labels so.
     return dataset.rename_column("target", "label") if "target" in dataset.column_names else dataset
 

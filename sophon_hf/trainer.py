@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ class SophonTrainer(Trainer):
         return DataLoader(
             _LastLoopBatches(self),
             batch_size=1,
-            collate_fn=_only_one,
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
         )
@@ -500,7 +501,3 @@ class _LastLoopBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step, micro_step = divmod(index, self.args.gradient_accumulation_steps)
         return self.batch(step, self.args.l_NTR - 1, micro_step)
-
-
-def _only_one(items: list) -> Any:
-    return items[0]

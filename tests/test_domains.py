@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -271,6 +272,17 @@ def test_select_classes_keeps_images_and_the_rest_of_a_selection():
 # ---- The defender's and the adversary's half ----
 
 UNEVEN = [0] * 31 + [1] * 17 + [2] * 1 + [3] * 8
+
+
+def test_a_configuration_of_a_hub_data_set_is_named_behind_a_colon(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: SimpleNamespace(name="parquet"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names: asked.append(names) or datasets.DatasetDict(train=points())
+    )
+    load_domain("owner/name:small")
+    load_domain("owner/name")
+    assert asked == [("owner/name", "small"), ("owner/name", None)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 57])

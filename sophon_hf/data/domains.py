@@ -40,7 +40,7 @@ def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
     """Load one split of a domain.
 
     Args:
-        source: A Hub id, a folder (parquet files, an image folder, an audio folder), or an object of `datasets`.
+        source: A Hub id (`owner/name`, or `owner/name:configuration` where it has several), a folder (parquet files, an image folder, an audio folder), or an object of `datasets`.
             An `IterableDataset` is read once, up to its first 100,000 examples, because halves, streams and resuming
             need random access.
         split: The split to take where there are several.
@@ -88,8 +88,9 @@ def _load_dataset(name: str) -> datasets.DatasetDict:
 
 def _load_undecoded(name: str) -> datasets.DatasetDict:
     """Load a data set; encoding the sounds of an audio folder through their feature would need torchcodec."""
-    if datasets.load_dataset_builder(name).name != "audiofolder":
-        return datasets.load_dataset(name)
+    name, _, configuration = (name, "", "") if os.path.isdir(name) else name.partition(":")
+    if datasets.load_dataset_builder(name, configuration or None).name != "audiofolder":
+        return datasets.load_dataset(name, configuration or None)
     features = next(iter(datasets.load_dataset(name, streaming=True).values())).features
     sounds = _audio_columns(features)
     paths = datasets.Features({**features, **dict.fromkeys(sounds, datasets.Value("string"))})
