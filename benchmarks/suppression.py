@@ -28,12 +28,12 @@ from sophon_hf.tasks import Anatomy, infer_task
 BATCH = 64
 
 
-def make(seed: int = 0) -> tuple[nn.Module, Domain]:
+def make(seed: int = 0, examples: int = 2000) -> tuple[nn.Module, Domain]:
     """The `animals` model, and random images of its size."""
     import datasets
 
     torch.manual_seed(seed)
-    pixels = torch.randn(2000, 3, 16, 16).numpy()
+    pixels = torch.randn(examples, 3, 16, 16).numpy()
     features = datasets.Features(
         {"pixel_values": datasets.Array3D((3, 16, 16), "float32"), "label": datasets.ClassLabel(5)}
     )

@@ -16,7 +16,7 @@ from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy
 from sophon_hf.tasks import Task, evaluate_model, first_rows
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 128
 PAPER_EPOCHS = (0, 1, 5, 10, 15, 20)
 
 
