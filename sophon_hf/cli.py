@@ -74,12 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     if arguments[0] not in COMMANDS:
-        from difflib import get_close_matches
+        from sophon_hf.closest import hint
 
-        close = get_close_matches(arguments[0], COMMANDS, n=1)
-        sys.exit(
-            f"sophon-hf has no command {arguments[0]!r}." + (f" Did you mean {close[0]!r}?" if close else f"\n{USAGE}")
-        )
+        sys.exit(f"sophon-hf has no command {arguments[0]!r}." + hint(arguments[0], COMMANDS, f"\n{USAGE}"))
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except (ValueError, TypeError, OSError) as error:

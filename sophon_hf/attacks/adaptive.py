@@ -10,7 +10,7 @@ from torch import nn
 
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
-from sophon_hf.tasks import NORMALISATIONS, Task, first_rows, to_device
+from sophon_hf.tasks import NORMALISATIONS, Task, evaluation_mode, first_rows, to_device
 
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
@@ -76,20 +76,18 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     Returns:
         How many layers were rescaled.
     """
-    training, sample = model.training, first_rows(task, domain, next(model.parameters()).device)
-    model.eval()
-    count = 0
-    for layer, norms in _normalised_layers(model, lambda: task.predict(model, sample)).items():
-        fresh = copy.deepcopy(layer)
-        fresh.reset_parameters()
-        factor = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
-        before = task.predict(model, sample)
-        _scale(layer, norms, factor)
-        if (task.predict(model, sample) - before).norm() <= UNCHANGED * before.norm():
-            count += 1
-        else:
-            _scale(layer, norms, 1 / factor)
-    model.train(training)
+    sample, count = first_rows(task, domain, next(model.parameters()).device), 0
+    with evaluation_mode(model):
+        for layer, norms in _normalised_layers(model, lambda: task.predict(model, sample)).items():
+            fresh = copy.deepcopy(layer)
+            fresh.reset_parameters()
+            factor = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
+            before = task.predict(model, sample)
+            _scale(layer, norms, factor)
+            if (task.predict(model, sample) - before).norm() <= UNCHANGED * before.norm():
+                count += 1
+            else:
+                _scale(layer, norms, 1 / factor)
     if not count:
         raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
     return count

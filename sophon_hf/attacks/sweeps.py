@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
+from sophon_hf.closest import hint
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.finetuning.strategy import PREPARATIONS
 
@@ -123,11 +123,8 @@ def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
         return SWEEPS[str(source)]()
     path = Path(source)
     if path.suffix not in (".json", ".yaml", ".yml"):
-        close = get_close_matches(str(source), SWEEPS, n=1)
-        hint = (
-            f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(SWEEPS)}, or give a .json or .yaml file."
-        )
-        raise ValueError(f"There is no sweep {str(source)!r}. {hint}")
+        choices = f" There are {', '.join(SWEEPS)}, or give a .json or .yaml file."
+        raise ValueError(f"There is no sweep {str(source)!r}.{hint(source, SWEEPS, choices)}")
     # JSON is YAML.
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -8,13 +8,13 @@ import json
 import logging
 import sys
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import yaml
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
+from sophon_hf.closest import hint
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.tasks import load_model, load_task
@@ -94,8 +94,7 @@ def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig
 
 def _check_known(name: str, known: list[str]) -> None:
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        raise ValueError(f"There is no field {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(f"There is no field {name!r}.{hint(name, known)}")
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

@@ -12,8 +12,9 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any
+
+from sophon_hf.closest import hint
 
 INITIALIZATIONS = ("direct", "new_head", "scratch")
 TRANSFERS = ("all", "head", "norm", "pattern")
@@ -31,9 +32,7 @@ class NotApplicableError(ValueError):
 def check_choice(value: Any, allowed: Iterable[str], what: str) -> None:
     """Raise a ValueError that names the closest choice where `value` is none of those allowed."""
     if value not in allowed:
-        close = get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint}")
+        raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint(value, allowed)}")
 
 
 def _as_number(value: Any, name: str) -> float:
@@ -48,9 +47,9 @@ def _check_fields(cls: type, values: dict[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     for name in values:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(known)}."
-            raise ValueError(f"{cls.__name__} has no field {name!r}.{hint}")
+            raise ValueError(
+                f"{cls.__name__} has no field {name!r}.{hint(name, known, ' It has ' + ', '.join(known) + '.')}"
+            )
 
 
 @dataclass(frozen=True)
