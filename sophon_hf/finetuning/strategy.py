@@ -47,9 +47,8 @@ def _check_fields(cls: type, values: dict[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(
-                f"{cls.__name__} has no field {name!r}.{hint(name, known, ' It has ' + ', '.join(known) + '.')}"
-            )
+            choices = f" It has {', '.join(known)}."
+            raise ValueError(f"{cls.__name__} has no field {name!r}.{hint(name, known, choices)}")
 
 
 @dataclass(frozen=True)
