@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
-from sophon_hf.tasks import NORMALISATIONS, Task, evaluation_mode, first_rows, to_device
+from sophon_hf.tasks import Task, first_rows, to_device
+from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
 
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
 WARM_UP_STEPS = 100
-UNCHANGED = 0.01
 
 
 def prepare_model(
@@ -76,54 +75,15 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     Returns:
         How many layers were rescaled.
     """
-    sample, count = first_rows(task, domain, next(model.parameters()).device), 0
-    with evaluation_mode(model):
-        for layer, norms in _normalised_layers(model, lambda: task.predict(model, sample)).items():
-            fresh = copy.deepcopy(layer)
-            fresh.reset_parameters()
-            factor = float(fresh.weight.norm() / layer.weight.norm().clamp_min(1e-12))
-            before = task.predict(model, sample)
-            _scale(layer, norms, factor)
-            if (task.predict(model, sample) - before).norm() <= UNCHANGED * before.norm():
-                count += 1
-            else:
-                _scale(layer, norms, 1 / factor)
-    if not count:
+    sample = first_rows(task, domain, next(model.parameters()).device)
+    layers = scale_invariant_layers(model, lambda: task.predict(model, sample))
+    if not layers:
         raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
-    return count
-
-
-def _scale(layer: nn.Module, norms: list[nn.Module], factor: float) -> None:
-    layer.weight.mul_(factor)
-    if layer.bias is not None:
-        layer.bias.mul_(factor)
-    for norm in norms:
-        if getattr(norm, "running_mean", None) is not None:
-            norm.running_mean.mul_(factor)
-            norm.running_var.mul_(factor**2)
-
-
-def _normalised_layers(model: nn.Module, predict: Callable) -> dict[nn.Module, list[nn.Module]]:
-    outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
-    pairs: dict[nn.Module, list[nn.Module]] = {}
-
-    def remember(layer: nn.Module, _: tuple, output: torch.Tensor) -> None:
-        outputs[id(output)] = (layer, output)  # The tensor is kept, so that its id is not given again.
-
-    def match(norm: nn.Module, inputs: tuple) -> None:
-        if inputs and id(inputs[0]) in outputs:
-            pairs.setdefault(outputs[id(inputs[0])][0], []).append(norm)
-
-    hooks = []
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            hooks.append(module.register_forward_hook(remember))
-        elif isinstance(module, NORMALISATIONS):
-            hooks.append(module.register_forward_pre_hook(match))
-    predict()
-    for hook in hooks:
-        hook.remove()
-    return pairs
+    for layer, norms in layers.items():
+        fresh = copy.deepcopy(layer)
+        fresh.reset_parameters()
+        set_norm(layer, norms, fresh.weight.norm())
+    return len(layers)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.data.streams import Batch
-from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
+from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, first_rows, to_device
@@ -30,6 +30,7 @@ class Task(Protocol):
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor: ...
     def target(self, batch: Batch) -> Tensor: ...
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor: ...
+    def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor: ...
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]: ...
     def compute_metric(self, scores: dict[str, list]) -> float: ...
 
@@ -55,7 +56,6 @@ def load_task(source: str | os.PathLike, model: nn.Module) -> Task:
 
 
 __all__ = [
-    "NORMALISATIONS",
     "Anatomy",
     "ClassificationTask",
     "DiffusionTask",

@@ -75,6 +75,11 @@ class ClassificationTask:
         """Cross-entropy: what an adversary minimises, and L_beta of the original domain."""
         return F.cross_entropy(at_least_float32(prediction), target)
 
+    def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor:
+        """KL divergence of the prediction from what the unprotected model predicts, the mean over the batch."""
+        ours, theirs = (at_least_float32(logits).log_softmax(dim=1) for logits in (prediction, unprotected))
+        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the metric is computed from, one entry an example."""
         # argmax of NaN is 0, which would give a broken model the accuracy of a guess.

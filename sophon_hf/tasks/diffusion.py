@@ -91,6 +91,10 @@ class DiffusionTask:
         """Mean squared error: what an adversary minimises, and L_beta of the original domain."""
         return F.mse_loss(at_least_float32(prediction), target)
 
+    def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor:
+        """Mean squared error to what the unprotected model predicts."""
+        return F.mse_loss(at_least_float32(prediction), at_least_float32(unprotected))
+
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the metric is computed from, one entry an example."""
         return {"predictions": (prediction.float() - target.float()).square().flatten(1).mean(dim=1)}
