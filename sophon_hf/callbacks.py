@@ -1,8 +1,13 @@
-"""Callbacks of the trainer: a progress bar with the figures that matter, and an evaluation of the last state."""
+"""Callbacks of the trainer: a progress bar with the figures that matter, and what follows an iteration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
 
 
 class ProtectionProgress(TrainerCallback):
@@ -53,3 +58,20 @@ class EvaluateLastStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+
+
+class KeepNorms(TrainerCallback):
+    """Put layers whose scale the function does not depend on back to the norm that they have now, after every iteration.
+
+    Args:
+        model: Unwrapped.
+        predict: Runs it on one batch and returns its prediction.
+    """
+
+    def __init__(self, model: nn.Module, predict: Callable[[], Tensor]):
+        self.layers = scale_invariant_layers(model, predict)
+        self.norms = {layer: layer.weight.detach().norm() for layer in self.layers}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for layer, normalisations in self.layers.items():
+            set_norm(layer, normalisations, self.norms[layer])

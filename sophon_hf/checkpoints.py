@@ -20,7 +20,7 @@ STATE_FILE = "sophon_state.pt"
 
 _SETTINGS = (
     "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
-    "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "strategy_space", "second_order", "probes", "distillation", "keep_norms", "persistent", "horizon", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
@@ -31,6 +31,8 @@ def run_facts(
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's, as JSON knows it."""
     facts = {name: getattr(args, name) for name in _SETTINGS}
+    if args.persistent:
+        facts["save_steps"] = args.save_steps  # Where adversaries start anew.
     facts["model"] = type(model).__name__
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["head"] = getattr(task, "head", None)

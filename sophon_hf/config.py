@@ -21,6 +21,28 @@ _FP16 = (
 )
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "representation": {
+        "K": 4,
+        "l_NTR": 4,
+        "alpha": 5e-3,
+        "beta": 2e-3,
+        "max_steps": 1000,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "probes": 2,
+        "distillation": 2.0,
+        "keep_norms": True,
+        "strategy_space": {
+            "reinitialized_blocks": [0, 1],
+            "learning_rates": [3e-4, 1e-3, 3e-3],
+            "batch_sizes": [50, 128],
+        },
+    },
+}
+
+
 @dataclass
 class SophonConfig(TrainingArguments):
     """Arguments of `SophonTrainer`; every default that the paper states is the paper's (section 5.1.1).
@@ -77,6 +99,37 @@ class SophonConfig(TrainingArguments):
             "help": "Phi: the simulated strategies, as the fields of StrategySpace (JSON); default: the paper's."
         },
     )
+    persistent: int = field(
+        default=0,
+        metadata={
+            "help": "How many simulated adversaries live on over the iterations, taken in turn, K updates at a time; 0: "
+            "every one starts anew, as published. Each holds about three copies of the model."
+        },
+    )
+    horizon: int = field(
+        default=128, metadata={"help": "Updates after which a persistent adversary is replaced by a new one."}
+    )
+    probes: int = field(
+        default=0,
+        metadata={
+            "help": "Depths of the model at which a closed-form probe, the best new linear head, is suppressed too; 0: "
+            "none, as published. For classifiers."
+        },
+    )
+    distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight in L_beta of the distance to what the unprotected model predicts (KL, or MSE for diffusion); "
+            "holds a second copy of the model."
+        },
+    )
+    keep_norms: bool = field(
+        default=False,
+        metadata={
+            "help": "Put layers whose scale does not matter back to their original norm after every iteration, so that no "
+            "protection rests on inflated weights."
+        },
+    )
     second_order: bool = field(
         default=False,
         metadata={"help": "Exact gradient of eq. 5 instead of the first-order one; for small, smooth models."},
@@ -124,7 +177,17 @@ class SophonConfig(TrainingArguments):
                 f"{self.beta}) and `alpha` (suppression, now {self.alpha}), and leave learning_rate None."
             )
         self.learning_rate = self.beta
-        whole = {"max_steps": 1, "K": 1, "N": 1, "l_FTS": 0, "l_NTR": 1, "per_device_train_batch_size": 1}
+        whole = {
+            "max_steps": 1,
+            "K": 1,
+            "N": 1,
+            "l_FTS": 0,
+            "l_NTR": 1,
+            "probes": 0,
+            "persistent": 0,
+            "horizon": 1,
+            "per_device_train_batch_size": 1,
+        }
         whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         for name, least in whole.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
@@ -132,15 +195,36 @@ class SophonConfig(TrainingArguments):
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "max_grad_norm"):
+        for name in ("mu", "tolerance", "max_grad_norm", "distillation"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
+        if self.persistent and self.second_order:
+            raise ValueError("The exact gradient does not reach through earlier iterations: leave `persistent` 0.")
+        if self.persistent and self.persistent < self.N * self.l_FTS:
+            raise ValueError(
+                f"persistent is {self.persistent}, but an iteration simulates N x l_FTS = {self.N * self.l_FTS} adversaries."
+            )
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()
         elif self.strategy_space is not None:
             self.strategy_space = StrategySpace.from_dict(_from_json(self.strategy_space, "strategy_space")).to_dict()
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SophonConfig:
+        """Hyper-parameters that belong together, under a name.
+
+        Args:
+            name: "paper" (Algorithm 1 as published, which the plain defaults are too) or "representation" (suppresses
+                what new heads could do with the features; see docs/defences.md).
+            changes: Other fields, which win over the preset's.
+
+        Raises:
+            ValueError: An unknown name, or a value out of range.
+        """
+        check_choice(name, PRESETS, "preset")
+        return cls(**{**PRESETS[name], **changes})
 
     def _parse_gamma(self) -> list | None:
         gamma = _from_json(self.gamma, "gamma")

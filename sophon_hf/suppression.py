@@ -16,7 +16,9 @@ from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
 from sophon_hf.finetuning.environment import Environment
 from sophon_hf.finetuning.initialization import preserved
+from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.probes import Probes
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
@@ -76,6 +78,7 @@ class Suppression:
         loss: L_alpha, of prediction and target.
         num_classes: Classes of the restricted domain, for new heads.
         autocast: Called for a context around each forward pass.
+        probes: Suppress them too, on twice as large batches of T_i.
         second_order: Differentiate through the adversaries' optimizer steps. Exact, for small models: memory grows
             with K, and a gradient of exactly zero has no second derivative under Adam, so use smooth models.
     """
@@ -89,18 +92,22 @@ class Suppression:
         *,
         num_classes: int | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        probes: Probes | None = None,
         second_order: bool = False,
     ):
         self.model, self.task, self.anatomy, self.loss = model, task, anatomy, loss
-        self.num_classes, self.autocast = num_classes, autocast
+        self.num_classes, self.autocast, self.probes = num_classes, autocast, probes
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.simulate = self._second_order if second_order else self._first_order
 
-    def __call__(self, environments: Sequence[Environment], gamma: Sequence[Sequence[float]]) -> SuppressionGradient:
+    def __call__(
+        self, environments: Sequence[Environment | PersistentAdversary], gamma: Sequence[Sequence[float]]
+    ) -> SuppressionGradient:
         """Simulate every adversary and sum the gradients.
 
         Args:
-            environments: N fine-tuning environments.
+            environments: N fine-tuning environments, each for an adversary that starts anew, or adversaries that live on
+                (first order only).
             gamma: gamma_{i,k}, N rows of K weights. A step of weight 0 is not evaluated, and the steps after the
                 last other weight are not run.
 
@@ -119,8 +126,9 @@ class Suppression:
         adversaries, losses = [], []
         with preserved(self.model, self.anatomy.head) as stored:
             for environment, weights in zip(environments, gamma, strict=True):
-                torch.manual_seed(environment.seed)
                 adversary = self.simulate(environment, weights, gradient)
+                if isinstance(environment, PersistentAdversary):
+                    environment.put_aside(self.model, stored)
                 losses += [weights[step - 1] * value for step, value in adversary.losses.items()]
                 adversaries.append(adversary)
                 stored.restore()
@@ -140,29 +148,32 @@ class Suppression:
                 return self._evaluate(self.model, batch, batch_statistics=False)[1]()
 
     def _first_order(
-        self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
+        self, member: Environment | PersistentAdversary, weights: Sequence[float], gradient: dict[str, Tensor]
     ) -> SimulatedAdversary:
+        persistent = member if isinstance(member, PersistentAdversary) else PersistentAdversary(member, len(weights))
+        environment, born = persistent.environment, persistent.age
+        torch.manual_seed(environment.seed + born)
         adversary = SimulatedAdversary(environment.strategy.name)
         adversary.before = self._scores_before(environment)
-        fine_tuning = self._fine_tuning(environment, len(weights))
-        live = dict(self.model.named_parameters())
-        names = [name for name in gradient if name not in fine_tuning.reinitialized]
-        points, buffers = [live[name] for name in names], [gradient[name] for name in names]
         last = _last_evaluated(weights)
-        for update in islice(fine_tuning, last):
-            weight = weights[update.step - 1]
+        for step, update in enumerate(islice(persistent.resume(self.model, self._fine_tuning), last), 1):
+            weight = weights[step - 1]
             if not weight:
                 continue
-            loss, scores = self._evaluate(self.model, _held_out(environment, update.step))
-            _add(buffers, torch.autograd.grad(loss, points, allow_unused=True), weight)
-            adversary.losses[update.step] = loss.detach()
-            if update.step == last:
+            loss, scores = self._evaluate(self.model, self._held_out(environment, update.step))
+            live, renewed = dict(self.model.named_parameters()), persistent.fine_tuning.reinitialized
+            names = [name for name in gradient if name not in renewed]
+            slopes = torch.autograd.grad(loss, [live[name] for name in names], allow_unused=True)
+            _add([gradient[name] for name in names], slopes, weight)
+            adversary.losses[step] = loss.detach()
+            if step == last:
                 adversary.after = scores()
         return adversary
 
     def _second_order(
         self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
     ) -> SimulatedAdversary:
+        torch.manual_seed(environment.seed)
         adversary, strategy = SimulatedAdversary(environment.strategy.name), environment.strategy
         adversary.before = self._scores_before(environment)
         fine_tuning = self._fine_tuning(environment, len(weights))
@@ -196,7 +207,7 @@ class Suppression:
                 # Both are overwritten by the next step, whereas autograd keeps what it is given.
                 copies = {name: tensor.clone() for name, tensor in [*vartheta.items(), *buffers.items()]}
                 with sdpa_kernel(SDPBackend.MATH):
-                    loss, scores = self._evaluate(WithTensors(self.model, copies), _held_out(environment, step))
+                    loss, scores = self._evaluate(WithTensors(self.model, copies), self._held_out(environment, step))
                 total = total + weights[step - 1] * loss
                 adversary.losses[step], adversary.after = loss.detach(), scores()
         if adversary.losses:
@@ -230,27 +241,30 @@ class Suppression:
         self.model.eval()
         for norm in self._batch_norms:
             norm.training = batch_statistics
-        with self.autocast():
+        with self.autocast(), self.probes.watching() if self.probes else nullcontext() as features:
             prediction = self.task.predict(model, batch)
         target = self.task.target(batch)
-        return self.loss(prediction, target), lambda: self.task.scores(prediction.detach(), target)
+        loss = self.loss(prediction, target)
+        if self.probes:
+            loss = loss + self.probes.loss(features, target)
+        return loss, lambda: self.task.scores(prediction.detach(), target)
+
+    def _held_out(self, environment: Environment, step: int) -> Batch:
+        """The batch of T_i for a step: the same one whatever the weights of the other steps."""
+        size = environment.strategy.batch_size * (2 if self.probes else 1)
+        size = min(size, len(environment.evaluation.indices))
+        return environment.evaluation.batch((step - 1) * size, size)
 
     @torch.no_grad()
     def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
         if not environment.strategy.needs_original_head:
             return {}
-        return self._evaluate(self.model, _held_out(environment, 1))[1]()
+        return self._evaluate(self.model, self._held_out(environment, 1))[1]()
 
 
 def _last_evaluated(weights: Sequence[float]) -> int:
     """The last step whose weight is not zero; no step after it has to be run."""
     return max((k for k, weight in enumerate(weights, 1) if weight), default=0)
-
-
-def _held_out(environment: Environment, step: int) -> Batch:
-    """The batch of T_i for a step: the same one whatever the weights of the other steps."""
-    size = min(environment.strategy.batch_size, len(environment.evaluation.indices))
-    return environment.evaluation.batch((step - 1) * size, size)
 
 
 def _clip(gradients: Sequence[Tensor | None], max_norm: float) -> Sequence[Tensor | None]:

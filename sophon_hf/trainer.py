@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
+from sophon_hf.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress
 from sophon_hf.checkpoints import (
     check_fresh_folder,
     check_same_run,
@@ -28,9 +29,10 @@ from sophon_hf.checkpoints import (
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain
 from sophon_hf.data.domains import Source
-from sophon_hf.finetuning import FineTuningStrategy, sample_environment
+from sophon_hf.finetuning import Environment, FineTuningStrategy, PersistentAdversary, sample_environment
 from sophon_hf.guard import Guard
 from sophon_hf.preflight import build_domains, check_labels, refuse_launcher_settings, try_domain, try_strategies
+from sophon_hf.probes import Probes
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import Suppression, average_and_clip
 from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, load_task
@@ -122,8 +124,13 @@ class SophonTrainer(Trainer):
             self._suppression_loss(),
             num_classes=self.domains["restricted"].num_classes or None,
             autocast=self.accelerator.autocast,
+            probes=self._probes(),
             second_order=args.second_order,
         )
+        self.unprotected = copy.deepcopy(self.model).eval().requires_grad_(False) if args.distillation else None
+        if args.keep_norms:
+            sample = first_rows(self.task, self.domains["original"], args.device)
+            self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
         self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
         self.suppression_optimizer: torch.optim.Optimizer | None = None
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -169,6 +176,14 @@ class SophonTrainer(Trainer):
             raise ValueError(f"suppression_loss {name!r} does not fit the task: choose one of {', '.join(losses)}.")
         return losses[name]
 
+    def _probes(self) -> Probes | None:
+        if not self.args.probes:
+            return None
+        classes = self.domains["restricted"].num_classes
+        if self.domains["restricted"].labels is None:
+            raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
+        return Probes(self.model, self.anatomy, self.args.probes, classes, self._suppression_loss())
+
     # ---- The two loops of Algorithm 1 ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
@@ -186,13 +201,8 @@ class SophonTrainer(Trainer):
     def _suppression_loop(self, loop: int) -> None:
         """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
         args, step = self.args, self.state.global_step
-        environments = []
-        for adversary in range(args.N):
-            # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
-            seed = derive_seed(args.seed, "adversary", step, loop, args.process_index * args.N + adversary)
-            strategy = self.space.sample(derive_seed(seed, "strategy"))
-            environments.append(sample_environment(self.domains["restricted"], self.task, strategy, seed))
-        result = self.suppression(environments, args.step_weights)
+        adversaries = [self._adversary(loop, number) for number in range(args.N)]
+        result = self.suppression(adversaries, args.step_weights)
         norm, result.loss = average_and_clip(result.gradient, result.loss, self.accelerator, args.max_grad_norm)
         if torch.isfinite(norm):
             for name, parameter in self.model.named_parameters():
@@ -204,6 +214,23 @@ class SophonTrainer(Trainer):
             logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
         self.suppression_scheduler.step()
         self.step_log.add_suppression(result, norm)
+
+    def _adversary(self, loop: int, number: int) -> Environment | PersistentAdversary:
+        """One that starts anew, or the next one of those that live on, replaced where its horizon is reached."""
+        args, step = self.args, self.state.global_step
+        # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
+        seed = derive_seed(args.seed, "adversary", step, loop, args.process_index * args.N + number)
+        slot = ((step * args.l_FTS + loop) * args.N + number) % max(args.persistent, 1)
+        if args.persistent and slot in self.adversaries and not self.adversaries[slot].finished:
+            return self.adversaries[slot]
+        strategy = self.space.sample(derive_seed(seed, "strategy"))
+        environment = sample_environment(self.domains["restricted"], self.task, strategy, seed)
+        if not args.persistent:
+            return environment
+        # The first ones live shorter, so that young and old are always mixed.
+        share = 1 if slot in self.adversaries else (slot + 1) / args.persistent
+        self.adversaries[slot] = PersistentAdversary(environment, max(args.K, round(share * args.horizon)))
+        return self.adversaries[slot]
 
     def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
         """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
@@ -237,6 +264,10 @@ class SophonTrainer(Trainer):
         else:
             prediction = self.task.predict(model, inputs)
             loss = self.task.loss(prediction, self.task.target(inputs))
+            if self.unprotected is not None:
+                with torch.no_grad():
+                    unprotected = self.task.predict(self.unprotected, inputs)
+                loss = loss + self.args.distillation * self.task.distance(prediction, unprotected)
         loss = self.args.mu * loss
         return (loss, {"prediction": prediction}) if return_outputs else loss
 
@@ -363,6 +394,7 @@ class SophonTrainer(Trainer):
         if self.guard.observe(step, original, simulated):
             return
         self.guard.roll_back()
+        self.adversaries.clear()
         for optimizer in (self.optimizer, self.suppression_optimizer):
             getattr(optimizer, "optimizer", optimizer).state.clear()
         choice = self.args.after_rollback
@@ -406,6 +438,7 @@ class SophonTrainer(Trainer):
             check_fresh_folder(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
+        self.adversaries: dict[int, PersistentAdversary] = {}
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
         output = super().train(resume_from_checkpoint or None, **kwargs)
@@ -447,6 +480,7 @@ class SophonTrainer(Trainer):
             schedule = {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"}
             state = {"optimizer": self.suppression_optimizer.state_dict(), "scheduler": schedule}
             save_state(output_dir, {**state, "facts": self._run_facts(), "guard": self.guard.state_dict()})
+        self.adversaries.clear()  # They start anew after a checkpoint, so that nothing of them has to be in it.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from sophon_hf.closest import hint
-from sophon_hf.config import SophonConfig
+from sophon_hf.config import PRESETS, SophonConfig
 from sophon_hf.data import load_domain, select_classes, split_domain
+from sophon_hf.finetuning.strategy import check_choice
 from sophon_hf.tasks import load_model, load_task
 from sophon_hf.tasks.models import main_input
 from sophon_hf.trainer import SophonTrainer
@@ -50,6 +51,9 @@ class ProtectArguments:
             "false protects with all of it."
         },
     )
+    preset: str = field(
+        default="paper", metadata={"help": f"Defaults of the hyper-parameters: {' or '.join(PRESETS)}."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
 
 
@@ -82,6 +86,7 @@ def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig
     for name in values:
         _check_known(str(name), known)
     given = {argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")}
+    values = {**_preset(arguments, values), **values}
     flags = [flag for name, value in values.items() if name not in given for flag in _as_flags(name, value)]
     parsed = parser.parse_args_into_dataclasses([*flags, *arguments], return_remaining_strings=True)
     for argument in parsed[-1]:
@@ -90,6 +95,14 @@ def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig
     if parsed[-1]:
         raise ValueError(f"{parsed[-1][0]!r} belongs to no field.")
     return parsed[0], parsed[1]
+
+
+def _preset(arguments: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=values.get("preset", "paper"))
+    name = parser.parse_known_args(arguments)[0].preset
+    check_choice(name, PRESETS, "preset")
+    return PRESETS[name]
 
 
 def _check_known(name: str, known: list[str]) -> None:

@@ -3,6 +3,7 @@
 from sophon_hf.finetuning.engine import FineTuning, Update
 from sophon_hf.finetuning.environment import Environment, sample_environment
 from sophon_hf.finetuning.initialization import Stored, preserved
+from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError, StrategySpace
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "FineTuning",
     "FineTuningStrategy",
     "NotApplicableError",
+    "PersistentAdversary",
     "Stored",
     "StrategySpace",
     "Update",

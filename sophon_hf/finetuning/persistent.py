@@ -1,0 +1,72 @@
+"""Simulated adversaries that live on over the iterations, so that long fine-tunings cost only a few updates each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from sophon_hf.finetuning.engine import FineTuning, Update
+from sophon_hf.finetuning.environment import Environment
+from sophon_hf.finetuning.initialization import Stored
+
+
+class PersistentAdversary:
+    """An adversary that is put aside between iterations; theta may move meanwhile.
+
+    What is kept is how far it has come from theta, its own head, its batch-norm statistics and its optimizer's state:
+    about three copies of what it updates. It goes on from where theta is then, by as far as it had come.
+
+    Args:
+        environment: Its environment.
+        updates: Its horizon: the optimizer steps of its whole life.
+    """
+
+    def __init__(self, environment: Environment, updates: int):
+        self.environment, self.updates = environment, updates
+        self.age = 0
+        self.fine_tuning: FineTuning | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its horizon is reached."""
+        return self.age >= self.updates
+
+    def resume(self, model: nn.Module, begin: Callable[[Environment, int], FineTuning]) -> Iterator[Update]:
+        """Make the model, which is theta, this adversary's, and go on with its updates.
+
+        Args:
+            model: Unwrapped, and stored by the caller.
+            begin: Starts a fine-tuning of the model in an environment, for so many updates; called at birth.
+        """
+        if self.fine_tuning is None:
+            self.fine_tuning = begin(self.environment, self.updates)
+            self._running = iter(self.fine_tuning)
+        else:
+            self._return(model)
+        for update in self._running:
+            self.age = update.step
+            yield update
+
+    @torch.no_grad()
+    def put_aside(self, model: nn.Module, theta: Stored) -> None:
+        """Note how far it has come; the caller then puts theta back."""
+        before = {id(tensor): copy for tensor, copy in zip(theta.tensors, theta.copies, strict=True)}
+        own = self.fine_tuning.reinitialized
+        self._head_name, self._head = theta.head, model.get_submodule(theta.head)
+        self._own = {name: p.detach().clone() for name, p in model.named_parameters() if name in own}
+        self._moved = {name: p - before[id(p)] for name, p in model.named_parameters() if name not in own}
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    @torch.no_grad()
+    def _return(self, model: nn.Module) -> None:
+        model.set_submodule(self._head_name, self._head)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+            if name in self._own:
+                parameter.copy_(self._own[name])
+            else:
+                parameter.add_(self._moved[name])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(self._buffers[name])

@@ -1,0 +1,117 @@
+"""Closed-form probes: the best linear head that features allow, differentiated through its solution.
+
+What a new head can do with a representation does not show in the loss of the model's own head. A probe shows it without
+training one: ridge regression on the features of some examples, judged on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sophon_hf.losses import at_least_float32
+from sophon_hf.tasks.anatomy import Anatomy
+
+RIDGE = 0.1
+TEMPERATURE = 20.0
+GRID = 2
+SMALLEST_SPREAD = 1e-4
+
+
+def probe_logits(features: Tensor, labels: Tensor, unseen: Tensor, num_classes: int) -> Tensor:
+    """Logits of the ridge regression from features to one-hot labels, fitted on some examples, for others.
+
+    Features are standardised by those that it is fitted on. It is solved in its dual form, so that it costs the cube
+    of the examples and only the square of them a feature, and its gradient goes through the solution.
+
+    Args:
+        features: Shape (n, d): what it is fitted on.
+        labels: Shape (n,), int64.
+        unseen: Shape (m, d).
+        num_classes: c.
+
+    Returns:
+        Shape (m, c), float32 or float64: the predictions times the temperature.
+    """
+    features, unseen = at_least_float32(features), at_least_float32(unseen)
+    mean, spread = features.mean(dim=0), features.std(dim=0, correction=0) + SMALLEST_SPREAD
+    features, unseen = (features - mean) / spread, (unseen - mean) / spread
+    targets = F.one_hot(labels, num_classes).to(features.dtype)
+    share = targets.mean(dim=0)
+    ridge = RIDGE * len(features) * torch.eye(len(features), dtype=features.dtype, device=features.device)
+    weights = torch.linalg.solve(features @ features.T + ridge, targets - share)
+    return TEMPERATURE * (unseen @ features.T @ weights + share)
+
+
+class Probes:
+    """Suppresses what new heads could do with a model's features, at several depths.
+
+    The depths are the input of the head, as a new head sees it, and the outputs of blocks spread evenly over the model.
+
+    Args:
+        model: Unwrapped.
+        anatomy: Its head and blocks.
+        depths: How many depths, at most as many as blocks; 1 is the head's input alone.
+        num_classes: Of the restricted domain.
+        loss: L_alpha, of logits and labels.
+
+    Raises:
+        ValueError: The model has fewer depths.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        depths: int,
+        num_classes: int,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ):
+        if depths > max(len(anatomy.blocks), 1):
+            raise ValueError(
+                f"probes is {depths}, but {type(model).__name__} has {len(anatomy.blocks)} blocks that features can be "
+                "probed after: ask for at most as many, or for 1, which is what the head sees."
+            )
+        self.model, self.head, self.num_classes, self.suppress = model, anatomy.head, num_classes, loss
+        self.blocks = [anatomy.blocks[round(len(anatomy.blocks) * part / depths) - 1] for part in range(1, depths)]
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """Inside the block a forward pass leaves its features, (batch, d) at each depth, in the list."""
+        features: list[Tensor] = []
+        handles = [self.model.get_submodule(b).register_forward_hook(_after(features)) for b in self.blocks]
+        head = self.model.get_submodule(self.head)
+        handles.append(head.register_forward_pre_hook(lambda _, inputs: features.append(_pooled(inputs[0]))))
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
+        """L_alpha of probes that are fitted on the first half of a batch and judged on the second, summed over depths."""
+        half = len(labels) // 2
+        return torch.stack(
+            [
+                self.suppress(probe_logits(part[:half], labels[:half], part[half:], self.num_classes), labels[half:])
+                for part in features
+            ]
+        ).sum()
+
+
+def _after(features: list[Tensor]) -> Callable:
+    def hook(block: nn.Module, _: tuple, output: Tensor | tuple) -> None:
+        features.append(_pooled(output if isinstance(output, Tensor) else output[0]))
+
+    return hook
+
+
+def _pooled(output: Tensor) -> Tensor:
+    """A feature map by its means over a 2 x 2 grid, tokens by their mean; shape (batch, d)."""
+    if output.ndim == 4:
+        return F.adaptive_avg_pool2d(output, GRID).flatten(1)
+    return output.mean(dim=1) if output.ndim == 3 else output.flatten(1)

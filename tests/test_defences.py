@@ -1,0 +1,377 @@
+"""What goes beyond Algorithm 1: probes, adversaries that live on, distillation, kept norms, and presets."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet, make_points
+from test_models import images, unet
+from test_suppression import Net, assert_gradient, evaluation_mode, make_environment, make_net, suppress
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.commands.protect import read_arguments
+from sophon_hf.config import PRESETS
+from sophon_hf.data import Domain, build_domain
+from sophon_hf.finetuning import PersistentAdversary
+from sophon_hf.losses import inverse_cross_entropy
+from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits
+from sophon_hf.suppression import Suppression
+from sophon_hf.tasks.anatomy import Anatomy
+from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
+
+HEAD_ONLY = Anatomy("head", ("body",), 3)
+
+
+@pytest.fixture
+def float64_domain() -> Domain:
+    torch.set_default_dtype(torch.float64)
+    return build_domain(make_points(1, 100), ClassificationTask().inputs(Net()))
+
+
+def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrainer:
+    torch.manual_seed(0)
+    settings = {
+        "max_steps": 6, "K": 2, "per_device_train_batch_size": 8, "eval_steps": 2, "save_steps": 3, "disable_tqdm": True,
+        "tolerance": 1.0, "use_cpu": True, "strategy_space": {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8]},
+    }  # fmt: skip
+    config = SophonConfig(str(output), **{**settings, **changes})
+    return SophonTrainer(TinyNet() if model is None else model, make_points(1), make_points(2), config)
+
+
+# ---- Probes ----
+
+
+def primal_ridge(features: np.ndarray, labels: np.ndarray, unseen: np.ndarray, num_classes: int) -> np.ndarray:
+    """Ridge regression as a textbook writes it: (X'X + lambda n I)^-1 X'Y, with centred targets."""
+    mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-4
+    x, z = (features - mean) / spread, (unseen - mean) / spread
+    y = np.eye(num_classes)[labels]
+    weights = np.linalg.inv(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])) @ x.T @ (y - y.mean(axis=0))
+    return TEMPERATURE * (z @ weights + y.mean(axis=0))
+
+
+@pytest.mark.parametrize("width", (3, 40))
+def test_a_probe_is_the_ridge_regression_of_one_hot_labels(width):
+    generator = np.random.default_rng(0)
+    features, unseen = generator.normal(size=(20, width)), generator.normal(size=(7, width))
+    labels = generator.integers(0, 3, 20)
+    actual = probe_logits(torch.tensor(features), torch.tensor(labels), torch.tensor(unseen), 3)
+    np.testing.assert_allclose(actual.numpy(), primal_ridge(features, labels, unseen, 3), rtol=1e-9)
+
+
+def test_its_gradient_goes_through_the_solution():
+    torch.manual_seed(0)
+    features = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    unseen = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(9) % 3
+    torch.autograd.gradcheck(lambda f, u: probe_logits(f, labels, u, 3), (features, unseen))
+
+
+def test_half_precision_and_constant_features_stay_finite():
+    features = torch.ones(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    logits = probe_logits(features, torch.arange(8) % 2, features, 2)
+    assert logits.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(logits.sum(), features)
+    assert gradient.isfinite().all()
+
+
+def test_probes_add_their_suppression_at_every_step_to_that_of_the_head(float64_domain):
+    model = make_net(noisy=False)
+    environment = make_environment(float64_domain, 1, batch_size=5, learning_rate=0.01)
+    probes = Probes(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
+    result = suppress(model, [environment], [[0.5, 0.5]], anatomy=HEAD_ONLY, probes=probes)
+
+    adversary, total = copy.deepcopy(model), 0.0
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(adversary.parameters(), lr=0.01)
+    batches, held_out = environment.fine_tuning.batches(5), environment.evaluation.batches(10)
+    for _ in range(2):
+        batch = next(batches)
+        adversary.train().zero_grad()
+        F.cross_entropy(adversary(batch["x"]), batch["labels"]).backward()
+        optimizer.step()
+        batch = next(held_out)
+        x, y = batch["x"], batch["labels"]
+        evaluation_mode(adversary).zero_grad()
+        features = torch.tanh(adversary.body(x))
+        loss = inverse_cross_entropy(adversary.head(features), y)
+        loss = loss + inverse_cross_entropy(probe_logits(features[:5], y[:5], features[5:], 3), y[5:])
+        loss.backward()
+        total += 0.5 * loss.item()
+        for name, parameter in adversary.named_parameters():
+            expected[name] += 0.5 * parameter.grad
+    assert_gradient(result, (total, expected))
+
+
+def small_resnet(blocks: int = 2) -> nn.Module:
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[blocks, blocks],
+        layer_type="basic",
+        num_labels=3,
+    )
+    return ResNetForImageClassification(config)
+
+
+def small_vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=12, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8,
+        num_labels=3,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize(("make", "shapes"), [(small_resnet, [(4, 32), (4, 16)]), (small_vit, [(4, 12), (4, 12)])])
+def test_depths_are_found_in_convolutional_networks_and_transformers(make, shapes):
+    model, task = make(), ClassificationTask()
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16)}
+    anatomy = task.anatomy(model, batch)
+    probes = Probes(model, anatomy, 2, 3, inverse_cross_entropy)
+    with probes.watching() as features:
+        task.predict(model, batch)
+    assert [tuple(part.shape) for part in features] == shapes
+    assert probes.blocks == [anatomy.blocks[len(anatomy.blocks) // 2 - 1]]
+    task.predict(model, batch)
+    assert len(features) == 2, "the hooks are gone after the block"
+
+
+def test_more_depths_than_blocks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="probes is 3, but TinyNet has 0 blocks"):
+        build(tmp_path, probes=3)
+
+
+def test_a_task_without_labels_has_no_probes(tmp_path):
+    config = SophonConfig(str(tmp_path), probes=1, use_cpu=True)
+    with pytest.raises(ValueError, match="A probe predicts labels"):
+        SophonTrainer(unet(), images(1), images(2), config)
+
+
+# ---- Adversaries that live on ----
+
+
+@pytest.mark.parametrize("initialization", ("direct", "new_head"))
+def test_two_visits_are_one_long_simulation_where_theta_does_not_move(float64_domain, initialization):
+    model = make_net()
+    model.dropout.p = 0.0  # Each visit seeds its own random state.
+    fields = {"learning_rate": 0.01, "optimizer": "momentum", "initialization": initialization, "batch_size": 5}
+    environment = make_environment(float64_domain, 1, **fields)
+    suppression = Suppression(model, ClassificationTask(), Anatomy("head", ()), inverse_cross_entropy)
+    whole = suppression([environment], [[0.25] * 4])
+    adversary = PersistentAdversary(environment, 4)
+    first, second = (suppression([adversary], [[0.25] * 2]) for _ in range(2))
+    assert adversary.finished
+    assert_gradient(
+        whole, (float(first.loss + second.loss), {n: g + second.gradient[n] for n, g in first.gradient.items()})
+    )
+
+
+def test_it_goes_on_from_where_theta_is_then_with_its_own_head_and_optimizer(float64_domain):
+    model = make_net(noisy=False)
+    environment = make_environment(
+        float64_domain, 1, learning_rate=0.1, optimizer="momentum", initialization="new_head", batch_size=5
+    )
+    suppression = Suppression(model, ClassificationTask(), Anatomy("head", ()), inverse_cross_entropy)
+    adversary = PersistentAdversary(environment, 2)
+    reference = copy.deepcopy(model)
+    suppression([adversary], [[1.0]])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3)
+    result = suppression([adversary], [[1.0]])
+
+    torch.manual_seed(environment.seed)
+    reference.head.reset_parameters()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    batches = environment.fine_tuning.batches(5)
+    for visit in range(2):
+        if visit:
+            with torch.no_grad():  # Only what it took over from theta moves with theta.
+                for parameter in reference.body.parameters():
+                    parameter.add_(0.3)
+        batch = next(batches)
+        reference.zero_grad()
+        F.cross_entropy(reference(batch["x"]), batch["labels"]).backward()
+        optimizer.step()
+    held_out = environment.evaluation.batch(5, 5)
+    reference.zero_grad()
+    loss = inverse_cross_entropy(reference(held_out["x"]), held_out["labels"])
+    loss.backward()
+    for name, parameter in reference.body.named_parameters():
+        torch.testing.assert_close(result.gradient[f"body.{name}"], parameter.grad)
+    assert not result.gradient["head.weight"].any()
+    assert float(result.loss) == pytest.approx(loss.item())
+
+
+def test_theta_is_as_before_after_every_visit(float64_domain):
+    model = make_net()
+    before, head = copy.deepcopy(model.state_dict()), model.head
+    adversary = PersistentAdversary(
+        make_environment(float64_domain, 1, initialization="new_head", learning_rate=0.1), 6
+    )
+    for _ in range(3):
+        suppress(model, [adversary], [[1.0, 1.0]], anatomy=Anatomy("head", ()))
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        assert model.head is head
+
+
+class Ages:
+    """What the trainer lets live on."""
+
+    def __init__(self, trainer: SophonTrainer):
+        self.seen, simulate = [], trainer.suppression.simulate
+
+        def watch(adversary, *rest):
+            self.seen.append((id(adversary), adversary.age, adversary.updates))
+            return simulate(adversary, *rest)
+
+        trainer.suppression.simulate = watch
+
+
+def test_the_trainer_takes_them_in_turn_and_replaces_the_old(tmp_path):
+    trainer = build(tmp_path, persistent=2, horizon=4, max_steps=8, save_strategy="no")
+    ages = Ages(trainer)
+    trainer.train()
+    assert [age for _, age, _ in ages.seen] == [0, 0, 0, 2, 2, 0, 0, 2]
+    assert [updates for _, _, updates in ages.seen] == [2, 4, 4, 4, 4, 4, 4, 4]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_resumed_run_with_persistent_adversaries_ends_as_an_uninterrupted_one(tmp_path):
+    states = []
+    for resumed in (False, True):
+        folder = tmp_path / str(resumed)
+        if resumed:
+            stopped = build(folder, persistent=2, horizon=8)
+            stopped.add_callback(StopAt(3))
+            stopped.train()
+            (folder / "model.safetensors").unlink()
+        trainer = build(folder, persistent=2, horizon=8)
+        trainer.train(resume_from_checkpoint=resumed or None)
+        states.append(trainer.model.state_dict())
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"persistent": 2, "second_order": True}, "leave `persistent` 0"),
+        ({"persistent": 1, "N": 2}, "persistent is 1, but an iteration simulates N x l_FTS = 2"),
+        ({"persistent": -1}, "persistent is -1"),
+        ({"horizon": 0}, "horizon is 0"),
+        ({"probes": 1.5}, "probes is 1.5"),
+        ({"distillation": -1.0}, "distillation is -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SophonConfig(**fields)
+
+
+# ---- Distillation and norms ----
+
+
+def test_distillation_adds_the_divergence_from_the_unprotected_model(tmp_path):
+    trainer = build(tmp_path, distillation=2.0)
+    unprotected = copy.deepcopy(trainer.model).eval()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(3.0)
+    trainer.model.eval()
+    batch = {"x": torch.randn(10, 6), "labels": torch.arange(10) % 3}
+    ours, theirs = trainer.model(batch["x"]).softmax(1), unprotected(batch["x"]).softmax(1)
+    divergence = (theirs * (theirs.log() - ours.log())).sum(1).mean()
+    expected = -ours.log()[torch.arange(10), batch["labels"]].mean() + 2 * divergence
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+    assert divergence > 0.01
+
+
+def test_the_unprotected_model_stays_as_it_was(tmp_path):
+    trainer = build(tmp_path, distillation=1.0, alpha=0.1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    torch.testing.assert_close(trainer.unprotected.state_dict(), before, rtol=0, atol=0)
+    assert not torch.equal(trainer.model.body.weight, before["body.weight"])
+
+
+def test_norms_are_kept_where_scale_does_not_matter(tmp_path):
+    norms = {}
+    for keep in (False, True):
+        trainer = build(tmp_path / str(keep), alpha=0.1, keep_norms=keep)
+        before = float(trainer.model.body.weight.detach().norm())
+        trainer.train()
+        norms[keep] = float(trainer.model.body.weight.detach().norm()) / before
+    assert norms[True] == pytest.approx(1.0, abs=1e-5)
+    assert abs(norms[False] - 1) > 0.05
+
+
+def test_setting_a_norm_does_not_change_the_function():
+    model = small_resnet().eval()
+    x = torch.randn(4, 3, 16, 16)
+    layers = scale_invariant_layers(model, lambda: model(x).logits)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert set(layers) == set(convolutions)
+    before = model(x).logits
+    for layer, normalisations in layers.items():
+        set_norm(layer, normalisations, 3.0)
+        assert float(layer.weight.detach().norm()) == pytest.approx(3.0, rel=1e-5)
+    assert (model(x).logits - before).norm() < 0.01 * before.norm()
+
+
+def test_a_transformer_without_such_layers_is_left_alone():
+    model = small_vit()
+    x = torch.randn(2, 3, 16, 16)
+    state = copy.deepcopy(model.state_dict())
+    scale_invariant_layers(model, lambda: model(x).logits)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+# ---- Presets ----
+
+
+def test_the_preset_of_the_paper_is_the_plain_config():
+    assert SophonConfig.preset("paper", output_dir="x").to_dict() == SophonConfig(output_dir="x").to_dict()
+
+
+def test_what_is_given_wins_over_the_preset():
+    config = SophonConfig.preset("representation", alpha=0.01)
+    assert config.alpha == 0.01
+    assert config.probes == PRESETS["representation"]["probes"] > 0
+
+
+def test_an_unknown_preset_names_the_closest():
+    with pytest.raises(ValueError, match="preset is 'representations'.*representation"):
+        SophonConfig.preset("representations")
+
+
+def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
+    arguments = ["--model", "m", "--original", "o", "--restricted", "r"]
+    config = read_arguments([*arguments, "--preset", "representation", "--alpha", "0.01"])[1]
+    assert (config.alpha, config.keep_norms) == (0.01, True)
+    assert config.space.to_dict()["reinitialized_blocks"] == [0, 1]
+    (tmp_path / "c.yaml").write_text("preset: representation\nbeta: 0.02\n")
+    config = read_arguments([str(tmp_path / "c.yaml"), *arguments])[1]
+    assert (config.beta, config.K) == (0.02, PRESETS["representation"]["K"])
+    with pytest.raises(ValueError, match="preset is 'strong'"):
+        read_arguments([*arguments, "--preset", "strong"])
