@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -57,6 +58,19 @@ def main_input(model: nn.Module) -> str:
 def first_channels(model: nn.Module) -> int | None:
     """Input channels of the first 2-d convolution, or None."""
     return next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def hash_state(model: nn.Module) -> str:
+    """A hash of all parameters and buffers that are saved: equal for models that hold the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
+    return digest.hexdigest()
 
 
 def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
