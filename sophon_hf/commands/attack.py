@@ -9,10 +9,9 @@ import datasets
 
 from sophon_hf.attacks import AttackResults, AttackSuite
 from sophon_hf.attacks.sweeps import SWEEPS
-from sophon_hf.commands.protect import load_processor
 from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.reporting.report import to_markdown, write_report
-from sophon_hf.tasks import load_model, load_task
+from sophon_hf.tasks import load_model, load_processor, load_task
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 
 class WithTensors:
@@ -111,6 +114,22 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         )
         cls = getattr(transformers, f"AutoModelFor{kind}")
     return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
+    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
+        main_input(model), AutoFeatureExtractor
+    )
+    if cls is None or not hasattr(model, "config"):
+        return None
+    try:
+        return cls.from_pretrained(source)
+    except OSError as error:
+        logger.warning("No %s is saved with %s, so raw columns are only scaled: %s", cls.__name__, source, error)
+        return None
 
 
 def noise_scheduler_of(source: str | os.PathLike) -> Any | None:
