@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "sophon_state.pt"
 
-_SETTINGS = (
+HYPER_PARAMETERS = (
     "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
     "strategy_space", "second_order", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
@@ -30,7 +30,7 @@ def run_facts(
     args: SophonConfig, task: Task, model: nn.Module, domains: dict[str, Domain], **more: Any
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's, as JSON knows it."""
-    facts = {name: getattr(args, name) for name in _SETTINGS}
+    facts = {name: getattr(args, name) for name in HYPER_PARAMETERS}
     facts["model"] = type(model).__name__
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["head"] = getattr(task, "head", None)
@@ -66,7 +66,8 @@ def check_fresh_folder(output_dir: str) -> None:
     """
     if not os.path.isdir(output_dir):
         return
-    found = [n for n in os.listdir(output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")]
+    made = ("checkpoint-", "model_index.json", "sophon.json")
+    found = [n for n in os.listdir(output_dir) if n.startswith(made) or n.endswith(".safetensors")]
     if found:
         raise ValueError(
             f"{output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by train(resume_from_checkpoint=True) "

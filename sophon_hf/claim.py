@@ -258,6 +258,8 @@ class Claim:
 
     def __post_init__(self) -> None:
         _one_of(self.metric, METRICS, "metric")
+        if not self.model.isidentifier():
+            raise ValueError(f"model is {self.model!r}, but must be the name of a class.")
         if self.greater_is_better != (self.metric == "accuracy"):
             raise ValueError(f"greater_is_better is {self.greater_is_better}, which does not go with {self.metric}.")
         if self.base_model is not None and not is_base_name_or_hub_id(self.base_model):
@@ -332,9 +334,14 @@ def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
     Returns:
         File name relative to the folder, with "/" -> 64 hexadecimal digits.
     """
+    return {name: _sha256(Path(folder) / name) for name in weight_files(folder)}
+
+
+def weight_files(folder: str | os.PathLike) -> list[str]:
+    """The safetensors files that `hash_weights` hashes, by name."""
     folder = Path(folder)
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")) if path.is_file())
-    return {name: _sha256(folder / name) for name in names if _is_weight_file(name)}
+    return [name for name in names if _is_weight_file(name)]
 
 
 def _sha256(path: Path) -> str:

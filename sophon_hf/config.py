@@ -167,6 +167,15 @@ class SophonConfig(TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use constant, linear or cosine."
             )
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be kept with the arguments: leave it out, and run `hf auth login` instead."
+            )
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy!r} would publish optimizer states, which let anyone go on from here: "
+                "use every_save or end."
+            )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")
         for name in (

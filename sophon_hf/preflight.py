@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -137,6 +139,66 @@ def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tenso
             f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
             "that it was trained with, or raw columns and a `processing_class`."
         ) from error
+
+
+def choose_loss(task: Task, name: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """L_alpha by its name; the task's first one where None.
+
+    Raises:
+        ValueError: The task has no such loss.
+    """
+    losses = task.suppression_losses
+    name = name or next(iter(losses))
+    if name not in losses:
+        raise ValueError(f"suppression_loss {name!r} does not fit the task: choose one of {', '.join(losses)}.")
+    return losses[name]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How strategies and model fit.
+
+    Attributes:
+        anatomy: Head and blocks of the model.
+        space: Phi, without what cannot be carried out.
+        direct_fits: Whether the model's own head has an output for every restricted class.
+    """
+
+    anatomy: Anatomy
+    space: StrategySpace
+    direct_fits: bool
+
+
+def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], args: SophonConfig) -> Fit:
+    """Run every domain once, find the head, check labels against it, and settle on Phi.
+
+    Raises:
+        ValueError: Data, head and strategies do not fit one another.
+    """
+    predictions = {name: try_domain(task, model, name, domain) for name, domain in domains.items()}
+    anatomy = task.anatomy(model, first_rows(task, domains["original"], args.device))
+    space, outputs, classes = args.space, None, domains["restricted"].num_classes
+    if domains["original"].labels is not None:
+        outputs = predictions["original"].shape[1]
+        check_labels(domains, outputs, model)
+    elif args.strategy_space is None:
+        # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
+        space = replace(space, initializations=("direct",))
+    direct_fits = outputs is None or classes <= outputs
+    if not direct_fits and "direct" in space.initializations:
+        if "new_head" not in space.initializations:
+            raise ValueError(
+                f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
+                "strategy has no output for some labels. Add initialization 'new_head' to the strategy space, or "
+                "select at most as many classes (`select_classes`)."
+            )
+        logger.warning(
+            "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
+            "every simulated adversary brings a new head.", classes, outputs,
+        )  # fmt: skip
+        space = space.without_original_head()
+    try_strategies(task, model, anatomy, space, classes or None)
+    return Fit(anatomy, space, direct_fits)
 
 
 def try_strategies(

@@ -148,7 +148,7 @@ class Suppression:
         live = dict(self.model.named_parameters())
         names = [name for name in gradient if name not in fine_tuning.reinitialized]
         points, buffers = [live[name] for name in names], [gradient[name] for name in names]
-        last = _last_evaluated(weights)
+        last = last_evaluated(weights)
         for update in islice(fine_tuning, last):
             weight = weights[update.step - 1]
             if not weight:
@@ -175,7 +175,7 @@ class Suppression:
         scheduler = make_scheduler(strategy, optimizer, len(weights))
         device = moving[0].device
         total = torch.zeros((), device=device)
-        for step, batch in zip(range(1, _last_evaluated(weights) + 1), fine_tuning.batches, strict=False):
+        for step, batch in zip(range(1, last_evaluated(weights) + 1), fine_tuning.batches, strict=False):
             self.model.train()
             # The optimizer writes in place, so every step works on copies that autograd may keep.
             copies = {name: tensor.clone() for name, tensor in vartheta.items()}
@@ -242,7 +242,7 @@ class Suppression:
         return self._evaluate(self.model, _held_out(environment, 1))[1]()
 
 
-def _last_evaluated(weights: Sequence[float]) -> int:
+def last_evaluated(weights: Sequence[float]) -> int:
     """The last step whose weight is not zero; no step after it has to be run."""
     return max((k for k, weight in enumerate(weights, 1) if weight), default=0)
 
