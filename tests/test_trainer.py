@@ -547,7 +547,7 @@ def test_a_saved_unet_is_a_whole_pipeline_that_generates(tmp_path):
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "output")
     assert_equal(pipeline.unet.state_dict(), model.state_dict())
     assert pipeline.scheduler.config.num_train_timesteps == 20
-    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
     assert not torch.equal(model.conv_out.weight, start["conv_out.weight"])
     steps = [entry for entry in trainer.state.log_history if "L_FTS" in entry]
     assert len(steps) == 3 and all(entry["mse_after"] > 0 for entry in steps)
