@@ -36,7 +36,8 @@ def run_facts(
     facts["head"] = getattr(task, "head", None)
     facts |= {f"{name} data": domain.fingerprint for name, domain in domains.items()}
     if hasattr(task, "noise_scheduler"):
-        facts["noise_scheduler"] = dict(task.noise_scheduler.config)
+        # What begins with "_" tells how it was saved.
+        facts["noise_scheduler"] = {k: v for k, v in task.noise_scheduler.config.items() if not k.startswith("_")}
     return json.loads(json.dumps({**facts, **more}, default=lambda value: getattr(value, "value", str(value))))
 
 

@@ -74,7 +74,9 @@ def save_model_files(model: nn.Module, folder: Path, task: Task) -> None:
     if isinstance(task, DiffusionTask) and hasattr(model, "save_pretrained"):
         from diffusers import DDPMPipeline
 
-        pipeline = DDPMPipeline(unet=model, scheduler=task.noise_scheduler)
+        # A copy, since saving writes into the configuration of what is saved.
+        scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
+        pipeline = DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         for config in folder.rglob("config.json"):
             _forget_path(config)

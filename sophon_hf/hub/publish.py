@@ -180,22 +180,28 @@ def helpful_errors(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into errors that say what to do; no token is in them."""
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"Not logged in to the Hub. {_LOG_IN}") from error
-    except HfHubHTTPError as error:
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise _explained(error, repo_id) from error
+
+
+def _explained(error: Exception, repo_id: str) -> Exception:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, (HTTPError, OSError)):
+        error = error.__cause__  # How the client reports a large file that did not arrive.
+    if isinstance(error, LocalTokenNotFoundError):
+        return PermissionError(f"Not logged in to the Hub. {_LOG_IN}")
+    if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         if status == 401:
-            raise PermissionError(f"The Hub does not accept the token. {_LOG_IN}") from error
+            return PermissionError(f"The Hub does not accept the token. {_LOG_IN}")
         if status == 403:
-            raise PermissionError(
+            return PermissionError(
                 f"The account that is logged in may not write to {repo_id}: name a repository of your own, or log in as its "
                 "owner (`hf auth login`)."
-            ) from error
-        raise ConnectionError(
-            f"The Hub refused {repo_id}: {error.server_message or status}. Nothing is published."
-        ) from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise ConnectionError(
+            )
+        return ConnectionError(f"The Hub refused {repo_id}: {error.server_message or status}. Nothing is published.")
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        return ConnectionError(
             f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing again goes on "
             "with the large files that arrived."
-        ) from error
+        )
+    return error

@@ -280,8 +280,7 @@ def _threat(claim: Claim) -> str:
     if claim.attacks is None:
         return "No such adversary was tried on these weights."
     return (
-        f"Here the adversary has {_examples(claim.attacks)}, which the defender never saw, and tries "
-        f"{_count(claim.attacks)}. An adversary with more data, more patience or an attack of another kind is outside of "
+        f"Here the adversary has {_examples(claim.attacks)} and tries {_count(claim.attacks)}. An adversary with more data, more patience or an attack of another kind is outside of "
         "what was measured."
     )
 
