@@ -48,7 +48,9 @@ class Verdict:
     why: str = ""
 
 
-def compare(claimed: float, measured: float, error: float, precision: float, width: float = 0.0) -> tuple[str, str]:
+def compare(
+    claimed: float, measured: float, error: float, precision: float, same_data: bool = False, width: float = 0.0
+) -> tuple[str, str]:
     """The rule.
 
     Args:
@@ -56,6 +58,7 @@ def compare(claimed: float, measured: float, error: float, precision: float, wid
         measured: In the same unit.
         error: By how much `measured` may exceed `claimed` by chance: half the 95 % interval of their difference.
         precision: The largest error with which a claim may pass.
+        same_data: Whether both were measured on the same data: then equal figures need no error to be judged by.
         width: How far the truth may lie above `measured`, where that is more than `error`.
 
     Returns:
@@ -64,6 +67,8 @@ def compare(claimed: float, measured: float, error: float, precision: float, wid
     excess = measured - claimed
     if not math.isfinite(excess + error + width):
         return NOT_CHECKABLE, "a figure is not finite"
+    if same_data and abs(excess) <= ROUNDING:
+        return REPRODUCED, "the same figure on the same data"
     if excess > error:
         return WEAKER, f"worse by {excess:.3f}, of which the error of both measurements explains {error:.3f}"
     if max(error, width) > precision:
@@ -161,11 +166,11 @@ def judge_strongest(claim: Claim, results: AttackResults, same_data: bool) -> Ve
     spread = sum(best.sd**2 / len(best.test) for best in (theirs, ours))
     error = QUANTILE * math.sqrt(spread) / scale + ROUNDING
     precision = ACCURACY_PRECISION if claim.metric == "accuracy" else MSE_PRECISION
-    verdict, why = compare(sign * theirs.mean / scale, sign * ours.mean / scale, error, precision)
+    verdict, why = compare(sign * theirs.mean / scale, sign * ours.mean / scale, error, precision, same_data)
     return _evidence(Verdict(name, verdict, claimed, measured, why), results)
 
 
-def judge_transfer(claim: Claim, results: AttackResults) -> Verdict:
+def judge_transfer(claim: Claim, results: AttackResults, same_data: bool) -> Verdict:
     """Recovered transfer, which other data of the same domains change by no more than their sampling error."""
     name, stated, ours = "recovered transfer", claim.attacks.recovered_transfer, results.recovered_transfer()
     claimed, measured = _transfer(stated), str(ours)
@@ -176,7 +181,7 @@ def judge_transfer(claim: Claim, results: AttackResults) -> Verdict:
     # The claim's truth may lie above its value, and the audit's below.
     error = math.hypot(stated.interval[1] - stated.value, ours.value - ours.interval[0], ROUNDING)
     width = ours.interval[1] - ours.value
-    verdict, why = compare(stated.value, ours.value, error, TRANSFER_PRECISION, width)
+    verdict, why = compare(stated.value, ours.value, error, TRANSFER_PRECISION, same_data, width)
     return _evidence(Verdict(name, verdict, claimed, measured, why), results)
 
 
