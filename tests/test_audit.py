@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from publications import (
+from audited import (
     SWEEP,
     as_parts,
     edit_claim,

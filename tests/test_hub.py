@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 
 import pytest
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -12,6 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from published import attack, classifier, protect
+from safetensors.torch import save_file
 
 LARGE = bytes(range(256)) * 4096
 
@@ -113,3 +117,82 @@ def test_a_single_cut_is_mended_by_the_client(hub, folder):
     hub.cut("upload", times=1)
     HfApi().upload_folder(repo_id="alice/model", folder_path=folder)
     assert hub.cuts == 0 and hub.repositories["alice/model"].files["model.safetensors"].content == LARGE
+
+
+# The whole circle, each step a process of its own that knows the Hub by its environment alone.
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    command = ["-c", code] if code else ["-m", "sophon_hf.cli", *arguments]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+
+
+def test_protect_publish_load_and_audit_a_classifier(hub, tmp_path):
+    """What is published is what stock transformers loads; who audits it needs nothing but its name."""
+    trainer = protect("classifier", tmp_path / "out")
+    original = classifier()
+    original.save_pretrained(tmp_path / "original")
+    attack(trainer.model, tmp_path / "attacks", original)
+    published = run("publish", str(tmp_path / "out"), "alice/model", "--report", str(tmp_path / "attacks"))
+    assert published.returncode == 0, published.stderr
+    loaded = run(
+        code=f"""
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("alice/model")
+local = AutoModelForImageClassification.from_pretrained({str(tmp_path / "out")!r})
+assert AutoImageProcessor.from_pretrained("alice/model").size["height"] == 8
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values(), strict=True))
+print("equal")
+"""
+    )
+    assert loaded.stdout.strip().endswith("equal"), loaded.stderr
+    audited = run("audit", "alice/model", "--output_dir", str(tmp_path / "audit"))
+    assert audited.returncode == 0, audited.stderr
+    assert hub.repositories["alice/model"].head in audited.stdout
+    assert_no_token(hub, tmp_path, published, loaded, audited)
+
+
+def test_protect_publish_and_load_a_pipeline(hub, tmp_path):
+    trainer = protect("unet", tmp_path / "out")
+    published = run("publish", str(tmp_path / "out"), "alice/pipeline")
+    assert published.returncode == 0, published.stderr
+    save_file(trainer.model.state_dict(), tmp_path / "expected.safetensors")
+    loaded = run(
+        code=f"""
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+pipeline = DDPMPipeline.from_pretrained("alice/pipeline")
+expected = load_file({str(tmp_path / "expected.safetensors")!r})
+assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
+print(pipeline(num_inference_steps=2, output_type="np").images.shape)
+"""
+    )
+    assert loaded.stdout.strip().endswith("(1, 8, 8, 3)"), loaded.stderr
+    assert_no_token(hub, tmp_path, published, loaded)
+
+
+def assert_no_token(hub, folder, *processes: subprocess.CompletedProcess) -> None:
+    """In nothing that was printed, logged, written or published, save huggingface_hub's own file."""
+    token = next(iter(hub.users))
+    for process in processes:
+        assert token not in process.stdout + process.stderr
+    written = [path for path in folder.rglob("*") if path.is_file() and path != folder / "huggingface" / "token"]
+    assert len(written) > 10 and all(token.encode() not in path.read_bytes() for path in written)
+    for repository in hub.repositories.values():
+        assert all(token.encode() not in file.content for file in repository.files.values())
+
+
+@pytest.mark.parametrize("command", [["publish", "OUT", "alice/model"], ["audit", "bob/secret"]])
+def test_a_wrong_token_is_in_no_message(hub, tmp_path, monkeypatch, command):
+    """Not even with every library at its most talkative."""
+    protect("classifier", tmp_path / "OUT")
+    (tmp_path / "huggingface" / "token").write_text("hf_wrongwrongwrong")
+    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "debug")
+    command = [str(tmp_path / "OUT") if argument == "OUT" else argument for argument in command]
+    process = run(*command, "--traceback")
+    assert process.returncode != 0
+    assert "hf_wrong" not in process.stdout + process.stderr
+    assert not hub.repositories

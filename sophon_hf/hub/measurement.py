@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model as load_weights
+from huggingface_hub import load_torch_model
 from torch import nn
 
 from sophon_hf.attacks import AttackResults, AttackSuite
@@ -96,7 +96,7 @@ def load_models(claim: Claim, folder: Path, stage: Path, given: nn.Module | str 
         why = "there is no config.json, so the model's class is not known: pass the unprotected model itself in Python"
         return Models(Verdict("state", NOT_CHECKABLE, why=why))
     try:
-        protected = load_model(folder) if _is_configured(folder) else _like(unprotected, folder / "model.safetensors")
+        protected = load_model(folder) if _is_configured(folder) else _like(unprotected, folder)
     except (ImportError, MemoryError) as error:
         return Models(Verdict("state", NOT_CHECKABLE, why=f"it cannot be loaded here: {_first_line(error)}"))
     except Exception as error:  # Whatever a stranger's files make a library raise.
@@ -141,10 +141,10 @@ def _is_configured(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder / "model_index.json").exists()
 
 
-def _like(model: nn.Module, weights: Path) -> nn.Module:
+def _like(model: nn.Module, folder: Path) -> nn.Module:
     """A plain module's weights in a copy of the model that it was made from."""
     model = copy.deepcopy(model)
-    load_weights(model, weights)
+    load_torch_model(model, folder, strict=True, safe=True)
     return model
 
 
