@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain
-from sophon_hf.tasks import Task
+if TYPE_CHECKING:
+    from sophon_hf.trainer import SophonTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +24,25 @@ HYPER_PARAMETERS = (
 )  # fmt: skip
 
 
-def run_facts(
-    args: SophonConfig, task: Task, model: nn.Module, domains: dict[str, Domain], **more: Any
-) -> dict[str, Any]:
+def run_facts(trainer: SophonTrainer) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's, as JSON knows it."""
+    args, task = trainer.args, trainer.task
     facts = {name: getattr(args, name) for name in HYPER_PARAMETERS}
-    facts["model"] = type(model).__name__
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["model"] = type(trainer.model).__name__
+    facts["parameters"] = sum(p.numel() for p in trainer.model.parameters())
     facts["head"] = getattr(task, "head", None)
-    facts |= {f"{name} data": domain.fingerprint for name, domain in domains.items()}
+    facts |= {f"{name} data": domain.fingerprint for name, domain in trainer.domains.items()}
     if hasattr(task, "noise_scheduler"):
         # What begins with "_" tells how it was saved.
         facts["noise_scheduler"] = {k: v for k, v in task.noise_scheduler.config.items() if not k.startswith("_")}
-    return json.loads(json.dumps({**facts, **more}, default=lambda value: getattr(value, "value", str(value))))
+    facts["mixed_precision"] = trainer.accelerator.mixed_precision
+    facts["reinforcement_loss"] = getattr(trainer.reinforcement_loss, "__qualname__", None)
+    return as_json(facts)
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON would give them back: enumerations by their value, what it does not know as text."""
+    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 
 def check_same_run(checkpoint: str, facts: dict[str, Any]) -> None:
@@ -76,11 +80,28 @@ def check_fresh_folder(output_dir: str) -> None:
         )
 
 
-def save_state(checkpoint: str, state: dict[str, Any]) -> None:
+def save_state(trainer: SophonTrainer, checkpoint: str) -> None:
     """Write the state file, in full or not at all."""
+    schedule = trainer.suppression_scheduler.state_dict()
+    state = {
+        "optimizer": trainer.suppression_optimizer.state_dict(),
+        "scheduler": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
+        "guard": trainer.guard.state_dict(),
+        "seconds": trainer.seconds(),
+        "facts": run_facts(trainer),
+    }
     temporary = os.path.join(checkpoint, f".{STATE_FILE}")
     torch.save(state, temporary)
     os.replace(temporary, os.path.join(checkpoint, STATE_FILE))
+
+
+def restore_state(trainer: SophonTrainer, checkpoint: str) -> float:
+    """Put back what the state file holds, and return the seconds spent until then."""
+    state = load_state(checkpoint)
+    trainer.suppression_optimizer.load_state_dict(state["optimizer"])
+    trainer.suppression_scheduler.__dict__.update(state["scheduler"])
+    trainer.guard.load_state_dict(state["guard"])
+    return state["seconds"]
 
 
 def load_state(checkpoint: str) -> dict[str, Any]:

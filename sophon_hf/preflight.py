@@ -161,12 +161,12 @@ class Fit:
     Attributes:
         anatomy: Head and blocks of the model.
         space: Phi, without what cannot be carried out.
-        direct_fits: Whether the model's own head has an output for every restricted class.
+        outputs: How many outputs the model's own head has; None without labels.
     """
 
     anatomy: Anatomy
     space: StrategySpace
-    direct_fits: bool
+    outputs: int | None
 
 
 def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], args: SophonConfig) -> Fit:
@@ -184,8 +184,7 @@ def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], arg
     elif args.strategy_space is None:
         # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
         space = replace(space, initializations=("direct",))
-    direct_fits = outputs is None or classes <= outputs
-    if not direct_fits and "direct" in space.initializations:
+    if outputs is not None and classes > outputs and "direct" in space.initializations:
         if "new_head" not in space.initializations:
             raise ValueError(
                 f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
@@ -198,7 +197,7 @@ def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], arg
         )  # fmt: skip
         space = space.without_original_head()
     try_strategies(task, model, anatomy, space, classes or None)
-    return Fit(anatomy, space, direct_fits)
+    return Fit(anatomy, space, outputs)
 
 
 def try_strategies(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import save_torch_model
 from safetensors import SafetensorError
 from torch import nn
 
-from sophon_hf.checkpoints import HYPER_PARAMETERS
+from sophon_hf.checkpoints import HYPER_PARAMETERS, as_json
 from sophon_hf.claim import (
     FILE_NAME,
     SCHEMA,
@@ -142,7 +143,7 @@ def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
         schema=SCHEMA,
         method=Method(
             name="SOPHON, Algorithm 1",
-            hyper_parameters=_as_json(hyper_parameters),
+            hyper_parameters=as_json(hyper_parameters),
             strategy_space=trainer.space.to_dict(),
         ),
         model=type(model).__name__,
@@ -166,10 +167,6 @@ def _name_or_path(model: nn.Module) -> str | None:
     return getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
 
 
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
-
-
 def _protection(trainer: SophonTrainer) -> Protection:
     state, step, after = trainer.guard.state, trainer.state.global_step, None
     if trainer.is_in_train:
@@ -180,7 +177,11 @@ def _protection(trainer: SophonTrainer) -> Protection:
         status, step, after = "protected", state.best_step, state.best_original
     else:
         status, step = "not protected", state.good_step
-    return Protection(status, step, state.start, after, state.rollbacks, state.dropped)
+    return Protection(status, step, _finite(state.start), _finite(after), state.rollbacks, state.dropped)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _compute(trainer: SophonTrainer) -> Compute:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import get_scheduler
 
 from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
@@ -24,6 +25,7 @@ from sophon_hf.tasks.models import WithTensors
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sophon_hf.config import SophonConfig
     from sophon_hf.tasks import Task
 
 MEASURED_EXAMPLES = 1000
@@ -316,3 +318,20 @@ def average_and_clip(
     for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
     return norm, loss
+
+
+def make_suppression_optimizer(model: nn.Module, args: SophonConfig) -> torch.optim.Adam:
+    """Adam with alpha, beside the Trainer's own with beta."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, args.alpha, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+
+
+def make_suppression_scheduler(
+    optimizer: torch.optim.Optimizer, args: SophonConfig, iterations: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule that beta has, over all suppression loops."""
+    loops = max(args.l_FTS, 1)
+    return get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
+        num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )  # fmt: skip

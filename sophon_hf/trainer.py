@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
@@ -25,26 +24,26 @@ from sophon_hf.checkpoints import (
     check_fresh_folder,
     check_same_run,
     last_complete_checkpoint,
-    load_state,
+    restore_state,
     run_facts,
     save_state,
 )
 from sophon_hf.claim import Claim
 from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain, build_domain, derive_seed, load_domain
+from sophon_hf.data import derive_seed
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.finetuning import sample_environment
 from sophon_hf.guard import Guard
 from sophon_hf.hub.publish import create_repository, publish
+from sophon_hf.measuring import measure_domains, probe
 from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, refuse_launcher_settings
-from sophon_hf.probe import probe
 from sophon_hf.reinforcement import ReinforcementBatches
 from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.step_log import StepLog
-from sophon_hf.suppression import Suppression, average_and_clip
-from sophon_hf.tasks import Task, evaluate_model, infer_task, load_model, load_task
+from sophon_hf.suppression import Suppression, average_and_clip, make_suppression_optimizer, make_suppression_scheduler
+from sophon_hf.tasks import Task, infer_task, load_model, load_task
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class SophonTrainer(Trainer):
         self.add_callback(EvaluateLastStep())
         self.label_names = ["labels"]
         fit = fit_strategies(self.task, self.model, self.domains, args)
-        self.anatomy, self.space, self._direct_fits = fit.anatomy, fit.space, fit.direct_fits
+        self.anatomy, self.space, self.outputs = fit.anatomy, fit.space, fit.outputs
         self.suppression = Suppression(
             self.model,
             self.task,
@@ -218,25 +217,15 @@ class SophonTrainer(Trainer):
         """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
         optimizer = super().create_optimizer(model)
         if self.suppression_optimizer is None:
-            self.suppression_optimizer = torch.optim.Adam(
-                [p for p in self.model.parameters() if p.requires_grad],
-                lr=self.args.alpha,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
+            self.suppression_optimizer = make_suppression_optimizer(self.model, self.args)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """One schedule for both rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.suppression_scheduler is None:
-            loops = max(self.args.l_FTS, 1)
-            self.suppression_scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
-                self.suppression_optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps) * loops,
-                num_training_steps=num_training_steps * loops,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            self.suppression_scheduler = make_suppression_scheduler(
+                self.suppression_optimizer, self.args, num_training_steps
             )
         return scheduler
 
@@ -257,28 +246,7 @@ class SophonTrainer(Trainer):
             then NaN); while training also `*_restricted_simulated_*`, what fixed simulated
             adversaries (Adam 1e-3, K steps, own head and new head) reach.
         """
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(chosen, dict):
-            raise ValueError(
-                f"eval_dataset is a {type(chosen).__name__}: give a dict of name and data set, such as "
-                "{'original': ..., 'restricted': ...}."
-            )
-        self._share_buffers()
-        metrics: dict[str, float] = {}
-        for name, source in chosen.items():
-            domain = source if isinstance(source, Domain) else self._build_domain(source, name)
-            result = evaluate_model(
-                self.task,
-                self.model,
-                domain,
-                self.args.per_device_eval_batch_size,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                autocast=self.accelerator.autocast,
-                with_loss=self._labels_fit(domain),
-            )
-            metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
-            metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
+        metrics = measure_domains(self, self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
         if self.is_in_train and eval_dataset is None:
             domains = (self.domains["restricted"], self.domains["eval_restricted"])
             simulated = probe(self.suppression, self.space, *domains, self.args.K, self.args.seed)
@@ -290,23 +258,6 @@ class SophonTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _labels_fit(self, domain: Domain) -> bool:
-        return domain.labels is None or self._direct_fits or domain.num_classes <= self.domains["original"].num_classes
-
-    def _share_buffers(self) -> None:
-        """DDP sends batch-norm statistics along only before a forward pass: all processes must measure one model."""
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():
-                broadcast(buffer)
-
-    def _build_domain(self, source: Source, name: str) -> Domain:
-        known = self.domains[name if name in self.domains else "restricted"]
-        dataset, column = load_domain(source, "test"), self.input_columns.get(name)
-        return build_domain(
-            dataset, self.task.inputs(self.model), self.processing_class, name=name,
-            label=known.preparation.label_column, input_column=column if column in dataset.column_names else None,
-        )  # fmt: skip
 
     def _guard(self, original: float, simulated: float) -> None:
         step, start = self.state.global_step, self.guard.state.start
@@ -351,7 +302,7 @@ class SophonTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            check_same_run(os.fspath(resume_from_checkpoint), self._run_facts())
+            check_same_run(os.fspath(resume_from_checkpoint), run_facts(self))
         else:
             check_fresh_folder(self.args.output_dir)
         self.accelerator.wait_for_everyone()
@@ -366,29 +317,16 @@ class SophonTrainer(Trainer):
             self.save_model()
         return output
 
-    def _run_facts(self) -> dict[str, Any]:
-        loss = getattr(self.reinforcement_loss, "__qualname__", None)
-        precision = self.accelerator.mixed_precision
-        return run_facts(
-            self.args, self.task, self.model, self.domains, mixed_precision=precision, reinforcement_loss=loss
-        )
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            schedule = {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"}
-            state = {"optimizer": self.suppression_optimizer.state_dict(), "scheduler": schedule}
-            state |= {"facts": self._run_facts(), "guard": self.guard.state_dict(), "seconds": self.seconds()}
-            save_state(output_dir, state)
+            save_state(self, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(checkpoint)
-            self.suppression_optimizer.load_state_dict(state["optimizer"])
-            self.suppression_scheduler.__dict__.update(state["scheduler"])
-            self.guard.load_state_dict(state["guard"])
-            self._resumed_at, self._seconds = self.state.global_step, state["seconds"]
+            self._seconds = restore_state(self, checkpoint)
+            self._resumed_at = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json")):
@@ -458,9 +396,7 @@ class SophonTrainer(Trainer):
             The commit, on the main process.
 
         Raises:
-            PermissionError: Not logged in (`hf auth login`), or not allowed to write there.
-            ConnectionError: The Hub cannot be reached; nothing is published then.
-            ValueError: The report is about another model.
+            PermissionError, ConnectionError, ValueError: As `sophon_hf.hub.publish.publish`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -476,11 +412,8 @@ class SophonTrainer(Trainer):
         """Publish a checkpoint's model, without its states. A push that fails does not end the training."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        step = self.state.global_step
+        message = f"Protection in progress, iteration {self.state.global_step}"
         try:
-            publish(
-                checkpoint_folder, self.repository_name, revision=self.args.hub_revision,
-                private=self.args.hub_private_repo, commit_message=f"Protection in progress, iteration {step}",
-            )  # fmt: skip
+            publish(checkpoint_folder, self.repository_name, revision=self.args.hub_revision, commit_message=message)
         except (OSError, ValueError) as error:
-            logger.warning("Iteration %d: the checkpoint was not pushed, training goes on. %s", step, error)
+            logger.warning("%s: it was not pushed, training goes on. %s", message, error)

@@ -263,7 +263,7 @@ def test_a_push_that_fails_does_not_end_the_training(hub, tmp_path, caplog):
     hub.cut("upload")
     with caplog.at_level(logging.WARNING), pytest.raises(ConnectionError):
         trainer.train()
-    assert "was not pushed, training goes on" in caplog.text
+    assert "it was not pushed, training goes on" in caplog.text
     assert Claim.read(tmp_path / "out").protection.status == "protected", "it was saved here all the same"
     hub.mend()
     publish(tmp_path / "out", "alice/model")

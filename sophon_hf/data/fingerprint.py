@@ -48,7 +48,8 @@ class DataFingerprint:
 def is_base_name_or_hub_id(name: str) -> bool:
     """Whether a name tells nothing of where files lie on a machine."""
     parts = name.split("/")
-    return len(parts) <= 2 and "\\" not in name and all(p and p[0] not in ".~" and p == p.strip() for p in parts)
+    plain = len(parts) <= 2 and "\\" not in name and name.isprintable()
+    return plain and all(p and p[0] not in ".~" and p == p.strip() for p in parts)
 
 
 def fingerprint_domain(domain: Domain) -> DataFingerprint:
