@@ -45,6 +45,24 @@ def as_json(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 
+def checkpoint_to_resume(trainer: SophonTrainer, wanted: str | os.PathLike | bool | None) -> str | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Args:
+        trainer: Not trained yet.
+        wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
+
+    Raises:
+        ValueError: It is another run's, or there is none; or a new run would overwrite another one.
+    """
+    if not wanted:
+        check_fresh_folder(trainer.args.output_dir)
+        return None
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir) if wanted is True else os.fspath(wanted)
+    check_same_run(checkpoint, run_facts(trainer))
+    return checkpoint
+
+
 def check_same_run(checkpoint: str, facts: dict[str, Any]) -> None:
     """Whether a checkpoint is this run's.
 

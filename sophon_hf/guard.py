@@ -85,9 +85,11 @@ class Guard:
         # Ties go to the later state, which has been suppressed for longer.
         return simulated <= self.state.best_score if self.greater_is_better else simulated >= self.state.best_score
 
-    def roll_back(self) -> None:
-        """Put the last good state back, because the original metric fell."""
+    def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
         self.state.rollbacks += 1
+        for optimizer in optimizers:
+            getattr(optimizer, "optimizer", optimizer).state.clear()
         self.restore_good()
 
     def restore_good(self) -> None:

@@ -335,3 +335,10 @@ def make_suppression_scheduler(
         args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
         num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )  # fmt: skip
+
+
+def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Halve alpha, now and in what is left of its schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]

@@ -20,14 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
 from sophon_hf.callbacks import EvaluateLastStep, ProtectionProgress
-from sophon_hf.checkpoints import (
-    check_fresh_folder,
-    check_same_run,
-    last_complete_checkpoint,
-    restore_state,
-    run_facts,
-    save_state,
-)
+from sophon_hf.checkpoints import checkpoint_to_resume, restore_state, save_state
 from sophon_hf.claim import Claim
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import derive_seed
@@ -42,7 +35,13 @@ from sophon_hf.reinforcement import ReinforcementBatches
 from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.step_log import StepLog
-from sophon_hf.suppression import Suppression, average_and_clip, make_suppression_optimizer, make_suppression_scheduler
+from sophon_hf.suppression import (
+    Suppression,
+    average_and_clip,
+    halve_rate,
+    make_suppression_optimizer,
+    make_suppression_scheduler,
+)
 from sophon_hf.tasks import Task, infer_task, load_model, load_task
 
 logger = logging.getLogger(__name__)
@@ -124,14 +123,10 @@ class SophonTrainer(Trainer):
         fit = fit_strategies(self.task, self.model, self.domains, args)
         self.anatomy, self.space, self.outputs = fit.anatomy, fit.space, fit.outputs
         self.suppression = Suppression(
-            self.model,
-            self.task,
-            self.anatomy,
-            choose_loss(self.task, args.suppression_loss),
-            num_classes=self.domains["restricted"].num_classes or None,
-            autocast=self.accelerator.autocast,
+            self.model, self.task, self.anatomy, choose_loss(self.task, args.suppression_loss),
+            num_classes=self.domains["restricted"].num_classes or None, autocast=self.accelerator.autocast,
             second_order=args.second_order,
-        )
+        )  # fmt: skip
         self.reinforcement_batches = ReinforcementBatches(self.domains["original"], self.task, args)
         self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
         self.suppression_optimizer: torch.optim.Optimizer | None = None
@@ -159,12 +154,14 @@ class SophonTrainer(Trainer):
     def _suppression_loop(self, loop: int) -> None:
         """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
         args, step = self.args, self.state.global_step
-        environments = []
-        for adversary in range(args.N):
-            # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
-            seed = derive_seed(args.seed, "adversary", step, loop, args.process_index * args.N + adversary)
-            strategy = self.space.sample(derive_seed(seed, "strategy"))
-            environments.append(sample_environment(self.domains["restricted"], self.task, strategy, seed))
+        # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
+        numbers = range(args.process_index * args.N, (args.process_index + 1) * args.N)
+        seeds = [derive_seed(args.seed, "adversary", step, loop, number) for number in numbers]
+        strategies = [self.space.sample(derive_seed(seed, "strategy")) for seed in seeds]
+        restricted = self.domains["restricted"]
+        environments = [
+            sample_environment(restricted, self.task, *drawn) for drawn in zip(strategies, seeds, strict=True)
+        ]
         result = self.suppression(environments, args.step_weights)
         norm, result.loss = average_and_clip(result.gradient, result.loss, self.accelerator, args.max_grad_norm)
         if torch.isfinite(norm):
@@ -206,12 +203,10 @@ class SophonTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of O for the last reinforcement loop of each iteration: a function of seed, step and rank."""
         return DataLoader(
-            self.reinforcement_batches,
-            batch_size=1,
-            collate_fn=itemgetter(0),
+            self.reinforcement_batches, batch_size=1, collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
-        )
+        )  # fmt: skip
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
@@ -263,16 +258,11 @@ class SophonTrainer(Trainer):
         step, start = self.state.global_step, self.guard.state.start
         if self.guard.observe(step, original, simulated):
             return
-        self.guard.roll_back()
-        for optimizer in (self.optimizer, self.suppression_optimizer):
-            getattr(optimizer, "optimizer", optimizer).state.clear()
+        self.guard.roll_back(self.optimizer, self.suppression_optimizer)
         choice = self.args.after_rollback
         if choice == "halve_alpha":
-            for group in self.suppression_optimizer.param_groups:
-                group["lr"] /= 2
-            self.suppression_scheduler.base_lrs = [rate / 2 for rate in self.suppression_scheduler.base_lrs]
-        if choice == "stop":
-            self.control.should_training_stop = True
+            halve_rate(self.suppression_optimizer, self.suppression_scheduler)
+        self.control.should_training_stop |= choice == "stop"
         logger.warning(
             "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
             "%d is put back; then: %s.", step, self.task.metric, original, self.args.tolerance, start,
@@ -299,18 +289,13 @@ class SophonTrainer(Trainer):
         Raises:
             ValueError: `output_dir` holds another run, or there is no complete checkpoint to go on from.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            check_same_run(os.fspath(resume_from_checkpoint), run_facts(self))
-        else:
-            check_fresh_folder(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
         self._started, self._seconds = time.monotonic(), 0.0
-        output = super().train(resume_from_checkpoint or None, **kwargs)
+        output = super().train(checkpoint, **kwargs)
         self._started, self._seconds = None, self.seconds()
         self.guard.finish(self.task.metric)
         if self.args.save_strategy != "no":
@@ -356,21 +341,13 @@ class SophonTrainer(Trainer):
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
-        """Make the repository that `push_to_hub=True` pushes to.
-
-        Raises:
-            PermissionError: Not logged in, or it is another owner's.
-        """
+        """Make the repository that `push_to_hub=True` pushes to, or raise the PermissionError of `create_repository`."""
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = create_repository(self.repository_name, private)
 
     def create_model_card(self, model_name: str | None = None) -> None:
-        """Bring README.md in `output_dir` up to date with what is saved there; one that was edited is left as it is.
-
-        Args:
-            model_name: Hub id that the card says to load.
-        """
+        """Bring README.md in `output_dir` up to date with what is saved there, unless it was edited; it names `model_name`."""
         if self.is_world_process_zero():
             update_card(self.args.output_dir, Claim.read(self.args.output_dir), model_name or self.repository_name)
 
