@@ -22,14 +22,19 @@ from audited import (
     publish_folder,
     run_attacks,
 )
+from conftest import TinyNet, make_points
+from huggingface_hub import HfApi
+from published import pixels, protect, unet
 from safetensors.torch import load_file, save_file
 
-from sophon_hf import FineTuningStrategy, cli
+from sophon_hf import AttackSuite, FineTuningStrategy, cli
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.hub import verdicts
 from sophon_hf.hub.audit import audit_model
+from sophon_hf.hub.publish import add_report
 from sophon_hf.hub.published_card import read_metadata
 from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, as_results, compare
+from sophon_hf.reporting.card import update_card
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +327,7 @@ def test_code_and_pickles_are_not_read(folder, tmp_path):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "mallory/evil", "peft_type": "LORA"}')
     audit = audit_model(folder, tmp_path / "audit")
     assert audit.exit_code == 0 and not (tmp_path / "owned").exists()
-    note = next(note for note in audit.notes if note.startswith("Not read"))
+    note = next(note for note in audit.notes if note.startswith("An audit does not read"))
     assert all(name in note for name in ("pytorch_model.bin", "modeling_evil.py", "adapter_config.json"))
 
 
@@ -398,9 +403,10 @@ def test_hostile_yaml_in_the_card_is_harmless(folder, tmp_path, monkeypatch, met
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_bomb_is_not_unfolded():
-    with pytest.raises(ValueError, match="references"):
-        read_metadata(BOMB)
+@pytest.mark.parametrize("yaml, message", [(BOMB, "references"), ("[" * 30_000, "nested"), ("- " * 10_000, "nested")])
+def test_yaml_that_would_take_for_ever_is_refused_at_its_start(yaml, message):
+    with pytest.raises(ValueError, match=message):
+        read_metadata(yaml)
 
 
 def test_a_strangers_words_cannot_draw_in_the_report(folder, tmp_path):
@@ -532,3 +538,159 @@ def test_a_broken_library_ends_in_2_not_in_1(folder, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         cli.main(["audit", str(folder)])
     assert ended.value.code == 2 and "CUDA error" in capsys.readouterr().err
+
+
+# From the Hub.
+
+
+def push(hub, folder, repo_id: str = "alice/model") -> str:
+    """The folder as it lies there, by the stock client; the commit."""
+    HfApi().create_repo(repo_id, exist_ok=True)
+    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder).oid
+
+
+def test_an_audit_is_pinned_to_a_commit(hub, folder, tmp_path):
+    first = push(hub, folder)
+    weights = hub.repositories["alice/model"].files["model.safetensors"].content
+    (folder / "model.safetensors").write_bytes(weights[:-1] + b"\x00\x01"[weights[-1:] == b"\x00" :][:1])
+    second = push(hub, folder)
+    assert first != second
+    audit = audit_model("alice/model", tmp_path / "audit", revision=first)
+    assert audit.commit == first and audit.exit_code == 0
+    audit = audit_model("alice/model", tmp_path / "audit")
+    assert audit.commit == second and audit.exit_code == 1 and verdict_of(audit, "weights") == TAMPERED
+
+
+def test_the_unprotected_model_comes_from_where_the_claim_says(hub, truth, folder, tmp_path):
+    commit = push(hub, truth["root"] / "original", "alice/original")
+    edit_claim(folder, base_model="alice/original", base_revision=commit)
+    push(hub, folder)
+    # What has become of the original since is of no concern.
+    hub.repositories["alice/original"].commit({"README.md": hub.repositories["alice/model"].files["README.md"]})
+    audit = full_audit(truth, "alice/model", tmp_path / "audit", unprotected=None)
+    assert {v.verdict for v in audit.verdicts} == {REPRODUCED} and audit.exit_code == 0
+    del hub.repositories["alice/original"]
+    shutil.rmtree(tmp_path / "huggingface" / "hub" / "models--alice--original")
+    audit = full_audit(truth, "alice/model", tmp_path / "audit", unprotected=None)
+    assert "'alice/original', which the claim names, cannot be had" in why_of(audit, "recovered transfer")
+
+
+def test_an_original_with_pickled_weights_is_not_unpickled(hub, truth, folder, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"x": Attack()}, tmp_path / "pytorch_model.bin")
+    config = (truth["root"] / "original" / "config.json").read_bytes()
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    hub.add_repository("mallory/original", {"config.json": config, "pytorch_model.bin": pickled})
+    edit_claim(folder, base_model="mallory/original", base_revision=None)
+    audit = full_audit(truth, folder, tmp_path / "audit", unprotected=None)
+    assert verdict_of(audit, "recovered transfer") == NOT_CHECKABLE and not (tmp_path / "owned").exists()
+    assert not any("pytorch_model.bin" in request[1] for request in hub.requests)
+
+
+HOSTILE = ["../escaped.json", "/absolute.json", "a/../../escaped.json", "C:\\evil.json", "..\\escaped.json", "x\n.json"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_file_names_on_the_hub_are_not_downloaded(hub, folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    content = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub.add_repository("mallory/model", {**content, name: b"{}"})
+    before = {str(path) for path in tmp_path.rglob("*")}
+    audit = audit_model("mallory/model", tmp_path / "audit")
+    assert verdict_of(audit, "files") == TAMPERED and audit.exit_code == 1
+    assert not any(
+        "escaped" in request[1] or "evil" in request[1] for request in hub.requests if "resolve" in request[1]
+    )
+    made = {str(path) for path in tmp_path.rglob("*")} - before
+    assert not any(word in path for path in made for word in ("escaped", "absolute", "evil"))
+
+
+@pytest.mark.parametrize("name", ["sophon.json", "config.json"])
+def test_a_huge_file_is_not_downloaded(hub, folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("sophon_hf.hub.download.LARGEST_TEXT", 2**16)
+    content = {p.name: p.read_bytes() for p in folder.iterdir()}
+    hub.add_repository("mallory/model", {**content, name: b" " * 2**17})
+    audit = audit_model("mallory/model", tmp_path / "audit")
+    assert verdict_of(audit, "files") == TAMPERED and audit.exit_code == 1
+    assert not any(request[1].endswith(f"/{name}") for request in hub.requests)
+
+
+def test_a_repository_of_very_many_files_is_refused(hub, tmp_path):
+    hub.add_repository("mallory/model", {f"{i}.txt": b"" for i in range(2002)})
+    with pytest.raises(ValueError, match="more than 2000 files"):
+        audit_model("mallory/model", tmp_path / "audit")
+
+
+def test_only_safetensors_json_and_text_are_downloaded(hub, folder, tmp_path):
+    content = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = {"pytorch_model.bin": b"x", "evil.py": b"x", "checkpoint-1/model.safetensors": b"x", "a.pkl": b"x"}
+    hub.add_repository("mallory/model", {**content, **other})
+    assert audit_model("mallory/model", tmp_path / "audit").exit_code == 0
+    fetched = {
+        request[1].split("/resolve/")[1].split("/", 1)[1] for request in hub.requests if "/resolve/" in request[1]
+    }
+    assert fetched and fetched.isdisjoint(other)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"token": "hf_wrong"}, "The Hub refuses 'bob/model': 401"),
+        ({"name": "bob/nothing"}, "neither a folder here nor a model on the Hub"),
+        ({"name": "bob/secret"}, "neither a folder here nor a model on the Hub"),
+        ({"revision": "0" * 40}, "The Hub refuses 'bob/model' at '0000"),
+        ({"offline": True}, "the Hub cannot be reached"),
+        ({"gone": True}, "the Hub cannot be reached"),
+    ],
+)
+def test_what_cannot_be_fetched_exits_with_2(hub, tmp_path, monkeypatch, capsys, change, message):
+    hub.add_user("bob")
+    hub.add_repository("bob/model", {"config.json": b"{}"})
+    hub.add_repository("bob/secret", {"config.json": b"{}"}, private=True)
+    if "token" in change:
+        (tmp_path / "huggingface" / "token").write_text(change["token"])
+    if change.get("offline"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if change.get("gone"):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    arguments = ["audit", change.get("name", "bob/model"), "--output_dir", str(tmp_path / "audit")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, *(["--revision", change["revision"]] if "revision" in change else [])])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and "hf_wrong" not in error
+
+
+# Other models.
+
+
+def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
+    original, trainer = unet(), protect("unet", tmp_path / "out")
+    data = {
+        "restricted_dataset": pixels(3, "sample"), "eval_dataset": pixels(4, "sample"),
+        "original_eval_dataset": pixels(6, "sample"),
+    }  # fmt: skip
+    sweep = [FineTuningStrategy(batch_size=12, epochs=2)]
+    AttackSuite(sweep, tmp_path / "attacks", task=trainer.task).run(protected=trainer.model, original=original, **data)
+    claim = add_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
+    update_card(tmp_path / "out", claim, "alice/model")
+    original.save_pretrained(tmp_path / "original")
+    audit = audit_model(
+        tmp_path / "out", tmp_path / "audit", unprotected=str(tmp_path / "original"), sweep=sweep, **data
+    )
+    assert verdict_of(audit, "state") == REPRODUCED and audit.exit_code == 0
+    assert verdict_of(audit, "strongest attack's mse") == REPRODUCED
+    assert verdict_of(audit, "original mse after protection") in (REPRODUCED, NOT_CHECKABLE)
+
+
+def test_a_plain_module_is_audited_with_the_module_itself(tmp_path):
+    trainer = protect("module", tmp_path / "out")
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=make_points(2))
+    assert verdict_of(audit, "state") == NOT_CHECKABLE and "no config.json" in why_of(audit, "state")
+    audit = audit_model(
+        tmp_path / "out", tmp_path / "audit", unprotected=TinyNet(), original_eval_dataset=make_points(2)
+    )
+    assert verdict_of(audit, "state") == REPRODUCED and trainer is not None
+    assert audit.exit_code in (0, 1) and any("original accuracy" in v.claim for v in audit.verdicts)

@@ -160,7 +160,7 @@ def _read_claim(audit: Audit, download: Download) -> Claim | None:
     if download.ignored:
         shown = ", ".join(repr(name) for name in download.ignored[:5])
         more = f" and {len(download.ignored) - 5} more" if len(download.ignored) > 5 else ""
-        audit.notes.append(f"Not read, since it is neither safetensors nor JSON nor text: {shown}{more}.")
+        audit.notes.append(f"An audit does not read: {shown}{more}.")
     if FILE_NAME in download.refused:
         audit.add(FILE_NAME, TAMPERED, download.refused[FILE_NAME])
         return None

@@ -15,7 +15,7 @@ from torch import nn
 
 from sophon_hf.attacks import AttackResults, AttackSuite
 from sophon_hf.attacks.checks import check
-from sophon_hf.attacks.sweeps import SWEEPS
+from sophon_hf.attacks.sweeps import SWEEPS, scratch
 from sophon_hf.claim import Claim
 from sophon_hf.data import build_domain, load_domain
 from sophon_hf.data.domains import Source
@@ -91,7 +91,7 @@ def load_models(claim: Claim, folder: Path, stage: Path, given: nn.Module | str 
     Raises:
         OSError, ValueError: The given model cannot be loaded.
     """
-    unprotected, source, why = _load_unprotected(claim, stage, given)
+    unprotected, why = _load_unprotected(claim, stage, given)
     if unprotected is None and not _is_configured(folder):
         why = "there is no config.json, so the model's class is not known: pass the unprotected model itself in Python"
         return Models(Verdict("state", NOT_CHECKABLE, why=why))
@@ -109,32 +109,30 @@ def load_models(claim: Claim, folder: Path, stage: Path, given: nn.Module | str 
     for model in (protected, unprotected):
         if model is not None:
             model.to(_device())
-    return Models(
-        state, protected, unprotected, why, load_task(source or folder, protected), load_processor(folder, protected)
-    )
+    task, processor = load_task(folder, protected), load_processor(folder, protected)
+    return Models(state, protected, unprotected, why, task, processor)
 
 
-def _load_unprotected(
-    claim: Claim, stage: Path, given: nn.Module | str | None
-) -> tuple[nn.Module | None, Path | None, str]:
-    """The model, the folder that it came from, and why there is none."""
+def _load_unprotected(claim: Claim, stage: Path, given: nn.Module | str | None) -> tuple[nn.Module | None, str]:
+    """The model, or why there is none."""
     if isinstance(given, nn.Module):
-        return copy.deepcopy(given), None, ""
+        return copy.deepcopy(given), ""
     if given is not None:
-        return *_load_stranger(os.fspath(given), stage, None), ""
+        return _load_stranger(os.fspath(given), stage, None), ""
     if claim.base_model is None or "/" not in claim.base_model:
-        return None, None, "no unprotected model: the claim names none on the Hub, and none was given (--unprotected)"
+        return None, "no unprotected model: the claim names none on the Hub, and none was given (--unprotected)"
     try:
-        return *_load_stranger(claim.base_model, stage, claim.base_revision), ""
+        return _load_stranger(claim.base_model, stage, claim.base_revision), ""
     except (OSError, ValueError) as error:
-        why = f"no unprotected model: {claim.base_model!r}, which the claim names, cannot be had: {_first_line(error)}"
-        return None, None, why
+        return None, (
+            f"no unprotected model: {claim.base_model!r}, which the claim names, cannot be had: {_first_line(error)}"
+        )
 
 
-def _load_stranger(source: str, stage: Path, revision: str | None) -> tuple[nn.Module, Path]:
+def _load_stranger(source: str, stage: Path, revision: str | None) -> nn.Module:
     folder = fetch(source, stage, revision).folder
     check_configurations(folder)
-    return load_model(folder), folder
+    return load_model(folder)
 
 
 def _is_configured(folder: Path) -> bool:
@@ -254,6 +252,7 @@ def _with_claimed(sweep: list[FineTuningStrategy], claim: Claim) -> tuple[list[F
 
     Else an audit could miss what the publisher knows of, and the original or scratch would look weaker than they are.
     """
+    theirs = [FineTuningStrategy.from_dict(a.strategy) for a in claim.attacks.attacks if a.model == "protected"]
     longest = max(_passes(strategy) for strategy in sweep)
     added, left_out = [], []
     for model in ("protected", "original", "scratch"):
@@ -261,8 +260,11 @@ def _with_claimed(sweep: list[FineTuningStrategy], claim: Claim) -> tuple[list[F
         if best is None:
             continue
         strategy = FineTuningStrategy.from_dict(best.strategy)
-        if strategy.initialization == "scratch":
-            strategy = strategy.with_changes(initialization="new_head")
+        if model == "scratch":
+            # Scratch is tuned over the optimizers and rates of the attacks, so the attack that lent it these is added.
+            strategy = next((s for s in theirs if scratch([s]) == [strategy]), None)
+            if strategy is None or scratch([strategy])[0] in scratch(sweep):
+                continue
         # A stranger's regular expression may take for ever.
         if _passes(strategy) > LONGEST * longest or strategy.pattern is not None:
             left_out.append(strategy.name)

@@ -13,7 +13,8 @@ from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, Verdict
 from sophon_hf.reporting.card import CARD, evaluation_results, is_unedited
 
 LARGEST_CARD = 2**20
-LARGEST_METADATA = 2**17
+LARGEST_METADATA = 2**15
+DEEPEST = 20
 
 
 def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
@@ -70,15 +71,24 @@ def read_metadata(header: str) -> dict[str, Any]:
     if len(header) > LARGEST_METADATA:
         raise ValueError(f"they have more than {LARGEST_METADATA // 1024} KiB")
     try:
-        # A reference can name one value a billion times.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header, Loader=yaml.SafeLoader)):
-            raise ValueError("they hold references (*), which could unfold without end")
+        _check_events(header)
         values = yaml.safe_load(header)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}, {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise ValueError("they are no mapping")
     return values
+
+
+def _check_events(header: str) -> None:
+    """Whether the YAML can be built at little cost: a reference can name one value a billion times, and depth is slow."""
+    depth = 0
+    for event in yaml.parse(header, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("they hold references (*), which could unfold without end")
+        if depth > DEEPEST:
+            raise ValueError(f"they are nested more than {DEEPEST} deep")
 
 
 def _read(path: Path) -> str:
