@@ -21,6 +21,7 @@ from sophon_hf.attacks.checks import FailedCheck, check
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning import FineTuningStrategy, StrategySpace
+from sophon_hf.finetuning.strategy import check_choice
 from sophon_hf.schema import parse_json, read_dataclass
 
 FILE_NAME = "sophon.json"
@@ -71,7 +72,7 @@ class Protection:
     dropped: int
 
     def __post_init__(self) -> None:
-        _one_of(self.status, STATUSES, "status")
+        check_choice(self.status, STATUSES, "status")
         for name in ("iteration", "rollbacks", "dropped"):
             _not_negative(getattr(self, name), name)
 
@@ -257,7 +258,7 @@ class Claim:
     attacks: AttackReport | None
 
     def __post_init__(self) -> None:
-        _one_of(self.metric, METRICS, "metric")
+        check_choice(self.metric, METRICS, "metric")
         if not self.model.isidentifier():
             raise ValueError(f"model is {self.model!r}, but must be the name of a class.")
         if self.greater_is_better != (self.metric == "accuracy"):
@@ -393,11 +394,6 @@ def _mean(values: list[float | None]) -> float:
 
 def _plain(text: str | None) -> str | None:
     return text and "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
-def _one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}.")
 
 
 def _not_negative(value: float, name: str) -> None:
