@@ -1,7 +1,6 @@
 """`sophon.json`: what is claimed of a protected model, with the hashes that tie the claim to its weights.
 
-Everything here is plain data. A claim that was downloaded is a stranger's file: it is read field by field, and nothing in
-it is run, opened or believed.
+One that was downloaded is a stranger's file: it is read field by field, and nothing in it is run, opened or believed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from sophon_hf.schema import parse_json, read_dataclass
 FILE_NAME = "sophon.json"
 SCHEMA = 1
 MAX_BYTES = 16 * 2**20
-
 STATUSES = ("protected", "not protected", "not measured", "in progress")
 METRICS = ("accuracy", "mse")
 
