@@ -137,7 +137,7 @@ def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
     hyper_parameters = {name: getattr(args, name) for name in HYPER_PARAMETERS if name != "strategy_space"}
     hyper_parameters["suppression_loss"] = args.suppression_loss or next(iter(trainer.task.suppression_losses))
     hyper_parameters["reinforcement_loss"] = getattr(trainer.reinforcement_loss, "__qualname__", None)
-    name, commit = _name_or_path(model), getattr(getattr(model, "config", None), "_commit_hash", None)
+    name = _name_or_path(model)
     base = name and os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
     return Claim(
         schema=SCHEMA,
@@ -148,7 +148,7 @@ def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
         ),
         model=type(model).__name__,
         base_model=base if base and is_base_name_or_hub_id(base) else None,
-        base_revision=commit,
+        base_revision=getattr(model, "hub_revision", None),
         remote_code=type(model).__module__.startswith("transformers_modules"),
         versions={package: version(package) for package in _PACKAGES},
         data=trainer.data_fingerprints,

@@ -59,8 +59,8 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
     return SophonTrainer(model or classifier(), pixels(1), pixels(2), args, processing_class=processor)
 
 
-def protect(kind: str, output_dir, **settings) -> SophonTrainer:
-    trainer = make_trainer(kind, output_dir, **settings)
+def protect(kind: str, output_dir, model=None, **settings) -> SophonTrainer:
+    trainer = make_trainer(kind, output_dir, model, **settings)
     trainer.train()
     return trainer
 

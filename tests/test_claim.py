@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import TinyNet
 from published import attack, classifier, pixels, protect
 
 from sophon_hf import FineTuningStrategy
@@ -269,6 +270,15 @@ def test_a_hub_id_and_its_commit_are_remembered(revision, known):
     remember_source(dataset, "owner/name:small", revision)
     found = fingerprint_domain(domain(dataset.select(range(12)).shuffle(seed=0)))
     assert (found.name, found.revision, found.examples) == ("owner/name:small", known, 12)
+
+
+def test_code_from_a_repository_is_told(tmp_path):
+    """transformers puts the classes that it takes from a repository into a package of this name."""
+    remote = type("RemoteNet", (TinyNet,), {"__module__": "transformers_modules.owner.repo.modeling"})
+    protect("module", tmp_path / "out", model=remote())
+    claim = Claim.read(tmp_path / "out")
+    assert claim.remote_code and claim.model == "RemoteNet"
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_results_without_fingerprints_are_still_a_report(saved):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TinyNet
 from diffusers import DDPMPipeline
-from huggingface_hub import HfApi, load_torch_model, snapshot_download
+from huggingface_hub import HfApi, ModelCard, load_torch_model, snapshot_download
 from published import attack, classifier, make_trainer, protect
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -22,6 +22,7 @@ from sophon_hf.claim import Claim, hash_weights
 from sophon_hf.cli import main
 from sophon_hf.hub.publish import publish
 from sophon_hf.saving import replaced_together
+from sophon_hf.tasks import load_model
 
 CLASSIFIER = {
     ".gitattributes",
@@ -81,14 +82,19 @@ def assert_clean(hub, repo_id="alice/model") -> None:
 # The command.
 
 
-def test_the_command_publishes_what_is_needed_and_nothing_else(hub, folder, capsys):
+def test_the_command_publishes_what_is_needed_and_nothing_else(hub, folder, capsys, caplog):
     commits_before = len(hub.requests)
-    main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
+    with caplog.at_level(logging.DEBUG):
+        main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
     assert files(hub) == CLASSIFIER | PLOTS
     assert_clean(hub)
     assert len(hub.repositories["alice/model"].commits) == 2, "the empty repository, and one commit"
     assert len([r for r in hub.requests[commits_before:] if "/commit/" in r[1]]) == 1
-    assert f"{hub.endpoint}/alice/model/commit/" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"{hub.endpoint}/alice/model/commit/" in shown.out
+    for token in hub.users:
+        assert token not in caplog.text + shown.out + shown.err
+    assert "Not published: all.log, checkpoint-1/" in caplog.text
     card = hub.repositories["alice/model"].files["README.md"].content.decode()
     assert "Recovered transfer" in card and 'from_pretrained("alice/model")' in card
     claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
@@ -133,6 +139,19 @@ def test_an_edited_card_is_published_as_it_is(hub, folder, caplog):
         publish(folder, "alice/model")
     assert hub.repositories["alice/model"].files["README.md"].content.decode() == card
     assert "was edited" in caplog.text
+
+
+def test_license_and_base_model_come_from_the_original_on_the_hub(hub, tmp_path):
+    classifier().save_pretrained(tmp_path / "base")
+    card = b"---\nlicense: mit\nlanguage: en\ntags: [trusted]\n---\n# The original\n"
+    content = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} | {"README.md": card}
+    commit = hub.add_repository("owner/base", content).head
+    trainer = protect("classifier", tmp_path / "out", model=load_model("owner/base"))
+    trainer.push_to_hub("alice/model")
+    data = ModelCard.load("alice/model").data
+    assert (data.license, data.language, data.base_model, data.tags) == ("mit", "en", "owner/base", ["sophon"])
+    claim = Claim.read(tmp_path / "out")
+    assert (claim.base_model, claim.base_revision, claim.remote_code) == ("owner/base", commit, False)
 
 
 # What is refused.

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -88,11 +89,31 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         source: Hub id or folder.
         trust_remote_code: Passed on to transformers; leave it off unless the repository's code has been read.
 
+    Returns:
+        The model; `hub_revision` on it is the commit that was loaded, or None for a folder.
+
     Raises:
         ValueError: The repository holds neither.
         OSError: It cannot be found or reached (as transformers and diffusers raise it).
     """
     source = os.fspath(source)
+    model = _load(source, trust_remote_code)
+    model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
+    return model
+
+
+def _cached_revision(source: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "unet/config.json"):
+        path = try_to_load_from_cache(source, name)
+        # A name that the repository is known not to have gives a marker.
+        if isinstance(path, str) and (found := re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)):
+            return found[1]
+    return None
+
+
+def _load(source: str, trust_remote_code: bool) -> nn.Module:
     if _is_diffusion(source):
         from diffusers import UNet2DModel
 
