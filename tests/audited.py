@@ -77,7 +77,7 @@ def perturbed(model: ResNetForImageClassification) -> ResNetForImageClassificati
 
 
 def run_attacks(folder: Path, protected, original, data: dict[str, datasets.Dataset]) -> AttackResults:
-    return AttackSuite(SWEEP, folder).run(
+    return AttackSuite(SWEEP, folder, measured_epochs=(0, 1, 5, 8.0, 10, 15, 20)).run(
         protected=protected, original=original, restricted_dataset=data["adversary"], eval_dataset=data["test"],
         original_eval_dataset=data["original_test"],
     )  # fmt: skip
