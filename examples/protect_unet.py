@@ -11,7 +11,7 @@ minutes on a CPU. For real work name a model (or a DDPM pipeline) and two image 
 import argparse
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
 from sophon_hf.commands.demo import pretrain
@@ -76,8 +76,7 @@ def main() -> None:
     trainer.train()
     trainer.accelerator.print(trainer.evaluate())
     if trainer.is_world_process_zero():
-        DDPMPipeline(trainer.model, task.noise_scheduler).save_pretrained(f"{options.output_dir}/pipeline")
-        print(f"The protected pipeline is in {options.output_dir}/pipeline.")
+        print(f"The protected pipeline is in {options.output_dir}: DDPMPipeline.from_pretrained loads it.")
 
 
 if __name__ == "__main__":

@@ -5,41 +5,64 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain
-from sophon_hf.tasks import Task
+if TYPE_CHECKING:
+    from sophon_hf.trainer import SophonTrainer
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "sophon_state.pt"
 
-_SETTINGS = (
+HYPER_PARAMETERS = (
     "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
-    "strategy_space", "second_order", "probes", "distillation", "keep_norms", "persistent", "horizon", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
+    "strategy_space", "second_order", "probes", "distillation", "keep_norms", "persistent", "horizon", "seed",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 
 
-def run_facts(
-    args: SophonConfig, task: Task, model: nn.Module, domains: dict[str, Domain], **more: Any
-) -> dict[str, Any]:
+def run_facts(trainer: SophonTrainer) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's, as JSON knows it."""
-    facts = {name: getattr(args, name) for name in _SETTINGS}
+    args, task = trainer.args, trainer.task
+    facts = {name: getattr(args, name) for name in HYPER_PARAMETERS}
     if args.persistent:
         facts["save_steps"] = args.save_steps  # Where adversaries start anew.
-    facts["model"] = type(model).__name__
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["model"] = type(trainer.model).__name__
+    facts["parameters"] = sum(p.numel() for p in trainer.model.parameters())
     facts["head"] = getattr(task, "head", None)
-    facts |= {f"{name} data": domain.fingerprint for name, domain in domains.items()}
+    facts |= {f"{name} data": domain.fingerprint for name, domain in trainer.domains.items()}
     if hasattr(task, "noise_scheduler"):
-        facts["noise_scheduler"] = dict(task.noise_scheduler.config)
-    return json.loads(json.dumps({**facts, **more}, default=lambda value: getattr(value, "value", str(value))))
+        # What begins with "_" tells how it was saved.
+        facts["noise_scheduler"] = {k: v for k, v in task.noise_scheduler.config.items() if not k.startswith("_")}
+    facts["mixed_precision"] = trainer.accelerator.mixed_precision
+    facts["reinforcement_loss"] = getattr(trainer.reinforcement_loss, "__qualname__", None)
+    return as_json(facts)
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON would give them back: enumerations by their value, what it does not know as text."""
+    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
+
+
+def checkpoint_to_resume(trainer: SophonTrainer, wanted: str | os.PathLike | bool | None) -> str | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Args:
+        trainer: Not trained yet.
+        wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
+
+    Raises:
+        ValueError: It is another run's, or there is none; or a new run would overwrite another one.
+    """
+    if not wanted:
+        check_fresh_folder(trainer.args.output_dir)
+        return None
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir) if wanted is True else os.fspath(wanted)
+    check_same_run(checkpoint, run_facts(trainer))
+    return checkpoint
 
 
 def check_same_run(checkpoint: str, facts: dict[str, Any]) -> None:
@@ -68,7 +91,8 @@ def check_fresh_folder(output_dir: str) -> None:
     """
     if not os.path.isdir(output_dir):
         return
-    found = [n for n in os.listdir(output_dir) if n.startswith("checkpoint-") or n.endswith(".safetensors")]
+    made = ("checkpoint-", "model_index.json", "sophon.json")
+    found = [n for n in os.listdir(output_dir) if n.startswith(made) or n.endswith(".safetensors")]
     if found:
         raise ValueError(
             f"{output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by train(resume_from_checkpoint=True) "
@@ -76,11 +100,28 @@ def check_fresh_folder(output_dir: str) -> None:
         )
 
 
-def save_state(checkpoint: str, state: dict[str, Any]) -> None:
+def save_state(trainer: SophonTrainer, checkpoint: str) -> None:
     """Write the state file, in full or not at all."""
+    schedule = trainer.suppression_scheduler.state_dict()
+    state = {
+        "optimizer": trainer.suppression_optimizer.state_dict(),
+        "scheduler": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
+        "guard": trainer.guard.state_dict(),
+        "seconds": trainer.seconds(),
+        "facts": run_facts(trainer),
+    }
     temporary = os.path.join(checkpoint, f".{STATE_FILE}")
     torch.save(state, temporary)
     os.replace(temporary, os.path.join(checkpoint, STATE_FILE))
+
+
+def restore_state(trainer: SophonTrainer, checkpoint: str) -> float:
+    """Put back what the state file holds, and return the seconds spent until then."""
+    state = load_state(checkpoint)
+    trainer.suppression_optimizer.load_state_dict(state["optimizer"])
+    trainer.suppression_scheduler.__dict__.update(state["scheduler"])
+    trainer.guard.load_state_dict(state["guard"])
+    return state["seconds"]
 
 
 def load_state(checkpoint: str) -> dict[str, Any]:

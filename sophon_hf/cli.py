@@ -13,6 +13,8 @@ commands:
   protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains every field)
   attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
   report  DIR                                 tell again what a finished sweep found
+  publish DIR user/name [--report DIR]        upload a protected model to the Hub, with card and sophon.json
+  audit   MODEL [--restricted ... --original ...]   find out whether what a published model claims is true
   demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
 
 `--traceback` anywhere shows where an error came from.
@@ -38,6 +40,18 @@ def _report(arguments: list[str]) -> None:
     report(arguments)
 
 
+def _audit(arguments: list[str]) -> None:
+    from sophon_hf.commands.audit import main as audit
+
+    audit(arguments)
+
+
+def _publish(arguments: list[str]) -> None:
+    from sophon_hf.commands.publish import main as publish
+
+    publish(arguments)
+
+
 def _demo(arguments: list[str]) -> None:
     import argparse
 
@@ -56,6 +70,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "protect": _protect,
     "attack": _attack,
     "report": _report,
+    "publish": _publish,
+    "audit": _audit,
     "demo": _demo,
 }
 
@@ -77,12 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
         from sophon_hf.closest import hint
 
         sys.exit(f"sophon-hf has no command {arguments[0]!r}." + hint(arguments[0], COMMANDS, f"\n{USAGE}"))
+    # An audit ends in 1 where a claim is not true, so nothing else of it may.
+    auditing = arguments[0] == "audit"
+    expected = (Exception,) if auditing else (ValueError, TypeError, OSError)
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except expected as error:
         if traceback:
             raise
-        sys.exit(f"sophon-hf {arguments[0]}: {error}")
+        message = f"sophon-hf {arguments[0]}: {error}"
+        if not auditing:
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 
-AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
+AFTER_ROLLBACK = ("halve_alpha", "continue", "stop", "no_rollback")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "representation": {
         "K": 4,
+        "gamma": [0.0, 0.0, 0.0, 1.0],
         "l_NTR": 4,
         "alpha": 5e-3,
         "beta": 2e-3,
@@ -32,6 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "cosine",
         "probes": 2,
+        "persistent": 4,
+        "horizon": 64,
         "distillation": 2.0,
         "keep_norms": True,
         "strategy_space": {
@@ -39,6 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "learning_rates": [3e-4, 1e-3, 3e-3],
             "batch_sizes": [50, 128],
         },
+        "tolerance": 0.03,
+        "after_rollback": "no_rollback",
+        "eval_steps": 50,
+        "save_steps": 200,
     },
 }
 
@@ -83,7 +90,8 @@ class SophonConfig(TrainingArguments):
         default="halve_alpha",
         metadata={
             "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
-            "put back: halve_alpha and go on, continue unchanged, or stop. Both Adam states start anew."
+            "put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew. With no_rollback "
+            "nothing is put back, and a state outside the tolerance is only never the protected model."
         },
     )
     suppression_loss: str | None = field(
@@ -250,6 +258,15 @@ class SophonConfig(TrainingArguments):
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
                 f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use constant, linear or cosine."
+            )
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be kept with the arguments: leave it out, and run `hf auth login` instead."
+            )
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy!r} would publish optimizer states, which let anyone go on from here: "
+                "use every_save or end."
             )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")

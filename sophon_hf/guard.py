@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,9 +85,11 @@ class Guard:
         # Ties go to the later state, which has been suppressed for longer.
         return simulated <= self.state.best_score if self.greater_is_better else simulated >= self.state.best_score
 
-    def roll_back(self) -> None:
-        """Put the last good state back, because the original metric fell."""
+    def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
         self.state.rollbacks += 1
+        for optimizer in optimizers:
+            getattr(optimizer, "optimizer", optimizer).state.clear()
         self.restore_good()
 
     def restore_good(self) -> None:
@@ -97,6 +102,31 @@ class Guard:
             return False
         self._put_back(self.best)
         return True
+
+    def finish(self, metric: str) -> None:
+        """Leave the model in the best state inside the tolerance, or in the last good one, and say which.
+
+        Args:
+            metric: Its name, for the message.
+        """
+        state = self.state
+        if self.restore_best():
+            logger.info(
+                "The protected model is the state of iteration %d: original %s %.4f (start %.4f).",
+                state.best_step, metric, state.best_original, state.start,
+            )  # fmt: skip
+        elif state.start is None:
+            logger.warning(
+                "eval_strategy is 'no', so the guard has seen nothing: whether the model still works in the original "
+                "domain, and is protected, has not been measured. It is the state of the last iteration."
+            )
+        else:
+            self.restore_good()
+            logger.warning(
+                "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
+                "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
+                metric, self.tolerance, state.good_step,
+            )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

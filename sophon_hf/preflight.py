@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,6 +19,7 @@ from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, build_domain, load_domain
 from sophon_hf.data.domains import Source, label_column, split_indices
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, preserved
+from sophon_hf.probes import Probes
 from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
 
 logger = logging.getLogger(__name__)
@@ -139,6 +142,65 @@ def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tenso
         ) from error
 
 
+def choose_loss(task: Task, name: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """L_alpha by its name; the task's first one where None.
+
+    Raises:
+        ValueError: The task has no such loss.
+    """
+    losses = task.suppression_losses
+    name = name or next(iter(losses))
+    if name not in losses:
+        raise ValueError(f"suppression_loss {name!r} does not fit the task: choose one of {', '.join(losses)}.")
+    return losses[name]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How strategies and model fit.
+
+    Attributes:
+        anatomy: Head and blocks of the model.
+        space: Phi, without what cannot be carried out.
+        outputs: How many outputs the model's own head has; None without labels.
+    """
+
+    anatomy: Anatomy
+    space: StrategySpace
+    outputs: int | None
+
+
+def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], args: SophonConfig) -> Fit:
+    """Run every domain once, find the head, check labels against it, and settle on Phi.
+
+    Raises:
+        ValueError: Data, head and strategies do not fit one another.
+    """
+    predictions = {name: try_domain(task, model, name, domain) for name, domain in domains.items()}
+    anatomy = task.anatomy(model, first_rows(task, domains["original"], args.device))
+    space, outputs, classes = args.space, None, domains["restricted"].num_classes
+    if domains["original"].labels is not None:
+        outputs = predictions["original"].shape[1]
+        check_labels(domains, outputs, model)
+    elif args.strategy_space is None:
+        # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
+        space = replace(space, initializations=("direct",))
+    if outputs is not None and classes > outputs and "direct" in space.initializations:
+        if "new_head" not in space.initializations:
+            raise ValueError(
+                f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
+                "strategy has no output for some labels. Add initialization 'new_head' to the strategy space, or "
+                "select at most as many classes (`select_classes`)."
+            )
+        logger.warning(
+            "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
+            "every simulated adversary brings a new head.", classes, outputs,
+        )  # fmt: skip
+        space = space.without_original_head()
+    try_strategies(task, model, anatomy, space, classes or None)
+    return Fit(anatomy, space, outputs)
+
+
 def try_strategies(
     task: Task, model: nn.Module, anatomy: Anatomy, space: StrategySpace, num_classes: int | None
 ) -> None:
@@ -169,3 +231,19 @@ def refuse_launcher_settings(accelerator: Any) -> None:
         raise ValueError(
             f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes."
         )
+
+
+def make_probes(
+    model: nn.Module, task: Task, anatomy: Anatomy, restricted: Domain, args: SophonConfig
+) -> Probes | None:
+    """The probes that the arguments ask for; None where they ask for none.
+
+    Raises:
+        ValueError: The task has no labels, or the model too few blocks.
+    """
+    if not args.probes:
+        return None
+    if restricted.labels is None:
+        raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
+    loss = choose_loss(task, args.suppression_loss)
+    return Probes(model, anatomy, args.probes, restricted.num_classes, loss)

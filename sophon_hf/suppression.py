@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import get_scheduler
 
 from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
@@ -26,6 +27,7 @@ from sophon_hf.tasks.models import WithTensors
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sophon_hf.config import SophonConfig
     from sophon_hf.tasks import Task
 
 MEASURED_EXAMPLES = 1000
@@ -155,7 +157,7 @@ class Suppression:
         torch.manual_seed(environment.seed + born)
         adversary = SimulatedAdversary(environment.strategy.name)
         adversary.before = self._scores_before(environment)
-        last = _last_evaluated(weights)
+        last = last_evaluated(weights)
         for step, update in enumerate(islice(persistent.resume(self.model, self._fine_tuning), last), 1):
             weight = weights[step - 1]
             if not weight:
@@ -186,7 +188,7 @@ class Suppression:
         scheduler = make_scheduler(strategy, optimizer, len(weights))
         device = moving[0].device
         total = torch.zeros((), device=device)
-        for step, batch in zip(range(1, _last_evaluated(weights) + 1), fine_tuning.batches, strict=False):
+        for step, batch in zip(range(1, last_evaluated(weights) + 1), fine_tuning.batches, strict=False):
             self.model.train()
             # The optimizer writes in place, so every step works on copies that autograd may keep.
             copies = {name: tensor.clone() for name, tensor in vartheta.items()}
@@ -262,7 +264,7 @@ class Suppression:
         return self._evaluate(self.model, self._held_out(environment, 1))[1]()
 
 
-def _last_evaluated(weights: Sequence[float]) -> int:
+def last_evaluated(weights: Sequence[float]) -> int:
     """The last step whose weight is not zero; no step after it has to be run."""
     return max((k for k, weight in enumerate(weights, 1) if weight), default=0)
 
@@ -330,3 +332,27 @@ def average_and_clip(
     for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
     return norm, loss
+
+
+def make_suppression_optimizer(model: nn.Module, args: SophonConfig) -> torch.optim.Adam:
+    """Adam with alpha, beside the Trainer's own with beta."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, args.alpha, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+
+
+def make_suppression_scheduler(
+    optimizer: torch.optim.Optimizer, args: SophonConfig, iterations: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule that beta has, over all suppression loops."""
+    loops = max(args.l_FTS, 1)
+    return get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
+        num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )  # fmt: skip
+
+
+def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Halve alpha, now and in what is left of its schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cached_property
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import HubStrategy
 
+from sophon_hf.adversaries import Adversaries
 from sophon_hf.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress
-from sophon_hf.checkpoints import (
-    check_fresh_folder,
-    check_same_run,
-    last_complete_checkpoint,
-    load_state,
-    run_facts,
-    save_state,
-)
+from sophon_hf.checkpoints import checkpoint_to_resume, restore_state, save_state
+from sophon_hf.claim import Claim
 from sophon_hf.config import SophonConfig
-from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain
 from sophon_hf.data.domains import Source
-from sophon_hf.finetuning import Environment, FineTuningStrategy, PersistentAdversary, sample_environment
+from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
-from sophon_hf.preflight import build_domains, check_labels, refuse_launcher_settings, try_domain, try_strategies
-from sophon_hf.probes import Probes
+from sophon_hf.hub.publish import create_repository, publish
+from sophon_hf.measuring import measure_domains, simulated_metric
+from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
+from sophon_hf.reinforcement import Distillation, ReinforcementBatches
+from sophon_hf.reporting.card import update_card
+from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.step_log import StepLog
-from sophon_hf.suppression import Suppression, average_and_clip
-from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, load_task
+from sophon_hf.suppression import (
+    Suppression,
+    average_and_clip,
+    halve_rate,
+    make_suppression_optimizer,
+    make_suppression_scheduler,
+)
+from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_task
 
 logger = logging.getLogger(__name__)
-
-PROBE_RATE = 1e-3
-PROBE_BATCH = 50
 
 
 class SophonTrainer(Trainer):
@@ -116,73 +119,28 @@ class SophonTrainer(Trainer):
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
         self.add_callback(EvaluateLastStep())
         self.label_names = ["labels"]
-        self._choose_strategies()
+        fit = fit_strategies(self.task, self.model, self.domains, args)
+        self.anatomy, self.space, self.outputs = fit.anatomy, fit.space, fit.outputs
         self.suppression = Suppression(
-            self.model,
-            self.task,
-            self.anatomy,
-            self._suppression_loss(),
-            num_classes=self.domains["restricted"].num_classes or None,
-            autocast=self.accelerator.autocast,
-            probes=self._probes(),
+            self.model, self.task, self.anatomy, choose_loss(self.task, args.suppression_loss),
+            num_classes=self.domains["restricted"].num_classes or None, autocast=self.accelerator.autocast,
+            probes=make_probes(self.model, self.task, self.anatomy, self.domains["restricted"], args),
             second_order=args.second_order,
-        )
-        self.unprotected = copy.deepcopy(self.model).eval().requires_grad_(False) if args.distillation else None
+        )  # fmt: skip
+        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args)
+        self.distillation = Distillation(self.model, self.task, args.distillation) if args.distillation else None
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)
             self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
+        self.reinforcement_batches = ReinforcementBatches(self.domains["original"], self.task, args)
         self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
         self.suppression_optimizer: torch.optim.Optimizer | None = None
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.step_log = StepLog(self.task)
         self._micro_step = 0
         self._resumed_at: int | None = None
-
-    # ---- Before any work: does everything fit? ----
-
-    def _choose_strategies(self) -> None:
-        """Run every domain once, find the head, check labels against it, and settle on Phi."""
-        predictions = {name: try_domain(self.task, self.model, name, d) for name, d in self.domains.items()}
-        self.anatomy = self.task.anatomy(self.model, first_rows(self.task, self.domains["original"], self.args.device))
-        self.space = self.args.space
-        outputs = None
-        if self.domains["original"].labels is not None:
-            outputs = predictions["original"].shape[1]
-            check_labels(self.domains, outputs, self.model)
-        elif self.args.strategy_space is None:
-            # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
-            self.space = replace(self.space, initializations=("direct",))
-        self._direct_fits = outputs is None or self.domains["restricted"].num_classes <= outputs
-        if not self._direct_fits and "direct" in self.space.initializations:
-            classes = self.domains["restricted"].num_classes
-            if "new_head" not in self.space.initializations:
-                raise ValueError(
-                    f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
-                    "strategy has no output for some labels. Add initialization 'new_head' to the strategy space, or "
-                    "select at most as many classes (`select_classes`)."
-                )
-            logger.warning(
-                "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
-                "every simulated adversary brings a new head.", classes, outputs,
-            )  # fmt: skip
-            self.space = self.space.without_original_head()
-        classes = self.domains["restricted"].num_classes or None
-        try_strategies(self.task, self.model, self.anatomy, self.space, classes)
-
-    def _suppression_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        losses = self.task.suppression_losses
-        name = self.args.suppression_loss or next(iter(losses))
-        if name not in losses:
-            raise ValueError(f"suppression_loss {name!r} does not fit the task: choose one of {', '.join(losses)}.")
-        return losses[name]
-
-    def _probes(self) -> Probes | None:
-        if not self.args.probes:
-            return None
-        classes = self.domains["restricted"].num_classes
-        if self.domains["restricted"].labels is None:
-            raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
-        return Probes(self.model, self.anatomy, self.args.probes, classes, self._suppression_loss())
+        self._started: float | None = None
+        self._seconds = 0.0
 
     # ---- The two loops of Algorithm 1 ----
 
@@ -201,8 +159,7 @@ class SophonTrainer(Trainer):
     def _suppression_loop(self, loop: int) -> None:
         """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
         args, step = self.args, self.state.global_step
-        adversaries = [self._adversary(loop, number) for number in range(args.N)]
-        result = self.suppression(adversaries, args.step_weights)
+        result = self.suppression(self.adversaries.draw(step, loop), args.step_weights)
         norm, result.loss = average_and_clip(result.gradient, result.loss, self.accelerator, args.max_grad_norm)
         if torch.isfinite(norm):
             for name, parameter in self.model.named_parameters():
@@ -215,29 +172,12 @@ class SophonTrainer(Trainer):
         self.suppression_scheduler.step()
         self.step_log.add_suppression(result, norm)
 
-    def _adversary(self, loop: int, number: int) -> Environment | PersistentAdversary:
-        """One that starts anew, or the next one of those that live on, replaced where its horizon is reached."""
-        args, step = self.args, self.state.global_step
-        # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
-        seed = derive_seed(args.seed, "adversary", step, loop, args.process_index * args.N + number)
-        slot = ((step * args.l_FTS + loop) * args.N + number) % max(args.persistent, 1)
-        if args.persistent and slot in self.adversaries and not self.adversaries[slot].finished:
-            return self.adversaries[slot]
-        strategy = self.space.sample(derive_seed(seed, "strategy"))
-        environment = sample_environment(self.domains["restricted"], self.task, strategy, seed)
-        if not args.persistent:
-            return environment
-        # The first ones live shorter, so that young and old are always mixed.
-        share = 1 if slot in self.adversaries else (slot + 1) / args.persistent
-        self.adversaries[slot] = PersistentAdversary(environment, max(args.K, round(share * args.horizon)))
-        return self.adversaries[slot]
-
     def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
         """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
         args = self.args
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
-            batch = self._reinforcement_batch(self.state.global_step, loop, micro_step)
+            batch = self.reinforcement_batches.batch(self.state.global_step, loop, micro_step)
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, batch))
         # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
@@ -247,63 +187,40 @@ class SophonTrainer(Trainer):
         getattr(self.optimizer, "optimizer", self.optimizer).step()
         model.zero_grad()
 
-    def _reinforcement_batch(self, step: int, loop: int, micro_step: int) -> dict[str, Tensor]:
-        args = self.args
-        position = (step * args.l_NTR + loop) * args.gradient_accumulation_steps + micro_step
-        size = args.per_device_train_batch_size
-        return self._original_stream.batch((position * args.world_size + args.process_index) * size, size)
-
-    @property
-    def _original_stream(self) -> Stream:
-        return Stream(self.domains["original"], self.task, derive_seed(self.args.seed, "original"))
-
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """mu * L_beta (eq. 6), the mean over the batch."""
         if self.reinforcement_loss is not None:
             loss, prediction = self.reinforcement_loss(model, inputs), None
         else:
             prediction = self.task.predict(model, inputs)
-            loss = self.task.loss(prediction, self.task.target(inputs))
-            if self.unprotected is not None:
-                with torch.no_grad():
-                    unprotected = self.task.predict(self.unprotected, inputs)
-                loss = loss + self.args.distillation * self.task.distance(prediction, unprotected)
+            if self.distillation is not None:
+                loss = self.distillation(prediction, inputs)
+            else:
+                loss = self.task.loss(prediction, self.task.target(inputs))
         loss = self.args.mu * loss
         return (loss, {"prediction": prediction}) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of O for the last reinforcement loop of each iteration: a function of seed, step and rank."""
         return DataLoader(
-            _LastLoopBatches(self),
-            batch_size=1,
-            collate_fn=itemgetter(0),
+            self.reinforcement_batches, batch_size=1, collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
-        )
+        )  # fmt: skip
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
         optimizer = super().create_optimizer(model)
         if self.suppression_optimizer is None:
-            self.suppression_optimizer = torch.optim.Adam(
-                [p for p in self.model.parameters() if p.requires_grad],
-                lr=self.args.alpha,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
+            self.suppression_optimizer = make_suppression_optimizer(self.model, self.args)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """One schedule for both rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.suppression_scheduler is None:
-            loops = max(self.args.l_FTS, 1)
-            self.suppression_scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
-                self.suppression_optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps) * loops,
-                num_training_steps=num_training_steps * loops,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            self.suppression_scheduler = make_suppression_scheduler(
+                self.suppression_optimizer, self.args, num_training_steps
             )
         return scheduler
 
@@ -322,32 +239,13 @@ class SophonTrainer(Trainer):
         Returns:
             Metric and loss of each domain (a label that the head has no output for counts as wrong, and the loss is
             then NaN); while training also `*_restricted_simulated_*`, what fixed simulated
-            adversaries (Adam 1e-3, K steps, own head and new head) reach.
+            adversaries (Adam 1e-3, own head and new head; K steps, or the horizon of persistent ones) reach.
         """
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(chosen, dict):
-            raise ValueError(
-                f"eval_dataset is a {type(chosen).__name__}: give a dict of name and data set, such as "
-                "{'original': ..., 'restricted': ...}."
-            )
-        self._share_buffers()
-        metrics: dict[str, float] = {}
-        for name, source in chosen.items():
-            domain = source if isinstance(source, Domain) else self._build_domain(source, name)
-            result = evaluate_model(
-                self.task,
-                self.model,
-                domain,
-                self.args.per_device_eval_batch_size,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                autocast=self.accelerator.autocast,
-                with_loss=self._labels_fit(domain),
-            )
-            metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
-            metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
+        metrics = measure_domains(self, self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
         if self.is_in_train and eval_dataset is None:
-            simulated = self._probe()
+            domains = (self.domains["restricted"], self.domains["eval_restricted"])
+            steps = self.args.horizon if self.args.persistent else self.args.K
+            simulated = simulated_metric(self.suppression, self.space, *domains, steps, self.args.seed)
             metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
             # A resumed run measures its start again, which the guard saw before the checkpoint or not at all.
             if self.state.global_step != self._resumed_at:
@@ -357,53 +255,16 @@ class SophonTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _labels_fit(self, domain: Domain) -> bool:
-        return domain.labels is None or self._direct_fits or domain.num_classes <= self.domains["original"].num_classes
-
-    def _share_buffers(self) -> None:
-        """DDP sends batch-norm statistics along only before a forward pass: all processes must measure one model."""
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():
-                broadcast(buffer)
-
-    def _build_domain(self, source: Source, name: str) -> Domain:
-        known = self.domains[name if name in self.domains else "restricted"]
-        dataset, column = load_domain(source, "test"), self.input_columns.get(name)
-        return build_domain(
-            dataset, self.task.inputs(self.model), self.processing_class, name=name,
-            label=known.preparation.label_column, input_column=column if column in dataset.column_names else None,
-        )  # fmt: skip
-
-    def _probe(self) -> float:
-        """What fixed adversaries, trained on the restricted domain, reach on held-out data: states compare by it."""
-        scores: dict[str, list] = {}
-        for number, start in enumerate(self.space.initializations):
-            strategy = FineTuningStrategy(initialization=start, learning_rate=PROBE_RATE, batch_size=PROBE_BATCH)
-            seed = derive_seed(self.args.seed, "probe", number)
-            environment = sample_environment(self.domains["restricted"], self.task, strategy, seed)
-            held_out = Stream(self.domains["eval_restricted"], self.task, seed)
-            for name, values in self.suppression.measure(
-                replace(environment, evaluation=held_out), self.args.K
-            ).items():
-                scores.setdefault(name, []).extend(values.tolist())
-        # One process decides for all: a kernel that is not deterministic must not make them choose differently.
-        return broadcast_object_list([self.task.compute_metric(scores)])[0]
-
     def _guard(self, original: float, simulated: float) -> None:
         step, start = self.state.global_step, self.guard.state.start
-        if self.guard.observe(step, original, simulated):
+        if self.guard.observe(step, original, simulated) or self.args.after_rollback == "no_rollback":
             return
-        self.guard.roll_back()
-        self.adversaries.clear()
-        for optimizer in (self.optimizer, self.suppression_optimizer):
-            getattr(optimizer, "optimizer", optimizer).state.clear()
+        self.guard.roll_back(self.optimizer, self.suppression_optimizer)
+        self.adversaries.start_anew()
         choice = self.args.after_rollback
         if choice == "halve_alpha":
-            for group in self.suppression_optimizer.param_groups:
-                group["lr"] /= 2
-            self.suppression_scheduler.base_lrs = [rate / 2 for rate in self.suppression_scheduler.base_lrs]
-        if choice == "stop":
-            self.control.should_training_stop = True
+            halve_rate(self.suppression_optimizer, self.suppression_scheduler)
+        self.control.should_training_stop |= choice == "stop"
         logger.warning(
             "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
             "%d is put back; then: %s.", step, self.task.metric, original, self.args.tolerance, start,
@@ -430,108 +291,110 @@ class SophonTrainer(Trainer):
         Raises:
             ValueError: `output_dir` holds another run, or there is no complete checkpoint to go on from.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            check_same_run(os.fspath(resume_from_checkpoint), self._run_facts())
-        else:
-            check_fresh_folder(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
-        self.adversaries: dict[int, PersistentAdversary] = {}
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
-        output = super().train(resume_from_checkpoint or None, **kwargs)
-        self._finish()
-        return output
-
-    def _finish(self) -> None:
-        state, metric = self.guard.state, self.task.metric
-        if self.guard.restore_best():
-            logger.info(
-                "The protected model is the state of iteration %d: original %s %.4f (start %.4f).",
-                state.best_step, metric, state.best_original, state.start,
-            )  # fmt: skip
-        elif state.start is None:
-            logger.warning(
-                "eval_strategy is 'no', so the guard has seen nothing: whether the model still works in the original "
-                "domain, and is protected, has not been measured. It is the state of the last iteration."
-            )
-        else:
-            self.guard.restore_good()
-            logger.warning(
-                "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
-                "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
-                metric, self.args.tolerance, state.good_step,
-            )  # fmt: skip
+        self.adversaries.start_anew()
+        self._started, self._seconds = time.monotonic(), 0.0
+        output = super().train(checkpoint, **kwargs)
+        self._started, self._seconds = None, self.seconds()
+        self.guard.finish(self.task.metric)
         if self.args.save_strategy != "no":
             self.save_model()
-
-    def _run_facts(self) -> dict[str, Any]:
-        loss = getattr(self.reinforcement_loss, "__qualname__", None)
-        precision = self.accelerator.mixed_precision
-        return run_facts(
-            self.args, self.task, self.model, self.domains, mixed_precision=precision, reinforcement_loss=loss
-        )
+        return output
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            schedule = {k: v for k, v in self.suppression_scheduler.state_dict().items() if k != "lr_lambdas"}
-            state = {"optimizer": self.suppression_optimizer.state_dict(), "scheduler": schedule}
-            save_state(output_dir, {**state, "facts": self._run_facts(), "guard": self.guard.state_dict()})
-        self.adversaries.clear()  # They start anew after a checkpoint, so that nothing of them has to be in it.
+            save_state(self, output_dir)
+        self.adversaries.start_anew()  # So that nothing of those that live on has to be in a checkpoint.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(checkpoint)
-            self.suppression_optimizer.load_state_dict(state["optimizer"])
-            self.suppression_scheduler.__dict__.update(state["scheduler"])
-            self.guard.load_state_dict(state["guard"])
+            self._seconds = restore_state(self, checkpoint)
             self._resumed_at = self.state.global_step
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as the model's own library does, so that its stock `from_pretrained` loads it."""
-        output_dir = output_dir or self.args.output_dir
-        if hasattr(self.model, "save_pretrained") and not hasattr(self.model, "main_input_name"):
-            if self.args.should_save:
-                self.model.save_pretrained(output_dir)
-                self._save_processing_class(output_dir)
-        elif hasattr(self.model, "save_pretrained"):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            from safetensors.torch import save_model
-
-            os.makedirs(output_dir, exist_ok=True)
-            save_model(self.model, os.path.join(output_dir, "model.safetensors"))
-            self._save_processing_class(output_dir)
-
-    def _save_processing_class(self, output_dir: str) -> None:
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        path = os.path.join(resume_from_checkpoint, "diffusion_pytorch_model.safetensors")
-        if os.path.exists(path):
-            from safetensors.torch import load_model as load_weights
-
-            load_weights(model, path)
+        if os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json")):
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save what may be published, and no pickle beside it."""
+        if self.args.should_save:
+            save_protected(self, output_dir or self.args.output_dir)
 
-class _LastLoopBatches(torch.utils.data.Dataset):
-    """Item i is the i-th micro-batch that the Trainer itself takes a step with."""
+    @cached_property
+    def data_fingerprints(self) -> dict[str, DataFingerprint]:
+        """Of the four domains, for the claim."""
+        return {name: fingerprint_domain(domain) for name, domain in self.domains.items()}
 
-    def __init__(self, trainer: SophonTrainer):
-        self.batch = trainer._reinforcement_batch
-        self.args = trainer.args
+    def seconds(self) -> float:
+        """Wall-clock time spent on protection, in the runs before a resumption too."""
+        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
 
-    def __len__(self) -> int:
-        return self.args.max_steps * self.args.gradient_accumulation_steps
+    # ---- Publishing ----
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        step, micro_step = divmod(index, self.args.gradient_accumulation_steps)
-        return self.batch(step, self.args.l_NTR - 1, micro_step)
+    @property
+    def repository_name(self) -> str:
+        """What the card says to load: the repository, where it is known already."""
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+
+    def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
+        """Make the repository that `push_to_hub=True` pushes to, or raise the PermissionError of `create_repository`."""
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = create_repository(self.repository_name, private)
+
+    def create_model_card(self, model_name: str | None = None) -> None:
+        """Bring README.md in `output_dir` up to date with what is saved there, unless it was edited; it names `model_name`."""
+        if self.is_world_process_zero():
+            update_card(self.args.output_dir, Claim.read(self.args.output_dir), model_name or self.repository_name)
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        *,
+        commit_message: str = "Publish the protected model",
+        revision: str | None = None,
+        private: bool | None = None,
+        report: str | os.PathLike | None = None,
+    ) -> CommitInfo | None:
+        """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
+
+        Args:
+            repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
+            commit_message: Of the commit.
+            revision: Branch to commit to.
+            private: Whether a new repository is private; the account's own setting where None.
+            report: `output_dir` of an attack on this model: what it found goes into claim and card.
+
+        Returns:
+            The commit, on the main process.
+
+        Raises:
+            PermissionError, ConnectionError, ValueError: As `sophon_hf.hub.publish.publish`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish(
+            self.args.output_dir, repo_id or self.repository_name, report=report, commit_message=commit_message,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision if revision is None else revision,
+        )  # fmt: skip
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish a checkpoint's model, without its states. A push that fails does not end the training."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        message = f"Protection in progress, iteration {self.state.global_step}"
+        try:
+            publish(checkpoint_folder, self.repository_name, revision=self.args.hub_revision, commit_message=message)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: it was not pushed, training goes on. %s", message, error)

@@ -77,6 +77,37 @@ def domain(model, points):
     return build_domain(points, infer_task(model).inputs(model), name="restricted")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine. The libraries here, and any process that is started, talk to it as the user `alice`."""
+    from hub_server import running_hub
+    from huggingface_hub import constants, hf_api
+
+    with running_hub() as server:
+        home = tmp_path / "huggingface"
+        home.mkdir()
+        (home / "token").write_text(server.add_user("alice"))
+        environment = {
+            "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        # The libraries have read them when they were imported.
+        read = {
+            "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True, "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        }  # fmt: skip
+        for name, value in read.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+        # A client that has lost its connection waits for seconds before it tries again.
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield server
+
+
 @pytest.fixture(autouse=True)
 def _float32():
     yield

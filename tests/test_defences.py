@@ -311,7 +311,7 @@ def test_the_unprotected_model_stays_as_it_was(tmp_path):
     trainer = build(tmp_path, distillation=1.0, alpha=0.1)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    torch.testing.assert_close(trainer.unprotected.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(trainer.distillation.unprotected.state_dict(), before, rtol=0, atol=0)
     assert not torch.equal(trainer.model.body.weight, before["body.weight"])
 
 

@@ -276,7 +276,7 @@ UNEVEN = [0] * 31 + [1] * 17 + [2] * 1 + [3] * 8
 
 def test_a_configuration_of_a_hub_data_set_is_named_behind_a_colon(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: SimpleNamespace(name="parquet"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: SimpleNamespace(name="parquet", hash="a" * 40))
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *names: asked.append(names) or datasets.DatasetDict(train=points())
     )

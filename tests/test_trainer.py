@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TinyNet, make_points
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -540,12 +540,14 @@ def test_a_saved_classifier_loads_by_the_stock_from_pretrained(tmp_path):
     assert not torch.equal(model.classifier[1].weight, start["classifier.1.weight"])
 
 
-def test_a_saved_unet_loads_by_the_stock_from_pretrained(tmp_path):
+def test_a_saved_unet_is_a_whole_pipeline_that_generates(tmp_path):
     model = tiny_unet()
     start = state_of(model)
     trainer = train_saving(tmp_path, model, "sample", task=DiffusionTask(DDPMScheduler(num_train_timesteps=20)))
-    loaded = UNet2DModel.from_pretrained(tmp_path / "output")
-    assert_equal(loaded.state_dict(), model.state_dict())
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "output")
+    assert_equal(pipeline.unet.state_dict(), model.state_dict())
+    assert pipeline.scheduler.config.num_train_timesteps == 20
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
     assert not torch.equal(model.conv_out.weight, start["conv_out.weight"])
     steps = [entry for entry in trainer.state.log_history if "L_FTS" in entry]
     assert len(steps) == 3 and all(entry["mse_after"] > 0 for entry in steps)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
+from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, first_rows, infer_task, load_model, to_device
+from sophon_hf.tasks import Task, evaluate_model, first_rows, hash_state, infer_task, load_model, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Budget:
     validation: Domain
     test: Domain
     original: Domain | None = None
+    original_test: Domain | None = None
 
 
 class AttackSuite:
@@ -128,6 +130,7 @@ class AttackSuite:
                     f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
                     "outputs: select the classes that the model knows, in its order (`select_classes`)."
                 )
+            budget.original_test = test
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
         _check_disjoint(budget)
         cells = self._cells(models)
@@ -178,7 +181,7 @@ class AttackSuite:
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
     def _keys(self, task: Task, cells: list[Cell], models: dict[str, nn.Module], budget: _Budget) -> list[str]:
-        weights = {name: _hash_weights(model) for name, model in models.items()}
+        weights = {name: hash_state(model) for name, model in models.items()}
         # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
         weights["scratch"] = type(models["original"]).__name__ + str(_shapes(models["original"]))
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
@@ -260,8 +263,9 @@ class AttackSuite:
             "flops_per_example": flops_per_example(task, models["original"], budget.training),
             "training_examples": len(budget.training),
             "validation_examples": len(budget.validation),
-            "weights": {name: _hash_weights(model) for name, model in models.items()},
+            "weights": {name: hash_state(model) for name, model in models.items()},
             "data": {n: getattr(budget, n).fingerprint for n in ("training", "validation", "test")},
+            "fingerprints": {n: asdict(fingerprint_domain(d)) for n, d in vars(budget).items() if d is not None},
             "versions": {package: version(package) for package in packages},
         }
 
@@ -328,18 +332,6 @@ def _head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
         return True
     outputs = task.anatomy(model, first_rows(task, domain, next(model.parameters()).device)).outputs
     return domain.num_classes <= outputs
-
-
-def _hash_weights(model: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-            if tensor.ndim
-            else str(tensor.item()).encode()
-        )
-    return digest.hexdigest()
 
 
 def _digest(parts: Any) -> str:

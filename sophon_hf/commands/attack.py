@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import datasets
-
 from sophon_hf.attacks import AttackResults, AttackSuite
-from sophon_hf.attacks.sweeps import SWEEPS
-from sophon_hf.commands.protect import load_processor
-from sophon_hf.data import load_domain, select_classes, split_domain
+from sophon_hf.commands.domains import (
+    add_attack_options,
+    add_domain_options,
+    columns,
+    load_original,
+    load_restricted,
+)
 from sophon_hf.reporting.report import to_markdown, write_report
-from sophon_hf.tasks import load_model, load_task
+from sophon_hf.tasks import load_model, load_processor, load_task
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,25 +26,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--protected", required=True, help="Hub id or folder of the protected model")
     add("--original", required=True, help="Hub id or folder of the model before protection")
     add("--restricted", required=True, help="restricted domain: Hub id or folder of a data set")
-    add("--restricted_split", default="train", help="its split that the adversary trains on")
-    add("--test_split", default="test", help="its split that results are reported on")
-    add("--restricted_classes", nargs="+", help="keep these classes, numbered in this order, as for protection")
     add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
-    add("--original_split", default="train", help="its split for attacks that warm up on it")
-    add("--original_test_split", default="test", help="its split that intactness is measured on")
-    for name in ("original", "restricted"):
-        add(f"--{name}_input", help=f"input column of the {name} domain, where it is not clear")
-        add(f"--{name}_label", help=f"label column of the {name} domain, where it is not clear")
-    add("--original_classes", nargs="+", help="keep these classes of it, numbered in this order, as for protection")
-    add(
-        "--whole",
-        action="store_true",
-        help="train on the whole split, not on the adversary's half of `sophon-hf protect`",
-    )
-    add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
+    add_domain_options(parser)
+    add_attack_options(parser)
     add("--examples", type=int, help="the adversary's examples, stratified; all by default")
-    add("--epochs", type=float, help="of an ordinary attack; 20 by default")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
     )
@@ -57,16 +44,9 @@ def main(arguments: list[str]) -> None:
     suite = AttackSuite(
         options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, examples=options.examples,
         task=load_task(options.original, original), processing_class=load_processor(options.original, original),
-        input_columns={"original": options.original_input, "restricted": options.restricted_input},
-        label_columns={"original": options.original_label, "restricted": options.restricted_label},
+        input_columns=columns(options, "input"), label_columns=columns(options, "label"),
     )  # fmt: skip
-    training, test = (load_domain(options.restricted, s) for s in (options.restricted_split, options.test_split))
-    if options.restricted_classes:
-        training, test = (
-            select_classes(part, options.restricted_classes, options.restricted_label) for part in (training, test)
-        )
-    if not options.whole:
-        _, training = split_domain(training, column=options.restricted_label)
+    training, test = load_restricted(options, options.restricted)
     if options.dry_run:
         count = min(options.examples or len(training), len(training))
         plan = suite.plan(count)
@@ -74,7 +54,7 @@ def main(arguments: list[str]) -> None:
         for strategy in suite.strategies:
             print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
         return
-    warm_up, intact = (_original(options, split) for split in (options.original_split, options.original_test_split))
+    warm_up, intact = (None, None) if options.original_data is None else load_original(options, options.original_data)
     results = suite.run(
         protected=options.protected,
         original=original,
@@ -84,17 +64,6 @@ def main(arguments: list[str]) -> None:
         original_eval_dataset=intact,
     )
     _write(results, Path(options.output_dir) / "report")
-
-
-def _original(options: argparse.Namespace, split: str) -> datasets.Dataset | None:
-    if options.original_data is None:
-        return None
-    dataset = load_domain(options.original_data, split)
-    return (
-        select_classes(dataset, options.original_classes, options.original_label)
-        if options.original_classes
-        else dataset
-    )
 
 
 def report(arguments: list[str]) -> None:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
-from torch import nn
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from sophon_hf.closest import hint
 from sophon_hf.config import PRESETS, SophonConfig
 from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.finetuning.strategy import check_choice
-from sophon_hf.tasks import load_model, load_task
-from sophon_hf.tasks.models import main_input
+from sophon_hf.tasks import load_model, load_processor, load_task
 from sophon_hf.trainer import SophonTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -121,20 +116,6 @@ def _as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{name}", *(str(item) for item in value)]
     return [f"--{name}", str(value)]
-
-
-def load_processor(source: str, model: nn.Module) -> Any | None:
-    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved."""
-    cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
-        main_input(model), AutoFeatureExtractor
-    )
-    if cls is None or not hasattr(model, "config"):
-        return None
-    try:
-        return cls.from_pretrained(source)
-    except OSError as error:
-        logger.warning("No %s is saved with %s, so raw columns are only scaled: %s", cls.__name__, source, error)
-        return None
 
 
 def main(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from sophon_hf.data.fingerprint import remember_source
 from sophon_hf.data.preparation import (
     Example,
     ModelInputs,
@@ -88,9 +89,15 @@ def _load_dataset(name: str) -> datasets.DatasetDict:
 
 def _load_undecoded(name: str) -> datasets.DatasetDict:
     """Load a data set; encoding the sounds of an audio folder through their feature would need torchcodec."""
-    name, _, configuration = (name, "", "") if os.path.isdir(name) else name.partition(":")
-    if datasets.load_dataset_builder(name, configuration or None).name != "audiofolder":
-        return datasets.load_dataset(name, configuration or None)
+    on_hub, whole = not os.path.isdir(name), name
+    name, _, configuration = name.partition(":") if on_hub else (name, "", "")
+    builder = datasets.load_dataset_builder(name, configuration or None)
+    if builder.name != "audiofolder":
+        loaded = datasets.load_dataset(name, configuration or None)
+        if on_hub:
+            for part in loaded.values():
+                remember_source(part, whole, builder.hash)
+        return loaded
     features = next(iter(datasets.load_dataset(name, streaming=True).values())).features
     sounds = _audio_columns(features)
     paths = datasets.Features({**features, **dict.fromkeys(sounds, datasets.Value("string"))})

@@ -28,7 +28,7 @@ def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
         for pixels in digits.images
     ]
     order = np.random.default_rng(0).permutation(len(images))
-    return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, test=800)
+    return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, 800, "handwritten-digits")
 
 
 def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> datasets.DatasetDict:
@@ -45,7 +45,9 @@ def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> da
     generator = np.random.default_rng(seed)
     labels = np.arange(examples + 500) % len(LETTERS)
     images = [_draw(LETTERS[label], size, generator) for label in labels]
-    return _as_splits(images, labels.tolist(), list(LETTERS), generator.permutation(len(images)), test=500)
+    return _as_splits(
+        images, labels.tolist(), list(LETTERS), generator.permutation(len(images)), 500, "printed-letters"
+    )
 
 
 def _draw(letter: str, size: int, generator: np.random.Generator) -> Image.Image:
@@ -65,14 +67,16 @@ def _font_path(name: str) -> str:
 
 
 def _as_splits(
-    images: list[Image.Image], labels: list[int], names: list[str], order: np.ndarray, test: int
+    images: list[Image.Image], labels: list[int], names: list[str], order: np.ndarray, test: int, title: str
 ) -> datasets.DatasetDict:
     features = datasets.Features({"image": datasets.Image(mode="L"), "label": datasets.ClassLabel(names=names)})
     splits = {"train": order[test:], "test": order[:test]}
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(
-                {"image": [images[i] for i in chosen], "label": [labels[i] for i in chosen]}, features=features
+                {"image": [images[i] for i in chosen], "label": [labels[i] for i in chosen]},
+                info=datasets.DatasetInfo(features=features, dataset_name=title),
+                split=datasets.Split(split),
             )
             for split, chosen in splits.items()
         }

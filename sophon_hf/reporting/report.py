@@ -41,17 +41,22 @@ def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     failed = check(results)
     summary = summarize(results, failed)
-    plots = {
+    plots = write_plots(results, folder)
+    write_atomically(folder / "report.json", json.dumps(summary, indent=1))
+    write_atomically(folder / "report.md", to_markdown(results, summary))
+    write_atomically(folder / "index.html", to_html(results, summary, plots))
+    return summary
+
+
+def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
+    """Draw curves.png, heat_map.png and best_so_far.png; title -> path."""
+    return {
         "Metric while an adversary fine-tunes": results.plot(folder / "curves.png"),
         "Every attack on every model": plot_heat_map(*_heat_map(results), folder / "heat_map.png", results.metric),
         "Best attack against number of attacks tried": plot_best_so_far(
             _best_so_far(results), folder / "best_so_far.png", results.metric
         ),
     }
-    write_atomically(folder / "report.json", json.dumps(summary, indent=1))
-    write_atomically(folder / "report.md", to_markdown(results, summary))
-    write_atomically(folder / "index.html", to_html(results, summary, plots))
-    return summary
 
 
 def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, first_rows, to_device
-from sophon_hf.tasks.models import WithTensors, evaluation_mode, load_model, noise_scheduler_of, unwrap
+from sophon_hf.tasks.models import (
+    WithTensors,
+    evaluation_mode,
+    hash_state,
+    load_model,
+    load_processor,
+    noise_scheduler_of,
+    unwrap,
+)
 
 
 class Task(Protocol):
@@ -65,8 +73,10 @@ __all__ = [
     "evaluate_model",
     "evaluation_mode",
     "first_rows",
+    "hash_state",
     "infer_task",
     "load_model",
+    "load_processor",
     "load_task",
     "to_device",
     "unwrap",

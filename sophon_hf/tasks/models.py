@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 
 class WithTensors:
@@ -59,6 +64,19 @@ def first_channels(model: nn.Module) -> int | None:
     return next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None)
 
 
+def hash_state(model: nn.Module) -> str:
+    """A hash of all parameters and buffers that are saved: equal for models that hold the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
+    return digest.hexdigest()
+
+
 def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
     """A size as a tuple."""
     return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
@@ -71,11 +89,31 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         source: Hub id or folder.
         trust_remote_code: Passed on to transformers; leave it off unless the repository's code has been read.
 
+    Returns:
+        The model; `hub_revision` on it is the commit that was loaded, or None for a folder.
+
     Raises:
         ValueError: The repository holds neither.
         OSError: It cannot be found or reached (as transformers and diffusers raise it).
     """
     source = os.fspath(source)
+    model = _load(source, trust_remote_code)
+    model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
+    return model
+
+
+def _cached_revision(source: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "unet/config.json"):
+        path = try_to_load_from_cache(source, name)
+        # A name that the repository is known not to have gives a marker.
+        if isinstance(path, str) and (found := re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)):
+            return found[1]
+    return None
+
+
+def _load(source: str, trust_remote_code: bool) -> nn.Module:
     if _is_diffusion(source):
         from diffusers import UNet2DModel
 
@@ -97,6 +135,22 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         )
         cls = getattr(transformers, f"AutoModelFor{kind}")
     return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
+    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
+        main_input(model), AutoFeatureExtractor
+    )
+    if cls is None or not hasattr(model, "config"):
+        return None
+    try:
+        return cls.from_pretrained(source)
+    except OSError as error:
+        logger.warning("No %s is saved with %s, so raw columns are only scaled: %s", cls.__name__, source, error)
+        return None
 
 
 def noise_scheduler_of(source: str | os.PathLike) -> Any | None:

@@ -1,0 +1,51 @@
+"""The adversaries that are simulated: drawn from Phi, and for a persistent one taken up again until its horizon."""
+
+from __future__ import annotations
+
+from sophon_hf.config import SophonConfig
+from sophon_hf.data import Domain, derive_seed
+from sophon_hf.finetuning import Environment, PersistentAdversary, StrategySpace, sample_environment
+from sophon_hf.tasks import Task
+
+
+class Adversaries:
+    """Says which adversaries this process simulates in a suppression loop: a function of seed, step, loop and process.
+
+    Args:
+        domain: The restricted domain.
+        task: What is learned.
+        space: Phi.
+        args: N, K, l_FTS, persistent, horizon and the seed.
+    """
+
+    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig):
+        self.domain, self.task, self.space, self.args = domain, task, space, args
+        self._alive: dict[int, PersistentAdversary] = {}
+
+    def draw(self, step: int, loop: int) -> list[Environment | PersistentAdversary]:
+        """The N adversaries of a loop of an iteration."""
+        args = self.args
+        # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
+        numbers = range(args.process_index * args.N, (args.process_index + 1) * args.N)
+        environments = [self._environment(derive_seed(args.seed, "adversary", step, loop, n)) for n in numbers]
+        if not args.persistent:
+            return environments
+        turn = (step * args.l_FTS + loop) * args.N
+        return [self._in_turn((turn + n) % args.persistent, new) for n, new in enumerate(environments)]
+
+    def start_anew(self) -> None:
+        """Forget those that live on."""
+        self._alive.clear()
+
+    def _environment(self, seed: int) -> Environment:
+        strategy = self.space.sample(derive_seed(seed, "strategy"))
+        return sample_environment(self.domain, self.task, strategy, seed)
+
+    def _in_turn(self, place: int, new: Environment) -> PersistentAdversary:
+        alive = self._alive.get(place)
+        if alive is None or alive.finished:
+            # The first ones live shorter, so that young and old are always mixed.
+            share = (place + 1) / self.args.persistent if alive is None else 1
+            alive = PersistentAdversary(new, max(self.args.K, round(share * self.args.horizon)))
+            self._alive[place] = alive
+        return alive

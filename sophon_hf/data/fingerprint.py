@@ -1,0 +1,90 @@
+"""What may be told of a domain's data without giving them away: where they come from, how many, and a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+
+if TYPE_CHECKING:
+    from sophon_hf.data.domains import Domain
+
+_CHUNK = 256
+_HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
+
+
+@dataclass(frozen=True)
+class DataFingerprint:
+    """Data, recognised but not shown.
+
+    Attributes:
+        name: Hub id (`owner/name`, or `owner/name:configuration`) or the base name of a folder; None where unknown.
+        revision: The commit on the Hub, where known.
+        split: The split, where known.
+        hash: SHA-256 of the prepared examples, labels included: the same for the same data and processor.
+        examples: How many there are.
+    """
+
+    name: str | None
+    revision: str | None
+    split: str | None
+    hash: str
+    examples: int
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not is_base_name_or_hub_id(self.name):
+            raise ValueError(f"name is {self.name!r}, but must be a Hub id or a folder's base name, without its path.")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.hash):
+            raise ValueError(f"hash is {self.hash!r}, but must be 64 hexadecimal digits.")
+        if self.examples < 1:
+            raise ValueError(f"examples is {self.examples}, but must be at least 1.")
+
+
+def is_base_name_or_hub_id(name: str) -> bool:
+    """Whether a name tells nothing of where files lie on a machine."""
+    parts = name.split("/")
+    plain = len(parts) <= 2 and "\\" not in name and name.isprintable()
+    return plain and all(p and p[0] not in ".~" and p == p.strip() for p in parts)
+
+
+def fingerprint_domain(domain: Domain) -> DataFingerprint:
+    """The fingerprint of a domain as it is used: after selection, split and preparation."""
+    name, revision = _source(domain.dataset.info)
+    split = domain.dataset.split
+    return DataFingerprint(name, revision, None if split is None else str(split), _content_hash(domain), len(domain))
+
+
+def _source(info: datasets.DatasetInfo) -> tuple[str | None, str | None]:
+    for url in info.download_checksums or {}:
+        if found := _HUB_SOURCE.match(url):
+            return found["name"], None if found["revision"] == "unknown" else found["revision"]
+    name = info.dataset_name and os.path.basename(info.dataset_name.rstrip("/\\").replace("\\", "/")).strip()
+    return (name if name and is_base_name_or_hub_id(name) else None), None
+
+
+def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
+    """Note the Hub id and commit that a data set was loaded from, in the form that `datasets` records downloads in.
+
+    Args:
+        dataset: As it was loaded; what is selected from it keeps the note.
+        name: `owner/name`, or `owner/name:configuration`.
+        revision: The commit; anything else says nothing and is left out.
+    """
+    commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else "unknown"
+    url = f"hf://datasets/{name}@{commit}"
+    dataset.info.download_checksums = {url: {"num_bytes": None, "checksum": None}}
+
+
+def _content_hash(domain: Domain) -> str:
+    # Batch by batch, since Domain.fingerprint is that of a cache file where the examples do not fit in memory.
+    digest = hashlib.sha256()
+    for indices in torch.arange(len(domain)).split(_CHUNK):
+        for name, values in sorted(domain.rows(indices).items()):
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(values.contiguous().view(torch.uint8).numpy().data if values.ndim else b"")
+    return digest.hexdigest()

@@ -1,0 +1,207 @@
+"""Publish a protected model: what may leave the machine, whether it is what the claim says, and one commit of it."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.claim import FILE_NAME, AttackReport, Claim, hash_weights
+from sophon_hf.reporting.card import CARD, update_card
+from sophon_hf.reporting.report import write_plots
+
+logger = logging.getLogger(__name__)
+
+# Named one by one: what is not known to be needed stays on the machine, whatever it is called.
+ALLOWED = (
+    CARD, FILE_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "config.json", "generation_config.json",
+    "*.safetensors", "*.safetensors.index.json", "model_index.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "unet/config.json", "scheduler/scheduler_config.json", "plots/*.png",
+)  # fmt: skip
+# Of an earlier commit's, so that the repository holds the weights of the claim and no others.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "plots/*"]
+_LOG_IN = "Run `hf auth login` (or set HF_TOKEN) with a token that may write."
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    report: str | os.PathLike | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish the protected model",
+) -> Any:
+    """Upload a saved model in one commit, with card and claim.
+
+    Args:
+        folder: Where `SophonTrainer` saved it.
+        repo_id: `user/name`; made where it does not exist.
+        report: `output_dir` of `sophon-hf attack`: what it found goes into claim and card.
+        private: Whether a new repository is private; the account's own setting where None.
+        revision: Branch to commit to.
+        commit_message: Of the commit.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        FileNotFoundError: `folder` holds no protected model, or `report` no results.
+        ValueError: The weights are not those of the claim, or the attacked ones are others.
+        PermissionError: Not logged in, or not allowed to write there.
+        ConnectionError: The Hub cannot be reached, or the upload broke off; then nothing is published.
+    """
+    folder = Path(folder)
+    claim = check_folder(folder)
+    repo_id = create_repository(repo_id, private)
+    if report is not None:
+        claim = add_report(folder, claim, report)
+    if not update_card(folder, claim, repo_id):
+        logger.warning(
+            "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Without "
+            "it, a card is written anew.", folder / CARD, FILE_NAME, repo_id,
+        )  # fmt: skip
+    files = published_files(folder, claim)
+    with helpful_errors(repo_id):
+        return HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=REPLACED,
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+
+def check_folder(folder: Path) -> Claim:
+    """The claim of a saved model, if the weights beside it are those that it speaks of.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: They are not.
+    """
+    if not (folder / FILE_NAME).exists():
+        raise FileNotFoundError(
+            f"{folder} has no {FILE_NAME}, so it is not known what could be claimed of it: publish the folder that "
+            "SophonTrainer or `sophon-hf protect` saved the protected model in."
+        )
+    claim, found = Claim.read(folder), hash_weights(folder)
+    for name in sorted({*claim.weights, *found}):
+        if claim.weights.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is new" if name not in claim.weights else "has changed"
+            raise ValueError(
+                f"{name} {what} since {FILE_NAME} was written, so the claim is not about these weights: save the model again."
+            )
+    return claim
+
+
+def add_report(folder: Path, claim: Claim, report: str | os.PathLike) -> Claim:
+    """Put what attacks found into the claim, and their plots beside it.
+
+    Args:
+        folder: What the model is saved in.
+        claim: Its claim.
+        report: The folder of results.json, or the report inside it.
+
+    Raises:
+        FileNotFoundError: There are no results.
+        ValueError: They are about another model.
+    """
+    report = Path(report)
+    path = next((f / "results.json" for f in (report, report.parent) if (f / "results.json").exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{report} has no results.json: name the output_dir of `sophon-hf attack`.")
+    results = AttackResults.load(path)
+    attacked = results.facts.get("weights", {}).get("protected")
+    if attacked != claim.state_hash:
+        raise ValueError(
+            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run `sophon-hf attack "
+            f"--protected {folder}` and name its output_dir."
+        )
+    if results.metric != claim.metric:
+        raise ValueError(f"{path} measures {results.metric}, the claim {claim.metric}.")
+    claim = replace(claim, attacks=AttackReport.from_results(results))
+    write_plots(results, folder / "plots")
+    claim.write(folder)
+    return claim
+
+
+def published_files(folder: Path, claim: Claim) -> list[str]:
+    """What of a folder is published: names relative to it. Checkpoints, hidden files, pickles and logs are not."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = [name for name in names if _is_published(name)]
+    if claim.attacks is None:
+        files = [name for name in files if not name.startswith("plots/")]
+    left = [name for name in names if name not in files]
+    if left:
+        logger.info("Not published: %s.", ", ".join(left))
+    return files
+
+
+def _is_published(name: str) -> bool:
+    folder = name.rpartition("/")[0]
+    allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED)
+    return allowed and folder in ("", "unet", "scheduler", "plots") and not name.startswith(".")
+
+
+def create_repository(repo_id: str, private: bool | None = None) -> str:
+    """Make a model repository where there is none, and return its full id.
+
+    Raises:
+        PermissionError: Not logged in, or the repository is another owner's.
+        ConnectionError: The Hub cannot be reached.
+        ValueError: No valid id, or the repository is public and is to be private.
+    """
+    if get_token() is None:
+        raise PermissionError(f"Not logged in to the Hub. {_LOG_IN}")
+    with helpful_errors(repo_id):
+        repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not HfApi().model_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} exists and is public: make it private in its settings, or choose another name."
+            )
+        return repo_id
+
+
+@contextmanager
+def helpful_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises into errors that say what to do; no token is in them."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise _explained(error, repo_id) from error
+
+
+def _explained(error: Exception, repo_id: str) -> Exception:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, (HTTPError, OSError)):
+        error = error.__cause__  # How the client reports a large file that did not arrive.
+    if isinstance(error, LocalTokenNotFoundError):
+        return PermissionError(f"Not logged in to the Hub. {_LOG_IN}")
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            return PermissionError(f"The Hub does not accept the token. {_LOG_IN}")
+        if status == 403:
+            return PermissionError(
+                f"The account that is logged in may not write to {repo_id}: name a repository of your own, or log in as its "
+                "owner (`hf auth login`)."
+            )
+        return ConnectionError(f"The Hub refused {repo_id}: {error.server_message or status}. Nothing is published.")
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        return ConnectionError(
+            f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing again goes on "
+            "with the large files that arrived."
+        )
+    return error

@@ -1,0 +1,198 @@
+"""The unmodified clients of huggingface_hub, transformers and diffusers against a Hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from published import attack, classifier, protect
+from safetensors.torch import save_file
+
+LARGE = bytes(range(256)) * 4096
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a client uploads: a card, a text file, and a large file."""
+    path = tmp_path / "upload"
+    path.mkdir()
+    (path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(LARGE)
+    return path
+
+
+# The server is strict where a real one is.
+
+
+def test_a_push_is_one_commit_and_earlier_ones_stay_readable(hub, folder):
+    api = HfApi()
+    url = api.create_repo("alice/model")
+    assert url == f"{hub.endpoint}/alice/model" and url.repo_id == "alice/model"
+    first = api.upload_folder(repo_id="alice/model", folder_path=folder).oid
+    (folder / "config.json").write_text('{"changed": true}')
+    second = api.upload_folder(repo_id="alice/model", folder_path=folder).oid
+    assert len(hub.repositories["alice/model"].commits) == 3 and first != second == api.model_info("alice/model").sha
+    for revision, text in ((first, "{}"), (second, '{"changed": true}'), ("main", '{"changed": true}')):
+        with open(hf_hub_download("alice/model", "config.json", revision=revision)) as file:
+            assert file.read() == text
+    stored = api.list_repo_tree("alice/model", recursive=True)
+    large = next(file for file in stored if file.path == "model.safetensors")
+    assert large.lfs.sha256 == hashlib.sha256(LARGE).hexdigest()
+    with open(snapshot_download("alice/model", revision=first) + "/model.safetensors", "rb") as file:
+        assert file.read() == LARGE
+
+
+def test_what_is_missing_is_named(hub, folder):
+    api = HfApi()
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info("alice/nothing")
+    api.create_repo("alice/model")
+    with pytest.raises(RevisionNotFoundError):
+        hf_hub_download("alice/model", "config.json", revision="0" * 40)
+    with pytest.raises(RemoteEntryNotFoundError):
+        hf_hub_download("alice/model", "config.json")
+
+
+def test_rights(hub, folder):
+    bob = hub.add_user("bob")
+    HfApi(token=bob).create_repo("bob/model")
+    HfApi(token=bob).create_repo("bob/secret", private=True)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi().create_repo("bob/other")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi().upload_folder(repo_id="bob/model", folder_path=folder)
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi().model_info("bob/secret")
+    with pytest.raises(HfHubHTTPError, match="401"):
+        HfApi(token="hf_wrong").create_repo("alice/model")
+    with pytest.raises(HfHubHTTPError, match="409"):
+        HfApi(token=bob).create_repo("bob/model")
+    assert set(hub.repositories) == {"bob/model", "bob/secret"}
+    assert list(hub.repositories["bob/model"].files) == [".gitattributes"]
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ("license: all-mine", '"license" must be one of'),
+        ("base_model: ./original", '"base_model" with value'),
+        ("license: mit\ntags: sophon", '"tags" must be an array'),
+        ("license: mit\nmodel-index: [{name: m, results: [{task: {type: t}}]}]", "dataset.name"),
+        ("license: [mit", "invalid yaml"),
+    ],
+)
+def test_a_card_with_invalid_metadata_is_refused(hub, folder, metadata, message):
+    HfApi().create_repo("alice/model")
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(ValueError, match=message):
+        HfApi().upload_folder(repo_id="alice/model", folder_path=folder)
+    assert len(hub.repositories["alice/model"].commits) == 1
+
+
+@pytest.mark.parametrize("where", ["upload", "commit"])
+def test_a_cut_connection_publishes_nothing_and_a_second_try_completes(hub, folder, where):
+    api = HfApi()
+    api.create_repo("alice/model")
+    hub.cut(where)
+    with pytest.raises(Exception, match=r"(?i)disconnected|uploading|broken|reset|closed|write"):
+        api.upload_folder(repo_id="alice/model", folder_path=folder)
+    assert len(hub.repositories["alice/model"].commits) == 1
+    hub.mend()
+    api.upload_folder(repo_id="alice/model", folder_path=folder)
+    assert hub.repositories["alice/model"].files["model.safetensors"].content == LARGE
+
+
+def test_a_single_cut_is_mended_by_the_client(hub, folder):
+    HfApi().create_repo("alice/model")
+    hub.cut("upload", times=1)
+    HfApi().upload_folder(repo_id="alice/model", folder_path=folder)
+    assert hub.cuts == 0 and hub.repositories["alice/model"].files["model.safetensors"].content == LARGE
+
+
+# The whole circle, each step a process of its own that knows the Hub by its environment alone.
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    command = ["-c", code] if code else ["-m", "sophon_hf.cli", *arguments]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+
+
+def test_protect_publish_load_and_audit_a_classifier(hub, tmp_path):
+    """What is published is what stock transformers loads; who audits it needs nothing but its name."""
+    trainer = protect("classifier", tmp_path / "out")
+    original = classifier()
+    original.save_pretrained(tmp_path / "original")
+    attack(trainer.model, tmp_path / "attacks", original)
+    published = run("publish", str(tmp_path / "out"), "alice/model", "--report", str(tmp_path / "attacks"))
+    assert published.returncode == 0, published.stderr
+    loaded = run(
+        code=f"""
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("alice/model")
+local = AutoModelForImageClassification.from_pretrained({str(tmp_path / "out")!r})
+assert AutoImageProcessor.from_pretrained("alice/model").size["height"] == 8
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values(), strict=True))
+print("equal")
+"""
+    )
+    assert loaded.stdout.strip().endswith("equal"), loaded.stderr
+    audited = run("audit", "alice/model", "--output_dir", str(tmp_path / "audit"))
+    assert audited.returncode == 0, audited.stderr
+    assert hub.repositories["alice/model"].head in audited.stdout
+    assert_no_token(hub, tmp_path, published, loaded, audited)
+
+
+def test_protect_publish_and_load_a_pipeline(hub, tmp_path):
+    trainer = protect("unet", tmp_path / "out")
+    published = run("publish", str(tmp_path / "out"), "alice/pipeline")
+    assert published.returncode == 0, published.stderr
+    save_file(trainer.model.state_dict(), tmp_path / "expected.safetensors")
+    loaded = run(
+        code=f"""
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+pipeline = DDPMPipeline.from_pretrained("alice/pipeline")
+expected = load_file({str(tmp_path / "expected.safetensors")!r})
+assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
+print(pipeline(num_inference_steps=2, output_type="np").images.shape)
+"""
+    )
+    assert loaded.stdout.strip().endswith("(1, 8, 8, 3)"), loaded.stderr
+    assert_no_token(hub, tmp_path, published, loaded)
+
+
+def assert_no_token(hub, folder, *processes: subprocess.CompletedProcess) -> None:
+    """In nothing that was printed, logged, written or published, save huggingface_hub's own file."""
+    token = next(iter(hub.users))
+    for process in processes:
+        assert token not in process.stdout + process.stderr
+    written = [path for path in folder.rglob("*") if path.is_file() and path != folder / "huggingface" / "token"]
+    assert len(written) > 10 and all(token.encode() not in path.read_bytes() for path in written)
+    for repository in hub.repositories.values():
+        assert all(token.encode() not in file.content for file in repository.files.values())
+
+
+@pytest.mark.parametrize("command", [["publish", "OUT", "alice/model"], ["audit", "bob/secret"]])
+def test_a_wrong_token_is_in_no_message(hub, tmp_path, monkeypatch, command):
+    """Not even with every library at its most talkative."""
+    protect("classifier", tmp_path / "OUT")
+    (tmp_path / "huggingface" / "token").write_text("hf_wrongwrongwrong")
+    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "debug")
+    command = [str(tmp_path / "OUT") if argument == "OUT" else argument for argument in command]
+    process = run(*command, "--traceback")
+    assert process.returncode != 0
+    assert "hf_wrong" not in process.stdout + process.stderr
+    assert not hub.repositories
