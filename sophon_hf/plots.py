@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
 COLOURS = {"protected": "#D55E00", "original": "#0072B2", "scratch": "#555555", "ntl": "#009E73"}
@@ -114,6 +115,24 @@ def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str 
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return _save(figure, path)
+
+
+def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
+    """Images side by side.
+
+    Args:
+        images: Shape (rows, columns, channels, height, width), in [-1, 1]; 1 or 3 channels.
+        path: Where the PNG goes.
+        tile: Pixels a side that an image gets at least; small ones are enlarged by a whole number.
+    """
+    rows, columns, channels, height, width = images.shape
+    pixels = (np.nan_to_num(images, nan=-1).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
+    pixels = pixels.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    factor = max(1, -(-tile // height))
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3]).save(path)
+    return path
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:

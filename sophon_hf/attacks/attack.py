@@ -57,6 +57,7 @@ def run_attack(
     seed: int = 0,
     epochs: Sequence[float] = PAPER_EPOCHS,
     after_step: Callable[[int, int], Any] | None = None,
+    at_end: Callable[[nn.Module], Any] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Curve:
     """Fine-tune a copy of `model` in the restricted domain.
@@ -72,6 +73,7 @@ def run_attack(
         seed: Decides new heads, the order of the data and dropout.
         epochs: When to measure; the end of the attack is always measured.
         after_step: Called with the step and the number of steps, for progress.
+        at_end: Called with the fine-tuned copy.
         autocast: Called for a context around each forward pass.
 
     Returns:
@@ -119,4 +121,6 @@ def run_attack(
             if update.step in points:
                 measure(update.step, losses)
                 losses = []
+        if at_end is not None:
+            at_end(model)
     return curve

@@ -122,6 +122,7 @@ class AttackResults:
         test_examples: Size of the test split.
         original_metric: The original domain's test metric of each model, where it was measured.
         facts: What was run: sweep, budget, seeds, fingerprints, versions, cost of an example.
+        pictures: Of a diffusion model: grids of clean, noisy and denoised images, by what they show.
     """
 
     cells: list[Cell]
@@ -130,6 +131,7 @@ class AttackResults:
     test_examples: int
     original_metric: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)
 
     def of(self, model: str) -> list[Cell]:
         """The cells of a model that ended."""
@@ -264,6 +266,7 @@ class AttackResults:
             json.dumps(
                 {
                     "facts": self.facts,
+                    "pictures": {t: os.path.relpath(p, path.parent) for t, p in self.pictures.items()},
                     "metric": self.metric,
                     "greater_is_better": self.greater_is_better,
                     "test_examples": self.test_examples,
@@ -278,8 +281,10 @@ class AttackResults:
     @classmethod
     def load(cls, path: str | Path) -> AttackResults:
         """The inverse of `save`."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]]})
+        path = Path(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pictures = {title: path.parent / name for title, name in values.get("pictures", {}).items()}
+        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]], "pictures": pictures})
 
 
 def _start(strategy: FineTuningStrategy) -> str:

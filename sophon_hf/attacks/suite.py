@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack
+from sophon_hf.attacks.pictures import draw_denoised
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
@@ -129,6 +130,8 @@ class AttackSuite:
                     "outputs: select the classes that the model knows, in its order (`select_classes`)."
                 )
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
+            for name, model in models.items():
+                draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
         _check_disjoint(budget)
         cells = self._cells(models)
         keys = self._keys(task, cells, models, budget)
@@ -144,6 +147,7 @@ class AttackSuite:
             original_metric,
             self._facts(task, models, budget),
         )
+        results.pictures = self._pictures(results, dict(zip(keys, finished, strict=True)))
         results.save(self.output_dir / "results.json")
         return results
 
@@ -217,11 +221,13 @@ class AttackSuite:
             for number, (key, cell) in enumerate(mine, 1):
                 bar.set_postfix_str(f"cell {number}/{len(mine)}: {cell.model}, {cell.strategy.name}")
                 victim = models["original" if cell.model == "scratch" else cell.model]
-                self._run_cell(task, victim, budget, cell, lambda *_: bar.update(1))
+                self._run_cell(task, victim, budget, cell, self._picture(key), lambda *_: bar.update(1))
                 write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
         state.wait_for_everyone()
 
-    def _run_cell(self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, after_step: Callable) -> None:
+    def _run_cell(
+        self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, picture: Path, after_step: Callable
+    ) -> None:
         try:
             if cell.strategy.needs_original_head and not _head_fits(task, victim, budget.training):
                 raise NotApplicableError(
@@ -230,12 +236,28 @@ class AttackSuite:
             cell.curve = run_attack(
                 victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
                 original=budget.original, seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
+                at_end=lambda model: draw_denoised(task, model, budget.test, picture),
             )  # fmt: skip
         except NotApplicableError as reason:
             cell.error, cell.applicable = str(reason), False
         except Exception as error:
             cell.error = f"{type(error).__name__}: {error}"
             logger.warning("%s on %s failed and is recorded: %s", cell.strategy.name, cell.model, cell.error)
+
+    def _picture(self, key: str) -> Path:
+        return self.output_dir / "cells" / f"{key}.png"
+
+    def _pictures(self, results: AttackResults, finished: dict[str, Cell]) -> dict[str, Path]:
+        """Of each model: the restricted domain after its best attack with the first seed, and the original domain."""
+        pictures = {}
+        for model in dict.fromkeys(cell.model for cell in results.cells):
+            best = results.best(model)
+            for key, cell in finished.items():
+                if best and (cell.model, cell.strategy, cell.seed) == (model, best.strategy, self.seeds[0]):
+                    pictures[f"restricted domain, {model} after its best attack"] = self._picture(key)
+        for model in results.original_metric:
+            pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
+        return {title: path for title, path in pictures.items() if path.exists()}
 
     def plan(self, examples: int, models: int = 2) -> dict[str, int]:
         """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""

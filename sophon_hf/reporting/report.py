@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
             _best_so_far(results), folder / "best_so_far.png", results.metric
         ),
     }
+    for title, path in results.pictures.items():
+        plots[f"Clean, then noisy and denoised: {title}"] = path
     write_atomically(folder / "report.json", json.dumps(summary, indent=1))
-    write_atomically(folder / "report.md", to_markdown(results, summary))
+    pictures = {title: os.path.relpath(path, folder) for title, path in plots.items()}
+    write_atomically(folder / "report.md", to_markdown(results, summary, pictures))
     write_atomically(folder / "index.html", to_html(results, summary, plots))
     return summary
 
@@ -83,8 +87,8 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
     }
 
 
-def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
-    """The report as Markdown: score and failed checks first, then a table like the paper's."""
+def to_markdown(results: AttackResults, summary: dict[str, Any], pictures: dict[str, str] | None = None) -> str:
+    """The report as Markdown: score and failed checks first, then a table like the paper's, and pictures by their path."""
     lines = [f"# {_headline(summary)}", "", _sentence(results, summary), ""]
     lines += [
         f"- **{f['name']}**: {' '.join(f['message'].split())}{' (voids the score)' if f['voids'] else ''}"
@@ -92,6 +96,8 @@ def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
     ]
     for header, rows in (_best_table(summary), _table(results)):
         lines += ["", _markdown_row(header), "|---" * len(header) + "|", *map(_markdown_row, rows)]
+    for title, path in (pictures or {}).items():
+        lines += ["", f"## {title}", "", f"![{title}]({path})"]
     return "\n".join(lines) + "\n"
 
 
