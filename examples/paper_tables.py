@@ -59,6 +59,7 @@ class Scale:
         models: The paper's name of a model -> builds one, given the number of labels.
         image_size: Pixels a side; of the diffusion model's images: `diffusion_size`.
         examples: How many the adversary has, and how many measure a result; all where None.
+        validation_share: Share of the adversary's half that chooses attacks.
         seeds: Of the attacks.
         pretraining: Steps of the classifiers and of the diffusion model, and their Adam's rate.
         ntl_steps: Updates of NTL.
@@ -71,6 +72,7 @@ class Scale:
     image_size: int
     diffusion_size: int
     examples: tuple[int | None, int | None]
+    validation_share: float
     seeds: list[int]
     pretraining: tuple[int, int, float]
     ntl_steps: int
@@ -135,9 +137,9 @@ def _unet(size: int, widths: tuple[int, ...], layers: int, groups: int) -> Calla
 
 
 def _small_attack(attack: FineTuningStrategy) -> FineTuningStrategy:
-    """A fiftieth of the images leaves few steps, so batches are a fifth, and rates ten (Adam) or a hundred times as large."""
+    """300 images give few steps, so batches are a tenth, and rates ten (Adam) or a hundred times as large."""
     factor = {"adam": 10, "adadelta": 1}.get(attack.optimizer, 100)
-    return attack.with_changes(learning_rate=factor * attack.learning_rate, batch_size=attack.batch_size // 5)
+    return attack.with_changes(learning_rate=factor * attack.learning_rate, batch_size=attack.batch_size // 10)
 
 
 SCALES = {
@@ -164,6 +166,7 @@ SCALES = {
         image_size=64,
         diffusion_size=32,
         examples=(None, None),
+        validation_share=0.1,
         seeds=[0, 1, 2, 3, 4],
         pretraining=(4000, 100_000, 1e-4),
         ntl_steps=4000,
@@ -188,14 +191,15 @@ SCALES = {
         },
         image_size=32,
         diffusion_size=16,
-        examples=(500, 1000),
+        examples=(300, 1000),
+        validation_share=0.03,
         seeds=[0, 1, 2],
         pretraining=(1500, 500, 3e-3),
         ntl_steps=400,
         config={
-            "K": 20, "max_steps": 80, "alpha": 1e-3, "beta": 2e-3, "l_NTR": 2, "eval_steps": 20,
+            "K": 20, "max_steps": 80, "alpha": 3e-3, "beta": 2e-3, "l_NTR": 4, "eval_steps": 20,
             "per_device_train_batch_size": 64,
-            "strategy_space": {"learning_rates": [1e-4, 1e-3, 1e-2], "batch_sizes": [20, 40]},
+            "strategy_space": {"learning_rates": [1e-3, 3e-3, 1e-2], "batch_sizes": [20]},
         },
         adapt=_small_attack,
     ),

@@ -101,7 +101,9 @@ def protected(
         # A UNet has no head to re-initialise (table 2).
         fields["strategy_space"] = fields.get("strategy_space", {}) | {"initializations": ["direct"]}
     config = SophonConfig(output_dir=str(folder), report_to="none", use_cpu=DEVICE == "cpu", **fields)
-    trainer = SophonTrainer(model, parts["defender"], parts["original"], config, task=task)
+    # The guard measures on images that the model was not pre-trained on, so that it does not take memory for skill.
+    held_out = {"original": parts["original_validation"], "restricted": parts["defender_validation"]}
+    trainer = SophonTrainer(model, parts["defender"], parts["original"], config, task=task, eval_dataset=held_out)
     started = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=started or None)
     save_model(model, str(folder / "protected.safetensors"))
@@ -118,7 +120,12 @@ def run(
     original, original_test = domain(scale, experiment.original, size, options.data)
     restricted, test = domain(scale, experiment.restricted, size, options.data)
     defender, adversary = split_domain(restricted)
-    model, guard = protected(scale, experiment, {"original": original, "defender": defender}, options.work)
+    parts = {"original": original, "defender": defender}
+    for name in list(parts):
+        parts[f"{name}_validation"], parts[name] = split_domain(parts[name], share=0.1)
+    original, defender = parts["original"], parts["defender"]
+    validation, adversary = split_domain(adversary, share=scale.validation_share)
+    model, guard = protected(scale, experiment, parts, options.work)
     before, task = pretrained(scale, experiment, original, options.work)
     baselines = {}
     if with_ntl:
@@ -132,7 +139,7 @@ def run(
     )  # fmt: skip
     results = suite.run(
         protected=model, original=before, restricted_dataset=adversary, eval_dataset=test,
-        original_eval_dataset=original_test, baselines=baselines,
+        validation_dataset=validation, original_eval_dataset=original_test, baselines=baselines,
     )  # fmt: skip
     return results, guard
 
@@ -205,7 +212,8 @@ def main() -> None:
     record = {
         "table": options.table, "scale": options.scale, "title": table.title, "metric": results.metric, "rows": found,
         "domains": {n: scale.domains[n][0] for e in table.experiments for n in (e.original, e.restricted) if n in scale.domains},
-        "adversary_examples": results.facts["training_examples"], "test_examples": results.test_examples,
+        "adversary_examples": results.facts["training_examples"],
+        "validation_examples": results.facts["validation_examples"], "test_examples": results.test_examples,
         "config": scale.config, "pretraining_steps": scale.pretraining[:2], "ntl_steps": scale.ntl_steps, "guard": guards,
         "seeds": scale.seeds, "seconds": round(time.time() - start),
         "command": "python examples/reproduce_paper.py " + " ".join(sys.argv[1:]), "commit": commit,

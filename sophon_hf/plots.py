@@ -21,16 +21,21 @@ Line = tuple[Sequence[float], Sequence[Sequence[float]]]
 
 
 def plot_curves(
-    panels: Mapping[str, Mapping[str, Line]], path: Path, metric: str = "accuracy", title: str = ""
+    panels: Mapping[str, Mapping[str, Line]],
+    path: Path,
+    metric: str = "accuracy",
+    title: str = "",
+    unit: str = "epochs",
 ) -> Path:
     """The metric in the restricted domain while an adversary fine-tunes, as in Fig. 3: one panel a strategy.
 
     Args:
-        panels: Panel title -> model name -> epochs, and the metric there for each seed; the line is the mean over
+        panels: Panel title -> model name -> where on the x axis, and the metric there for each seed; the line is the mean over
             seeds, the band one standard deviation.
         path: Where the PNG goes.
         metric: Label of the y axis.
         title: Above the panels.
+        unit: Of the x axis.
     """
     columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -45,7 +50,7 @@ def plot_curves(
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
         axis.set_title(name, fontsize=10, parse_math=False)
-        axis.set_xlabel("adversary's epochs")
+        axis.set_xlabel(f"adversary's {unit}")
         axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel(f"{metric} in the restricted domain")

@@ -52,10 +52,11 @@ class AttackSuite:
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken.
+        measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
         examples: How many of the adversary's examples it uses, stratified; all where None.
         task: What is learned, where it cannot be inferred.
         processing_class: For raw columns.
-        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
     """
 
@@ -67,6 +68,7 @@ class AttackSuite:
         seeds: Sequence[int] = (0, 1, 2),
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
+        measured_every: int | None = None,
         examples: int | None = None,
         task: Task | None = None,
         processing_class: Any | None = None,
@@ -80,9 +82,12 @@ class AttackSuite:
             strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
+        if measured_every is not None and measured_every < 1:
+            raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
+        self.measured_every = measured_every
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
         self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
@@ -98,6 +103,8 @@ class AttackSuite:
         original_dataset: Source | None = None,
         original_eval_dataset: Source | None = None,
         baselines: dict[str, nn.Module] | None = None,
+        benign_dataset: Source | None = None,
+        benign_eval_dataset: Source | None = None,
     ) -> AttackResults:
         """Run what is missing and return all results.
 
@@ -111,10 +118,15 @@ class AttackSuite:
                 recorded as not applicable where it is left out.
             original_eval_dataset: The original domain's test split, to tell whether the protected model still works.
             baselines: Further models to attack, by name (an NTL model, say).
+            benign_dataset: An allowed task: the same sweep at the same budget tells what the protection costs an honest
+                user (`results.benign`).
+            benign_eval_dataset: Its test split.
 
         Raises:
             ValueError: Models of different architecture, overlapping data, or missing labels.
         """
+        if (benign_dataset is None) != (benign_eval_dataset is None):
+            raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
         models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
         _check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
@@ -148,8 +160,21 @@ class AttackSuite:
             self._facts(task, models, budget),
         )
         results.pictures = self._pictures(results, dict(zip(keys, finished, strict=True)))
+        if benign_dataset is not None:
+            results.benign = self._benign_suite().run(
+                protected=models["protected"], original=models["original"], restricted_dataset=benign_dataset,
+                eval_dataset=benign_eval_dataset,
+            ).fine_tunability()  # fmt: skip
         results.save(self.output_dir / "results.json")
         return results
+
+    def _benign_suite(self) -> AttackSuite:
+        suite = copy.copy(self)
+        suite.output_dir = self.output_dir / "benign"
+        suite.input_columns, suite.label_columns = (
+            {"restricted": columns.get("benign")} for columns in (self.input_columns, self.label_columns)
+        )
+        return suite
 
     def _budget(self, task, model, restricted, test, validation) -> _Budget:
         dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
@@ -189,9 +214,10 @@ class AttackSuite:
         scheduler = getattr(task, "noise_scheduler", None)
         how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
         original = [] if budget.original is None else [budget.original.fingerprint]
+        measured = self.measured_epochs if self.measured_every is None else f"every {self.measured_every} steps"
         return [
             _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs, how]
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured, how]
                 # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
                 + (original if c.strategy.preparation == "warm_up" else [])
             )
@@ -235,7 +261,8 @@ class AttackSuite:
                 )
             cell.curve = run_attack(
                 victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
-                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
+                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, every=self.measured_every,
+                after_step=after_step,
                 at_end=lambda model: draw_denoised(task, model, budget.test, picture),
             )  # fmt: skip
         except NotApplicableError as reason:
@@ -279,6 +306,7 @@ class AttackSuite:
         return {
             "sweep": self.name,
             "seeds": self.seeds,
+            "measured_every": self.measured_every,
             "flops_per_example": flops_per_example(task, models["original"], budget.training),
             "training_examples": len(budget.training),
             "validation_examples": len(budget.validation),

@@ -14,6 +14,8 @@ from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.reporting.report import to_markdown, write_report
 from sophon_hf.tasks import load_model, load_task
 
+DOMAINS = ("original", "restricted", "benign")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -30,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
     add("--original_split", default="train", help="its split for attacks that warm up on it")
     add("--original_test_split", default="test", help="its split that intactness is measured on")
-    for name in ("original", "restricted"):
+    add("--benign", help="an allowed task (Hub id or folder): what the protection costs an honest user")
+    add("--benign_split", default="train", help="its split that is trained on")
+    add("--benign_test_split", default="test", help="its split that is measured on")
+    add("--benign_classes", nargs="+", help="keep these classes of it, numbered in this order")
+    for name in DOMAINS:
         add(f"--{name}_input", help=f"input column of the {name} domain, where it is not clear")
         add(f"--{name}_label", help=f"label column of the {name} domain, where it is not clear")
     add("--original_classes", nargs="+", help="keep these classes of it, numbered in this order, as for protection")
@@ -42,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
     add("--examples", type=int, help="the adversary's examples, stratified; all by default")
     add("--epochs", type=float, help="of an ordinary attack; 20 by default")
+    add(
+        "--measured_every", type=int, metavar="STEPS", help="measure every so many steps, not at epochs 0, 1, 5, ... 20"
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
@@ -55,16 +64,13 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     original = load_model(options.original)
     suite = AttackSuite(
-        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, examples=options.examples,
+        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
+        examples=options.examples,
         task=load_task(options.original, original), processing_class=load_processor(options.original, original),
-        input_columns={"original": options.original_input, "restricted": options.restricted_input},
-        label_columns={"original": options.original_label, "restricted": options.restricted_label},
+        input_columns={name: getattr(options, f"{name}_input") for name in DOMAINS},
+        label_columns={name: getattr(options, f"{name}_label") for name in DOMAINS},
     )  # fmt: skip
-    training, test = (load_domain(options.restricted, s) for s in (options.restricted_split, options.test_split))
-    if options.restricted_classes:
-        training, test = (
-            select_classes(part, options.restricted_classes, options.restricted_label) for part in (training, test)
-        )
+    training, test = (_part(options, "restricted", s) for s in (options.restricted_split, options.test_split))
     if not options.whole:
         _, training = split_domain(training, column=options.restricted_label)
     if options.dry_run:
@@ -74,7 +80,14 @@ def main(arguments: list[str]) -> None:
         for strategy in suite.strategies:
             print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
         return
-    warm_up, intact = (_original(options, split) for split in (options.original_split, options.original_test_split))
+    warm_up, intact = (
+        options.original_data and _part(options, "original", split)
+        for split in (options.original_split, options.original_test_split)
+    )
+    benign, benign_test = (
+        options.benign and _part(options, "benign", split)
+        for split in (options.benign_split, options.benign_test_split)
+    )
     results = suite.run(
         protected=options.protected,
         original=original,
@@ -82,19 +95,18 @@ def main(arguments: list[str]) -> None:
         eval_dataset=test,
         original_dataset=warm_up,
         original_eval_dataset=intact,
+        benign_dataset=benign,
+        benign_eval_dataset=benign_test,
     )
     _write(results, Path(options.output_dir) / "report")
 
 
-def _original(options: argparse.Namespace, split: str) -> datasets.Dataset | None:
-    if options.original_data is None:
-        return None
-    dataset = load_domain(options.original_data, split)
-    return (
-        select_classes(dataset, options.original_classes, options.original_label)
-        if options.original_classes
-        else dataset
-    )
+def _part(options: argparse.Namespace, domain: str, split: str) -> datasets.Dataset:
+    """A split of a domain, with the classes that the options ask for."""
+    source = options.original_data if domain == "original" else getattr(options, domain)
+    classes = getattr(options, f"{domain}_classes")
+    dataset = load_domain(source, split)
+    return select_classes(dataset, classes, getattr(options, f"{domain}_label")) if classes else dataset
 
 
 def report(arguments: list[str]) -> None:

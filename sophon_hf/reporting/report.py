@@ -30,6 +30,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: ri
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre { overflow-x: auto; }
 """
+COLUMNS = 12
 _MEANING = "100% = the protection does nothing; 0% = pre-training is worth nothing to the adversary."
 
 
@@ -81,6 +82,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "best": best,
         "original_metric": results.original_metric,
         "cost_to_recover": results.cost_to_recover(),
+        "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
         "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable}),
         "facts": results.facts,
@@ -162,6 +164,13 @@ def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
             if cost
             else "No attack on the protected model reaches scratch's result within its budget."
         )
+    if benign := summary["benign"]:
+        scale, unit = (100, " points") if summary["metric"] == "accuracy" else (1, " (below 0: a higher error)")
+        parts.append(
+            f"Benign fine-tunability, protected minus original: {scale * benign['difference']:+.3g}{unit}; on an allowed task "
+            f"the best of the same sweep reaches {summary['metric']} {benign['protected']:.3f} from the protected model, "
+            f"{benign['original']:.3f} from the original, {benign['scratch']:.3f} from scratch."
+        )
     if summary["not_applicable"]:
         parts.append(f"Not applicable, which is no resistance: {'; '.join(summary['not_applicable'])}.")
     return " ".join(parts)
@@ -187,6 +196,9 @@ def _models(results: AttackResults) -> list[str]:
 def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Mean ± SD at each measured epoch, one row a model and attack."""
     epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
+    # All points are in results.json; a table for readers has a dozen columns.
+    epochs = epochs[:: -(-len(epochs) // COLUMNS)] + epochs[-1:] if len(epochs) > COLUMNS else epochs
+    epochs = list(dict.fromkeys(epochs))
     rows = []
     for model in _models(results):
         for strategy, cells in results.by_strategy(model):
