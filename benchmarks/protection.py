@@ -22,10 +22,13 @@ import pairs
 import torch
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
+from sophon_hf.attacks.ntl import train_ntl
 from sophon_hf.attacks.results import AttackResults, write_atomically
+from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.tasks import evaluate_model, infer_task
 
+MODELS = ("protected", "original", "ntl", "scratch")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
@@ -75,10 +78,26 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     return model, record
 
 
+def ntl(pair: pairs.Pair, cache: Path, options: argparse.Namespace) -> torch.nn.Module:
+    """The NTL model (baseline B3), trained on the defender's data; from `cache` where it is there already."""
+    model = copy.deepcopy(pair.model)
+    weights = cache / f"{options.pair}-ntl-{options.ntl_steps}-{options.seed}.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        return model
+    task = infer_task(model)
+    needs = task.inputs(model)
+    halves = (build_domain(d, needs, name=n) for d, n in ((pair.original, "original"), (pair.defender, "restricted")))
+    train_ntl(model, task, *halves, steps=options.ntl_steps, seed=options.seed)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), weights)
+    return model
+
+
 def table(results: AttackResults) -> list[dict]:
     """One row an attack: the mean and SD of the final test metric on each model."""
     rows: dict[FineTuningStrategy, dict] = {}
-    for model in ("protected", "original", "scratch"):
+    for model in MODELS:
         for strategy, cells in results.by_strategy(model):
             final = torch.tensor([cell.curve.test[-1] for cell in cells])
             row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
@@ -97,6 +116,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
+    parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
     parser.add_argument("--work", type=Path, default=Path("runs/protection"))
     options = parser.parse_args()
 
@@ -107,15 +128,16 @@ def main() -> None:
     task = infer_task(pair.model)
     folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
     protected, protection = protect(pair, folder, options)
+    baseline = ntl(pair, options.work, options)
     adversary = pair.adversary_dataset(options.examples or None)
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation,
+        validation_dataset=pair.validation, baselines={"ntl": baseline},
     )  # fmt: skip
     intact = {
         n: evaluate_model(task, m, pair.original_test, 500).metric
-        for n, m in (("before", pair.model), ("after", protected))
+        for n, m in (("before", pair.model), ("after", protected), ("ntl", baseline))
     }
     transfer = results.recovered_transfer()
     direct = results.recovered_transfer(
@@ -124,7 +146,8 @@ def main() -> None:
     record = {
         "pair": options.pair, "protection": options.name, "sweep": options.sweep, "examples": len(adversary),
         "seeds": options.seeds, "original_accuracy": intact,
-        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in ("protected", "original", "scratch")},
+        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in MODELS},
+        "ntl_steps": options.ntl_steps,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
         "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
@@ -133,14 +156,14 @@ def main() -> None:
         "versions": results.facts["versions"],
     }  # fmt: skip
     name = f"{options.pair}-{options.name}-{options.seed}-{options.sweep}-{len(adversary)}.json"
-    write_atomically(RESULTS / name, json.dumps(record, indent=1))
+    write_atomically(options.results / name, json.dumps(record, indent=1))
     print(
-        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f}; recovered transfer {transfer}; direct only {direct}"
+        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f} (NTL {intact['ntl']:.3f}); recovered transfer {transfer}; direct only {direct}"
     )
     for row in record["table"]:
         print(
             f"{row['attack']:60}",
-            *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("protected", "original", "scratch") if m in row),
+            *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in MODELS if m in row),
         )
     print(json.dumps({key: record[key] for key in ("pair", "protection", "original_accuracy", "recovered_transfer")}))
 
