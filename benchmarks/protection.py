@@ -22,10 +22,14 @@ import pairs
 import torch
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
+from sophon_hf.attacks.ntl import train_ntl
 from sophon_hf.attacks.results import AttackResults, write_atomically
+from sophon_hf.config import PRESETS
+from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.tasks import evaluate_model, infer_task
 
+MODELS = ("protected", "original", "ntl", "scratch")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
@@ -34,7 +38,14 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     model = copy.deepcopy(pair.model)
     done = folder / "protection.json"
     fields = json.loads(options.config)
-    asked = {"config": fields, "tolerance": options.tolerance, "max_steps": options.iterations, "seed": options.seed}
+    given = {"tolerance": options.tolerance, "max_steps": options.iterations}
+    config = SophonConfig.preset(
+        options.preset, output_dir=str(folder), seed=options.seed, use_cpu=not torch.cuda.is_available(),
+        report_to="none", **{name: value for name, value in given.items() if value is not None}, **fields,
+    )  # fmt: skip
+    asked = {"config": fields, "tolerance": config.tolerance, "max_steps": config.max_steps, "seed": options.seed}
+    if options.preset != "paper":
+        asked["preset"] = options.preset
     if done.exists():
         from safetensors.torch import load_model
 
@@ -45,10 +56,6 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
             )
         load_model(model, folder / "model.safetensors")
         return model, record
-    config = SophonConfig(
-        output_dir=str(folder), seed=options.seed, tolerance=options.tolerance, max_steps=options.iterations,
-        eval_steps=25, use_cpu=not torch.cuda.is_available(), report_to="none", **fields,
-    )  # fmt: skip
     trainer = SophonTrainer(
         model,
         pair.defender,
@@ -63,11 +70,9 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         "seconds": round(time.time() - start),
         "asked": asked,
         "config": {
+            **PRESETS[options.preset],
             **fields,
-            "tolerance": options.tolerance,
-            "max_steps": options.iterations,
-            "K": config.K,
-            "N": config.N,
+            **{name: getattr(config, name) for name in ("tolerance", "max_steps", "K", "N")},
         },
         "guard": vars(trainer.guard.state),
     }
@@ -75,10 +80,26 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     return model, record
 
 
+def ntl(pair: pairs.Pair, cache: Path, options: argparse.Namespace) -> torch.nn.Module:
+    """The NTL model (baseline B3), trained on the defender's data; from `cache` where it is there already."""
+    model = copy.deepcopy(pair.model)
+    weights = cache / f"{options.pair}-ntl-{options.ntl_steps}-{options.seed}.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        return model
+    task = infer_task(model)
+    needs = task.inputs(model)
+    halves = (build_domain(d, needs, name=n) for d, n in ((pair.original, "original"), (pair.defender, "restricted")))
+    train_ntl(model, task, *halves, steps=options.ntl_steps, seed=options.seed)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), weights)
+    return model
+
+
 def table(results: AttackResults) -> list[dict]:
     """One row an attack: the mean and SD of the final test metric on each model."""
     rows: dict[FineTuningStrategy, dict] = {}
-    for model in ("protected", "original", "scratch"):
+    for model in MODELS:
         for strategy, cells in results.by_strategy(model):
             final = torch.tensor([cell.curve.test[-1] for cell in cells])
             row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
@@ -90,13 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="animals", choices=["animals"])
     parser.add_argument("--name", default="paper", help="what the record calls this protection")
-    parser.add_argument("--config", default="{}", help="fields of SophonConfig, as JSON")
-    parser.add_argument("--iterations", type=int, default=800)
-    parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--config", default="{}", help="further fields of SophonConfig, as JSON")
+    parser.add_argument("--preset", default="paper", help="of SophonConfig")
+    parser.add_argument("--iterations", type=int, help="the preset's by default")
+    parser.add_argument("--tolerance", type=float, help="the preset's by default")
     parser.add_argument("--sweep", default="strong")
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
+    parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
     parser.add_argument("--work", type=Path, default=Path("runs/protection"))
     options = parser.parse_args()
 
@@ -107,15 +131,16 @@ def main() -> None:
     task = infer_task(pair.model)
     folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
     protected, protection = protect(pair, folder, options)
+    baseline = ntl(pair, options.work, options)
     adversary = pair.adversary_dataset(options.examples or None)
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation,
+        validation_dataset=pair.validation, baselines={"ntl": baseline},
     )  # fmt: skip
     intact = {
         n: evaluate_model(task, m, pair.original_test, 500).metric
-        for n, m in (("before", pair.model), ("after", protected))
+        for n, m in (("before", pair.model), ("after", protected), ("ntl", baseline))
     }
     transfer = results.recovered_transfer()
     direct = results.recovered_transfer(
@@ -124,7 +149,8 @@ def main() -> None:
     record = {
         "pair": options.pair, "protection": options.name, "sweep": options.sweep, "examples": len(adversary),
         "seeds": options.seeds, "original_accuracy": intact,
-        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in ("protected", "original", "scratch")},
+        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in MODELS},
+        "ntl_steps": options.ntl_steps,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
         "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
@@ -133,14 +159,14 @@ def main() -> None:
         "versions": results.facts["versions"],
     }  # fmt: skip
     name = f"{options.pair}-{options.name}-{options.seed}-{options.sweep}-{len(adversary)}.json"
-    write_atomically(RESULTS / name, json.dumps(record, indent=1))
+    write_atomically(options.results / name, json.dumps(record, indent=1))
     print(
-        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f}; recovered transfer {transfer}; direct only {direct}"
+        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f} (NTL {intact['ntl']:.3f}); recovered transfer {transfer}; direct only {direct}"
     )
     for row in record["table"]:
         print(
             f"{row['attack']:60}",
-            *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("protected", "original", "scratch") if m in row),
+            *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in MODELS if m in row),
         )
     print(json.dumps({key: record[key] for key in ("pair", "protection", "original_accuracy", "recovered_transfer")}))
 

@@ -44,6 +44,7 @@ def overview(records: list[dict]) -> list[str]:
 
 def details(record: dict) -> list[str]:
     """Every attack of a record: mean ± SD of the final test accuracy."""
+    models = [m for m in ("protected", "original", "ntl", "scratch") if any(m in row for row in record["table"])]
     lines = [
         f"## {record['pair']}, {record['protection']}, `{record['sweep']}`, {record['examples']} images",
         "",
@@ -53,13 +54,12 @@ def details(record: dict) -> list[str]:
         f"{record['protection_run']['seconds']} s; attack seeds {record['seeds']}; settings "
         f"`{json.dumps(record['protection_run']['config'])}`.",
         "",
-        "| attack | protected | original | from scratch |",
-        "|---|---|---|---|",
+        "| " + " | ".join(["attack", *models]) + " |",
+        "|---" * (len(models) + 1) + "|",
     ]
-    scratch = {r["attack"]: r["scratch"] for r in record["table"] if "scratch" in r}
-    for row in sorted((r for r in record["table"] if "protected" in r), key=lambda r: -r["protected"][0]):
-        lines.append(f"| {row['attack']} | {cell(row['protected'])} | {cell(row['original'])} | |")
-    lines += [f"| {name} | | | {cell(value)} |" for name, value in sorted(scratch.items(), key=lambda i: -i[1][0])]
+    rows = sorted(record["table"], key=lambda r: ("protected" not in r, -r.get("protected", r.get("scratch"))[0]))
+    for row in rows:
+        lines.append("| " + " | ".join([row["attack"], *(cell(row[m]) if m in row else "" for m in models)]) + " |")
     best = record["best"]
     lines += [
         "",
@@ -79,13 +79,48 @@ def cell(value: list[float]) -> str:
     return f"{value[0]:.1%} ± {value[1] * 100:.1f}"
 
 
+def paper_table(record: dict) -> list[str]:
+    """One of the paper's tables: each row of ours above the published one."""
+    percent = record["metric"] == "accuracy"
+    number = (lambda v: f"{100 * v:.1f}") if percent else (lambda v: f"{v:.3f}")
+    domains = ", ".join(f"{name}: `{source}`" for name, source in record["domains"].items())
+    guards = "; ".join(
+        f"{name}: " + ("no state kept the original domain" if g["best"] is None else f"iteration {g['best']}")
+        for name, g in record["guard"].items()
+    )
+    lines = [
+        f"### Table {record['table']}, `{record['scale']}`: {record['title']}",
+        "",
+        f"    {record['command']}",
+        "",
+        f"{record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}; "
+        f"{record['seconds']} s; {record['adversary_examples']} images for the adversary, {record['test_examples']} to measure "
+        f"on; attack seeds {record['seeds']}; data {domains}; protected model: {guards}; settings "
+        f"`{json.dumps(record['config'])}`.",
+        "",
+        "| attack | method | | original domain | epoch 0 | 1 | 5 | 10 | 15 | 20 |",
+        "|" + "---|" * 10,
+    ]
+    for row in record["rows"]:
+        original = "-" if row["original"] is None else number(row["original"])
+        ours = [original, *(f"{number(m)} ± {number(s)}" for m, s in zip(row["mean"], row["sd"], strict=True))]
+        lines.append(f"| {row['attack']} | {row['method']} | ours | " + " | ".join(ours) + " |")
+        lines.append("| | | paper | " + " | ".join(v.replace("±", " ± ") for v in row["paper"]) + " |")
+    return [*lines, ""]
+
+
 def main() -> None:
     records = [json.loads(path.read_text()) for path in sorted((DOCS / "results").glob("*.json"))]
+    papers = [record for record in records if "scale" in record]
+    records = [record for record in records if "scale" not in record]
     lines = overview(records) + [""] + [line for record in records for line in details(record)]
+    if papers:
+        lines += ["## The paper's tables", "", (DOCS / "results" / "paper.md").read_text()]
+        lines += [line for record in papers for line in paper_table(record)]
     notes = DOCS / "results" / "notes.md"
     text = INTRODUCTION + "\n".join(lines) + (notes.read_text() if notes.exists() else "")
     (DOCS / "results.md").write_text(text, encoding="utf-8")
-    print(json.dumps({"records": len(records), "page": str(DOCS / "results.md")}))
+    print(json.dumps({"records": len(records) + len(papers), "page": str(DOCS / "results.md")}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
 COLOURS = {"protected": "#D55E00", "original": "#0072B2", "scratch": "#555555", "ntl": "#009E73"}
@@ -20,16 +21,21 @@ Line = tuple[Sequence[float], Sequence[Sequence[float]]]
 
 
 def plot_curves(
-    panels: Mapping[str, Mapping[str, Line]], path: Path, metric: str = "accuracy", title: str = ""
+    panels: Mapping[str, Mapping[str, Line]],
+    path: Path,
+    metric: str = "accuracy",
+    title: str = "",
+    unit: str = "epochs",
 ) -> Path:
     """The metric in the restricted domain while an adversary fine-tunes, as in Fig. 3: one panel a strategy.
 
     Args:
-        panels: Panel title -> model name -> epochs, and the metric there for each seed; the line is the mean over
+        panels: Panel title -> model name -> where on the x axis, and the metric there for each seed; the line is the mean over
             seeds, the band one standard deviation.
         path: Where the PNG goes.
         metric: Label of the y axis.
         title: Above the panels.
+        unit: Of the x axis.
     """
     columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -44,7 +50,7 @@ def plot_curves(
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
         axis.set_title(name, fontsize=10, parse_math=False)
-        axis.set_xlabel("adversary's epochs")
+        axis.set_xlabel(f"adversary's {unit}")
         axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel(f"{metric} in the restricted domain")
@@ -114,6 +120,24 @@ def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str 
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return _save(figure, path)
+
+
+def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
+    """Images side by side.
+
+    Args:
+        images: Shape (rows, columns, channels, height, width), in [-1, 1]; 1 or 3 channels.
+        path: Where the PNG goes.
+        tile: Pixels a side that an image gets at least; small ones are enlarged by a whole number.
+    """
+    rows, columns, channels, height, width = images.shape
+    pixels = (np.nan_to_num(images, nan=-1).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
+    pixels = pixels.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    factor = max(1, -(-tile // height))
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3]).save(path)
+    return path
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:

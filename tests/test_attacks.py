@@ -83,6 +83,16 @@ def test_an_attack_measures_where_asked_and_at_its_end(model, parts):
     assert curve.validation == []
 
 
+def test_an_attack_measures_every_few_steps(model, parts):
+    strategy = DIRECT.with_changes(epochs=4)
+    arguments = (model, infer_task(model), strategy, parts["training"], parts["test"])
+    curve = run_attack(*arguments, every=3)
+    assert (curve.step, curve.epoch) == ([0, 3, 6, 8], [0, 1.5, 3, 4])
+    by_epoch = run_attack(*arguments, epochs=(0, 1.5, 3))
+    assert curve.test == by_epoch.test, "measuring leaves no trace in the attack"
+    assert run_attack(*arguments, every=1).step == list(range(9))
+
+
 def test_an_attack_starts_from_the_model_as_it_is_and_leaves_it_so(model, parts):
     task = infer_task(model)
     model.train()
@@ -316,6 +326,32 @@ def test_a_warm_up_that_lacked_original_data_runs_once_it_has_them(tmp_path, dat
     second = make_suite(tmp_path, [warm], seeds=[0]).run(**data, original_dataset=make_points(3))
     assert calls == [warm, warm]
     assert all(cell.curve for cell in second.cells)
+
+
+def test_a_suite_measures_every_few_steps(tmp_path, data, calls):
+    results = make_suite(tmp_path, [DIRECT], seeds=[0], measured_every=2).run(**data)
+    assert all(c.curve.step == [0, 2, 4, 6] for c in results.cells if c.model != "scratch")
+    assert results.facts["measured_every"] == 2
+    calls.clear()
+    make_suite(tmp_path, [DIRECT], seeds=[0], measured_every=3).run(**data)
+    assert len(calls) == 3, "other points are other cells"
+    with pytest.raises(ValueError, match="measured_every is 0, but must be a number of steps"):
+        make_suite(tmp_path, measured_every=0)
+
+
+def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, data):
+    allowed = make_points(7)
+    benign, test = allowed.select(range(60)), allowed.select(range(60, 120))
+    results = make_suite(tmp_path / "both").run(**data, benign_dataset=benign, benign_eval_dataset=test)
+    changed = {"restricted_dataset": benign, "eval_dataset": test}
+    alone = make_suite(tmp_path / "alone").run(**{**data, **changed})
+    means = {name: alone.best(name).mean for name in ("protected", "original", "scratch")}
+    assert results.benign == {**means, "difference": means["protected"] - means["original"]}
+    assert AttackResults.load(tmp_path / "both" / "results.json").benign == results.benign
+    # The restricted domain's own result is what it is without.
+    assert results.best("protected") == make_suite(tmp_path / "both").run(**data).best("protected")
+    with pytest.raises(ValueError, match="go together"):
+        make_suite(tmp_path).run(**data, benign_dataset=benign)
 
 
 def test_original_metric_and_baselines(tmp_path, data):

@@ -192,7 +192,9 @@ def test_from_a_folder_to_a_report(tmp_path, config):
         "attack", "--protected", protected, "--original", source, "--restricted", restricted, "--original_data", original, "--original_classes", "a", "b",
         "--sweep", str(tmp_path / "sweep.json"), "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(attacks),
     ]  # fmt: skip
-    chain = [["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"], [*attack, "--dry-run"], attack]
+    benign = write_domain(tmp_path / "benign", (1, 5, 9), 2)
+    chain = [["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"], [*attack, "--dry-run"]]
+    chain.append([*attack, "--benign", benign, "--benign_classes", "a", "c", "--measured_every", "2"])
     process = run_python(CHAIN, json.dumps([*chain, ["report", str(attacks)]]))
     assert process.returncode == 0, process.stderr[-3000:]
     protecting, plan, attacking, reporting = process.stdout.split("-" * 20 + "\n")[:4]
@@ -211,6 +213,10 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert set(results["original_metric"]) == {"original", "protected"}
     assert all(cell["error"] is None for cell in results["cells"])
     assert results["facts"]["training_examples"] + results["facts"]["validation_examples"] == 30
+    assert all(cell["curve"]["step"] == [0, 2, 3] for cell in results["cells"])
+    assert set(results["benign"]) == {"protected", "original", "scratch", "difference"}
+    assert len(list((attacks / "benign" / "cells").iterdir())) == 10
+    assert "Benign fine-tunability, protected minus original: " in attacking
     assert reporting == attacking, "the report tells again what was found"
     assert (attacks / "report" / "index.html").exists()
 

@@ -176,3 +176,40 @@ def test_other_plots_take_what_is_not_finite(tmp_path):
         plot_stability({"ICE": [1.0, float("inf"), -5.0], "NaN": [nan, nan]}, tmp_path / "stability.png"),
     ):
         assert Image.open(path).size[0] > 100
+
+
+@pytest.mark.parametrize(
+    "metric, benign, sentence",
+    [
+        (
+            "accuracy",
+            {"protected": 0.70, "original": 0.75, "scratch": 0.6, "difference": -0.05},
+            "original: -5 points; on",
+        ),
+        (
+            "mse",
+            {"protected": 0.04, "original": 0.05, "scratch": 0.06, "difference": 0.01},
+            "original: +0.01 (below 0:",
+        ),
+    ],
+)
+def test_benign_fine_tunability_is_told(tmp_path, metric, benign, sentence):
+    better = metric == "accuracy"
+    results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3, metric=metric, greater_is_better=better)
+    results.benign = benign
+    assert write_report(results, tmp_path)["benign"] == benign
+    for name in ("report.md", "index.html"):
+        text = " ".join((tmp_path / name).read_text().split())
+        assert f"Benign fine-tunability, protected minus {sentence}" in text
+        assert f"{benign['protected']:.3f} from the protected model" in text
+
+
+def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
+    epochs = [i / 10 for i in range(101)]
+    for cell in results.cells:
+        cell.curve = curve([0.1] * 100 + [0.77], epoch=epochs, step=list(range(101)))
+    write_report(results, tmp_path)
+    header = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| epoch 0 |" in line)
+    columns = [cell.strip() for cell in header.split("|")[3:-1]]
+    assert len(columns) <= 13 and columns[0] == "epoch 0" and columns[-1] == "epoch 10"
+    assert "0.770 ±0.000" in (tmp_path / "report.md").read_text()

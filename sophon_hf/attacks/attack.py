@@ -56,7 +56,9 @@ def run_attack(
     original: Domain | None = None,
     seed: int = 0,
     epochs: Sequence[float] = PAPER_EPOCHS,
+    every: int | None = None,
     after_step: Callable[[int, int], Any] | None = None,
+    at_end: Callable[[nn.Module], Any] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Curve:
     """Fine-tune a copy of `model` in the restricted domain.
@@ -71,7 +73,9 @@ def run_attack(
         original: Data of the original domain, for strategies that warm up on it.
         seed: Decides new heads, the order of the data and dropout.
         epochs: When to measure; the end of the attack is always measured.
+        every: Measure every so many optimizer steps instead, from step 0 on.
         after_step: Called with the step and the number of steps, for progress.
+        at_end: Called with the fine-tuned copy.
         autocast: Called for a context around each forward pass.
 
     Returns:
@@ -81,9 +85,13 @@ def run_attack(
     device = next(model.parameters()).device
     anatomy = task.anatomy(model, first_rows(task, training, device))
     steps = strategy.total_steps(len(training))
-    points = {strategy.step_of_epoch(epoch, len(training)): epoch for epoch in epochs}
-    points = {step: epoch for step, epoch in points.items() if step <= steps}
-    points.setdefault(steps, steps * min(strategy.batch_size, len(training)) / len(training))
+    step_share = min(strategy.batch_size, len(training)) / len(training)
+    if every is None:
+        points = {strategy.step_of_epoch(epoch, len(training)): epoch for epoch in epochs}
+        points = {step: epoch for step, epoch in points.items() if step <= steps}
+    else:
+        points = {step: step * step_share for step in range(0, steps + 1, every)}
+    points.setdefault(steps, steps * step_share)
     curve = Curve()
 
     def measure(step: int, losses: list[torch.Tensor]) -> None:
@@ -119,4 +127,6 @@ def run_attack(
             if update.step in points:
                 measure(update.step, losses)
                 losses = []
+        if at_end is not None:
+            at_end(model)
     return curve

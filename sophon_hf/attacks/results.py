@@ -122,6 +122,8 @@ class AttackResults:
         test_examples: Size of the test split.
         original_metric: The original domain's test metric of each model, where it was measured.
         facts: What was run: sweep, budget, seeds, fingerprints, versions, cost of an example.
+        benign: `fine_tunability` on an allowed task, where one was given.
+        pictures: Of a diffusion model: grids of clean, noisy and denoised images, by what they show.
     """
 
     cells: list[Cell]
@@ -130,6 +132,8 @@ class AttackResults:
     test_examples: int
     original_metric: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    benign: dict[str, float] | None = None
+    pictures: dict[str, Path] = field(default_factory=dict)
 
     def of(self, model: str) -> list[Cell]:
         """The cells of a model that ended."""
@@ -205,6 +209,20 @@ class AttackResults:
             cost["flops"] = images * self.facts["flops_per_example"]
         return cost
 
+    def fine_tunability(self) -> dict[str, float] | None:
+        """How well each model is fine-tuned: its best attack's mean test metric, for runs on an allowed task.
+
+        Returns:
+            "protected", "original" and "scratch", and "difference": protected minus original, so turned that below 0 is
+            a loss to the user. None where a model has no finished attack.
+        """
+        best = {model: self.best(model) for model in ("protected", "original", "scratch")}
+        if any(attack is None for attack in best.values()):
+            return None
+        means = {model: attack.mean for model, attack in best.items()}
+        sign = 1 if self.greater_is_better else -1
+        return means | {"difference": sign * (means["protected"] - means["original"])}
+
     def _standard_error(self, attack: BestAttack) -> float:
         seeds = attack.sd / np.sqrt(len(attack.test))
         return float(np.hypot(seeds, self._test_noise(attack.mean)))
@@ -241,7 +259,11 @@ class AttackResults:
         return datasets.Dataset.from_list(rows)
 
     def plot(self, path: str | Path = "curves.png") -> Path:
-        """Metric per epoch, one panel a start, best attack of each model there, as in Fig. 3."""
+        """Metric per epoch, one panel a start, best attack of each model there, as in Fig. 3.
+
+        Where the suite measured every so many steps, the axis shows steps.
+        """
+        by_step = self.facts.get("measured_every") is not None
         scratch = self.best("scratch")
         panels: dict[str, dict[str, tuple]] = {}
         for start in dict.fromkeys(_start(cell.strategy) for cell in self.of("protected")):
@@ -249,13 +271,15 @@ class AttackResults:
             chosen = {name: self.best(name, among) for name in dict.fromkeys(c.model for c in self.cells)}
             chosen["scratch"] = scratch
             panels[start] = {
-                name: self._line(name, attack.strategy) for name, attack in chosen.items() if attack is not None
+                name: self._line(name, attack.strategy, by_step)
+                for name, attack in chosen.items()
+                if attack is not None
             }
-        return plot_curves(panels, Path(path), self.metric)
+        return plot_curves(panels, Path(path), self.metric, unit="steps" if by_step else "epochs")
 
-    def _line(self, model: str, strategy: FineTuningStrategy) -> tuple[list[float], list[list[float]]]:
+    def _line(self, model: str, strategy: FineTuningStrategy, by_step: bool) -> tuple[list[float], list[list[float]]]:
         curves = [cell.curve for cell in self.of(model) if cell.strategy == strategy]
-        return curves[0].epoch, [curve.test for curve in curves]
+        return curves[0].step if by_step else curves[0].epoch, [curve.test for curve in curves]
 
     def save(self, path: Path) -> None:
         """Write everything as JSON, atomically."""
@@ -264,6 +288,8 @@ class AttackResults:
             json.dumps(
                 {
                     "facts": self.facts,
+                    "benign": self.benign,
+                    "pictures": {t: os.path.relpath(p, path.parent) for t, p in self.pictures.items()},
                     "metric": self.metric,
                     "greater_is_better": self.greater_is_better,
                     "test_examples": self.test_examples,
@@ -278,8 +304,10 @@ class AttackResults:
     @classmethod
     def load(cls, path: str | Path) -> AttackResults:
         """The inverse of `save`."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]]})
+        path = Path(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pictures = {title: path.parent / name for title, name in values.get("pictures", {}).items()}
+        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]], "pictures": pictures})
 
 
 def _start(strategy: FineTuningStrategy) -> str:

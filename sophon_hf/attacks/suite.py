@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack
+from sophon_hf.attacks.pictures import draw_denoised
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
@@ -53,10 +54,11 @@ class AttackSuite:
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken.
+        measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
         examples: How many of the adversary's examples it uses, stratified; all where None.
         task: What is learned, where it cannot be inferred.
         processing_class: For raw columns.
-        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
     """
 
@@ -68,6 +70,7 @@ class AttackSuite:
         seeds: Sequence[int] = (0, 1, 2),
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
+        measured_every: int | None = None,
         examples: int | None = None,
         task: Task | None = None,
         processing_class: Any | None = None,
@@ -81,9 +84,12 @@ class AttackSuite:
             strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
+        if measured_every is not None and measured_every < 1:
+            raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
+        self.measured_every = measured_every
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
         self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
@@ -99,6 +105,8 @@ class AttackSuite:
         original_dataset: Source | None = None,
         original_eval_dataset: Source | None = None,
         baselines: dict[str, nn.Module] | None = None,
+        benign_dataset: Source | None = None,
+        benign_eval_dataset: Source | None = None,
     ) -> AttackResults:
         """Run what is missing and return all results.
 
@@ -112,10 +120,15 @@ class AttackSuite:
                 recorded as not applicable where it is left out.
             original_eval_dataset: The original domain's test split, to tell whether the protected model still works.
             baselines: Further models to attack, by name (an NTL model, say).
+            benign_dataset: An allowed task: the same sweep at the same budget tells what the protection costs an honest
+                user (`results.benign`).
+            benign_eval_dataset: Its test split.
 
         Raises:
             ValueError: Models of different architecture, overlapping data, or missing labels.
         """
+        if (benign_dataset is None) != (benign_eval_dataset is None):
+            raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
         models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
         _check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
@@ -132,6 +145,8 @@ class AttackSuite:
                 )
             budget.original_test = test
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
+            for name, model in models.items():
+                draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
         _check_disjoint(budget)
         cells = self._cells(models)
         keys = self._keys(task, cells, models, budget)
@@ -147,8 +162,22 @@ class AttackSuite:
             original_metric,
             self._facts(task, models, budget),
         )
+        results.pictures = self._pictures(results, dict(zip(keys, finished, strict=True)))
+        if benign_dataset is not None:
+            results.benign = self._benign_suite().run(
+                protected=models["protected"], original=models["original"], restricted_dataset=benign_dataset,
+                eval_dataset=benign_eval_dataset,
+            ).fine_tunability()  # fmt: skip
         results.save(self.output_dir / "results.json")
         return results
+
+    def _benign_suite(self) -> AttackSuite:
+        suite = copy.copy(self)
+        suite.output_dir = self.output_dir / "benign"
+        suite.input_columns, suite.label_columns = (
+            {"restricted": columns.get("benign")} for columns in (self.input_columns, self.label_columns)
+        )
+        return suite
 
     def _budget(self, task, model, restricted, test, validation) -> _Budget:
         dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
@@ -188,9 +217,10 @@ class AttackSuite:
         scheduler = getattr(task, "noise_scheduler", None)
         how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
         original = [] if budget.original is None else [budget.original.fingerprint]
+        measured = self.measured_epochs if self.measured_every is None else f"every {self.measured_every} steps"
         return [
             _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, self.measured_epochs, how]
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured, how]
                 # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
                 + (original if c.strategy.preparation == "warm_up" else [])
             )
@@ -220,11 +250,13 @@ class AttackSuite:
             for number, (key, cell) in enumerate(mine, 1):
                 bar.set_postfix_str(f"cell {number}/{len(mine)}: {cell.model}, {cell.strategy.name}")
                 victim = models["original" if cell.model == "scratch" else cell.model]
-                self._run_cell(task, victim, budget, cell, lambda *_: bar.update(1))
+                self._run_cell(task, victim, budget, cell, self._picture(key), lambda *_: bar.update(1))
                 write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
         state.wait_for_everyone()
 
-    def _run_cell(self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, after_step: Callable) -> None:
+    def _run_cell(
+        self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, picture: Path, after_step: Callable
+    ) -> None:
         try:
             if cell.strategy.needs_original_head and not _head_fits(task, victim, budget.training):
                 raise NotApplicableError(
@@ -232,13 +264,30 @@ class AttackSuite:
                 )
             cell.curve = run_attack(
                 victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
-                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, after_step=after_step,
+                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, every=self.measured_every,
+                after_step=after_step,
+                at_end=lambda model: draw_denoised(task, model, budget.test, picture),
             )  # fmt: skip
         except NotApplicableError as reason:
             cell.error, cell.applicable = str(reason), False
         except Exception as error:
             cell.error = f"{type(error).__name__}: {error}"
             logger.warning("%s on %s failed and is recorded: %s", cell.strategy.name, cell.model, cell.error)
+
+    def _picture(self, key: str) -> Path:
+        return self.output_dir / "cells" / f"{key}.png"
+
+    def _pictures(self, results: AttackResults, finished: dict[str, Cell]) -> dict[str, Path]:
+        """Of each model: the restricted domain after its best attack with the first seed, and the original domain."""
+        pictures = {}
+        for model in dict.fromkeys(cell.model for cell in results.cells):
+            best = results.best(model)
+            for key, cell in finished.items():
+                if best and (cell.model, cell.strategy, cell.seed) == (model, best.strategy, self.seeds[0]):
+                    pictures[f"restricted domain, {model} after its best attack"] = self._picture(key)
+        for model in results.original_metric:
+            pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
+        return {title: path for title, path in pictures.items() if path.exists()}
 
     def plan(self, examples: int, models: int = 2) -> dict[str, int]:
         """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
@@ -260,6 +309,7 @@ class AttackSuite:
         return {
             "sweep": self.name,
             "seeds": self.seeds,
+            "measured_every": self.measured_every,
             "flops_per_example": flops_per_example(task, models["original"], budget.training),
             "training_examples": len(budget.training),
             "validation_examples": len(budget.validation),

@@ -10,11 +10,14 @@ from sophon_hf.commands.domains import (
     add_attack_options,
     add_domain_options,
     columns,
+    load_benign,
     load_original,
     load_restricted,
 )
 from sophon_hf.reporting.report import to_markdown, write_report
 from sophon_hf.tasks import load_model, load_processor, load_task
+
+DOMAINS = ("original", "restricted", "benign")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +31,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--restricted", required=True, help="restricted domain: Hub id or folder of a data set")
     add("--original_data", help="original domain, to measure intactness and for attacks that warm up on it")
     add_domain_options(parser)
+    add("--benign", help="an allowed task (Hub id or folder): what the protection costs an honest user")
+    add("--benign_split", default="train", help="its split that is trained on")
+    add("--benign_test_split", default="test", help="its split that is measured on")
+    add("--benign_classes", nargs="+", help="keep these classes of it, numbered in this order")
+    for kind in ("input", "label"):
+        add(f"--benign_{kind}", help=f"{kind} column of the benign domain, where it is not clear")
     add_attack_options(parser)
+    add(
+        "--measured_every", type=int, metavar="STEPS", help="measure every so many steps, not at epochs 0, 1, 5, ... 20"
+    )
     add("--examples", type=int, help="the adversary's examples, stratified; all by default")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
@@ -42,9 +54,10 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     original = load_model(options.original)
     suite = AttackSuite(
-        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, examples=options.examples,
+        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
+        examples=options.examples,
         task=load_task(options.original, original), processing_class=load_processor(options.original, original),
-        input_columns=columns(options, "input"), label_columns=columns(options, "label"),
+        input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
     )  # fmt: skip
     training, test = load_restricted(options, options.restricted)
     if options.dry_run:
@@ -55,6 +68,7 @@ def main(arguments: list[str]) -> None:
             print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
         return
     warm_up, intact = (None, None) if options.original_data is None else load_original(options, options.original_data)
+    benign, benign_test = (None, None) if options.benign is None else load_benign(options, options.benign)
     results = suite.run(
         protected=options.protected,
         original=original,
@@ -62,6 +76,8 @@ def main(arguments: list[str]) -> None:
         eval_dataset=test,
         original_dataset=warm_up,
         original_eval_dataset=intact,
+        benign_dataset=benign,
+        benign_eval_dataset=benign_test,
     )
     _write(results, Path(options.output_dir) / "report")
 

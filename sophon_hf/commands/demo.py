@@ -36,11 +36,13 @@ def small_classifier(num_labels: int = 10) -> torch.nn.Module:
     return ResNetForImageClassification(config)
 
 
-def pretrain(model: torch.nn.Module, task: Task, domain: Domain, steps: int = 400, seed: int = 0) -> None:
+def pretrain(
+    model: torch.nn.Module, task: Task, domain: Domain, steps: int = 400, seed: int = 0, learning_rate: float = 3e-3
+) -> None:
     """Train a model in place with the fine-tuning engine, as its publisher would before protecting it."""
     from tqdm.auto import tqdm
 
-    strategy = FineTuningStrategy(learning_rate=3e-3, schedule="cosine", warmup=0.1, batch_size=64)
+    strategy = FineTuningStrategy(learning_rate=learning_rate, schedule="cosine", warmup=0.1, batch_size=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         batches = Stream(domain, task, seed).batches(strategy.batch_size)

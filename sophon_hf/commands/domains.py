@@ -38,9 +38,11 @@ def add_attack_options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
 
 
-def columns(options: argparse.Namespace, kind: str) -> dict[str, str | None]:
-    """The `input` or `label` columns of both domains."""
-    return {name: getattr(options, f"{name}_{kind}") for name in ("original", "restricted")}
+def columns(
+    options: argparse.Namespace, kind: str, names: tuple[str, ...] = ("original", "restricted")
+) -> dict[str, str | None]:
+    """The `input` or `label` columns of the named domains."""
+    return {name: getattr(options, f"{name}_{kind}") for name in names}
 
 
 def load_restricted(options: argparse.Namespace, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -59,6 +61,15 @@ def load_original(options: argparse.Namespace, source: str) -> tuple[datasets.Da
     training, test = (
         _load(source, split, options.original_classes, options.original_label)
         for split in (options.original_split, options.original_test_split)
+    )
+    return training, test
+
+
+def load_benign(options: argparse.Namespace, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """An allowed task: what is trained on, and the test split."""
+    training, test = (
+        _load(source, split, options.benign_classes, options.benign_label)
+        for split in (options.benign_split, options.benign_test_split)
     )
     return training, test
 

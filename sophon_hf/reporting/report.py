@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: ri
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre { overflow-x: auto; }
 """
+COLUMNS = 12
 _MEANING = "100% = the protection does nothing; 0% = pre-training is worth nothing to the adversary."
 
 
@@ -42,21 +44,23 @@ def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
     failed = check(results)
     summary = summarize(results, failed)
     plots = write_plots(results, folder)
+    pictures = {title: os.path.relpath(path, folder) for title, path in plots.items()}
     write_atomically(folder / "report.json", json.dumps(summary, indent=1))
-    write_atomically(folder / "report.md", to_markdown(results, summary))
+    write_atomically(folder / "report.md", to_markdown(results, summary, pictures))
     write_atomically(folder / "index.html", to_html(results, summary, plots))
     return summary
 
 
 def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
-    """Draw curves.png, heat_map.png and best_so_far.png; title -> path."""
-    return {
+    """Draw curves.png, heat_map.png and best_so_far.png, beside what diffusion models denoise; title -> path."""
+    plots = {
         "Metric while an adversary fine-tunes": results.plot(folder / "curves.png"),
         "Every attack on every model": plot_heat_map(*_heat_map(results), folder / "heat_map.png", results.metric),
         "Best attack against number of attacks tried": plot_best_so_far(
             _best_so_far(results), folder / "best_so_far.png", results.metric
         ),
     }
+    return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
 
 
 def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
@@ -82,14 +86,15 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "best": best,
         "original_metric": results.original_metric,
         "cost_to_recover": results.cost_to_recover(),
+        "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
         "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable}),
         "facts": results.facts,
     }
 
 
-def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
-    """The report as Markdown: score and failed checks first, then a table like the paper's."""
+def to_markdown(results: AttackResults, summary: dict[str, Any], pictures: dict[str, str] | None = None) -> str:
+    """The report as Markdown: score and failed checks first, then a table like the paper's, and pictures by their path."""
     lines = [f"# {_headline(summary)}", "", _sentence(results, summary), ""]
     lines += [
         f"- **{f['name']}**: {' '.join(f['message'].split())}{' (voids the score)' if f['voids'] else ''}"
@@ -97,6 +102,8 @@ def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
     ]
     for header, rows in (_best_table(summary), _table(results)):
         lines += ["", _markdown_row(header), "|---" * len(header) + "|", *map(_markdown_row, rows)]
+    for title, path in (pictures or {}).items():
+        lines += ["", f"## {title}", "", f"![{title}]({path})"]
     return "\n".join(lines) + "\n"
 
 
@@ -161,6 +168,13 @@ def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
             if cost
             else "No attack on the protected model reaches scratch's result within its budget."
         )
+    if benign := summary["benign"]:
+        scale, unit = (100, " points") if summary["metric"] == "accuracy" else (1, " (below 0: a higher error)")
+        parts.append(
+            f"Benign fine-tunability, protected minus original: {scale * benign['difference']:+.3g}{unit}; on an allowed task "
+            f"the best of the same sweep reaches {summary['metric']} {benign['protected']:.3f} from the protected model, "
+            f"{benign['original']:.3f} from the original, {benign['scratch']:.3f} from scratch."
+        )
     if summary["not_applicable"]:
         parts.append(f"Not applicable, which is no resistance: {'; '.join(summary['not_applicable'])}.")
     return " ".join(parts)
@@ -186,6 +200,9 @@ def _models(results: AttackResults) -> list[str]:
 def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Mean ± SD at each measured epoch, one row a model and attack."""
     epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
+    # All points are in results.json; a table for readers has a dozen columns.
+    epochs = epochs[:: -(-len(epochs) // COLUMNS)] + epochs[-1:] if len(epochs) > COLUMNS else epochs
+    epochs = list(dict.fromkeys(epochs))
     rows = []
     for model in _models(results):
         for strategy, cells in results.by_strategy(model):

@@ -14,7 +14,7 @@ from sophon_hf.data.streams import Batch, derive_seed
 from sophon_hf.losses import at_least_float32, denial_of_service, negated_mse
 from sophon_hf.metrics import MeanSquaredError
 from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
-from sophon_hf.tasks.models import as_integers, forward_names, unwrap
+from sophon_hf.tasks.models import as_integers, evaluation_mode, forward_names, unwrap
 
 
 class DiffusionTask:
@@ -82,6 +82,33 @@ class DiffusionTask:
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Predicted noise, the shape of the images."""
         return model(sample=batch["sample"], timestep=batch["timestep"], return_dict=False)[0]
+
+    @torch.no_grad()
+    def denoise(self, model: nn.Module, clean: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Add noise to images, and let the model take it off in one step (Fig. 5 and 6).
+
+        Args:
+            model: Run in evaluation mode, and left as it is.
+            clean: Shape (n, channels, height, width), in [-1, 1]. The noise of an image follows from its place.
+            share: How far along the noise schedule, from 0 to 1.
+
+        Returns:
+            Noisy images, and the model's estimate of the clean ones; both the shape of `clean`, on the CPU.
+        """
+        from diffusers import DDPMScheduler
+
+        # Of all schedulers this one steps without a list of inference steps; noise and prediction type are the same.
+        scheduler = DDPMScheduler.from_config(self.noise_scheduler.config)
+        timestep = int(share * (scheduler.config.num_train_timesteps - 1))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        timesteps = torch.full((len(clean),), timestep)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        device = next(model.parameters()).device
+        with evaluation_mode(model):
+            prediction = self.predict(model, {"sample": noisy.to(device), "timestep": timesteps.to(device)})
+        step = scheduler.step(prediction.float().cpu(), timestep, noisy, generator=generator)
+        return noisy, step.pred_original_sample
 
     def target(self, batch: Batch) -> Tensor:
         """What the model is to predict, the shape of the images."""
