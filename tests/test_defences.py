@@ -375,3 +375,34 @@ def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
     assert (config.beta, config.K) == (0.02, PRESETS["representation"]["K"])
     with pytest.raises(ValueError, match="preset is 'strong'"):
         read_arguments([*arguments, "--preset", "strong"])
+
+
+class StatesAfterEvaluation(TrainerCallback):
+    def __init__(self):
+        self.states = []
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.states.append(copy.deepcopy(model.state_dict()))
+
+
+def test_without_rollback_a_breach_is_passed_through_but_never_published(tmp_path):
+    model = TinyNet()
+    data = make_points(2)
+    x, y = torch.tensor(data["x"]), torch.tensor(data["label"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    ends = {}
+    for choice in ("no_rollback", "continue"):
+        trainer = build(
+            tmp_path / choice, copy.deepcopy(model), alpha=0.5, beta=1e-6, tolerance=0.0, after_rollback=choice
+        )
+        watch = StatesAfterEvaluation()
+        trainer.add_callback(watch)
+        trainer.train()
+        ends[choice] = [torch.equal(s["body.weight"], watch.states[0]["body.weight"]) for s in watch.states]
+        torch.testing.assert_close(trainer.model.state_dict(), watch.states[0], rtol=0, atol=0)
+        assert trainer.guard.state.best_step is None
+    assert ends == {"no_rollback": [True, False, False, False], "continue": [True] * 4}
