@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from audited import (
 )
 from conftest import TinyNet, make_points
 from huggingface_hub import HfApi
-from published import pixels, protect, unet
+from published import make_trainer, pixels, protect, unet
 from safetensors.torch import load_file, save_file
 
 from sophon_hf import AttackSuite, FineTuningStrategy, cli
@@ -689,11 +690,15 @@ def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
 
 
 def test_a_plain_module_is_audited_with_the_module_itself(tmp_path):
-    trainer = protect("module", tmp_path / "out")
-    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=make_points(2))
+    original, points = TinyNet(), make_points(2)
+    protected = copy.deepcopy(original)
+    trainer = make_trainer("module", tmp_path / "out", model=protected)
+    trainer.train()
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=points)
     assert verdict_of(audit, "state") == NOT_CHECKABLE and "no config.json" in why_of(audit, "state")
-    audit = audit_model(
-        tmp_path / "out", tmp_path / "audit", unprotected=TinyNet(), original_eval_dataset=make_points(2)
-    )
-    assert verdict_of(audit, "state") == REPRODUCED and trainer is not None
-    assert audit.exit_code in (0, 1) and any("original accuracy" in v.claim for v in audit.verdicts)
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", unprotected=original, original_eval_dataset=points)
+    assert verdict_of(audit, "state") == REPRODUCED
+    x, labels = torch.tensor(points["x"]), torch.tensor(points["label"])
+    after, before = ((model.eval()(x).argmax(1) == labels).float().mean() for model in (trainer.model.cpu(), original))
+    intact = next(v for v in audit.verdicts if v.claim == "original accuracy after protection")
+    assert intact.measured == f"{after:.3f} ({before:.3f} before)"

@@ -200,6 +200,8 @@ def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
     verdict, notes = judge_card(download.folder, claim)
     audit.verdicts.append(verdict)
     audit.notes += notes
+    if audit.exit_code:
+        audit.notes.append("Something is tampered with, so nothing was measured.")
     return audit.exit_code == 0
 
 
