@@ -90,6 +90,20 @@ def test_a_void_score_is_no_score(saved):
     assert "recovered_transfer" not in [r.metric_type for r in card.data.eval_results]
 
 
+@pytest.mark.parametrize(
+    ("name", "type_", "listed"),
+    [("owner/data:small", "owner/data", ["owner/data"]), ("imdb", "unknown", None), (None, "unknown", None)],
+)
+def test_only_a_hub_id_is_told_as_a_data_set_of_the_hub(saved, name, type_, listed):
+    folder, claim, _ = saved
+    data = {part: type(known)(**{**vars(known), "name": name}) for part, known in claim.data.items()}
+    card = make_card(folder, Claim(**{**vars(claim), "data": data}), "alice/model")
+    assert card.data.datasets == listed
+    assert [result.dataset_type for result in card.data.eval_results] == [type_]
+    assert [result.dataset_config for result in card.data.eval_results] == [name and (name.split(":")[1:] or [None])[0]]
+    assert metadata_errors(str(card))[0] == []
+
+
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_metadata_pass_the_validator(saved, evaluated):
     folder, claim, results = saved
