@@ -477,6 +477,38 @@ def test_a_true_claim_passes_as_often_as_the_error_says(truth):
     assert found.count(NOT_CHECKABLE) == 0
 
 
+@pytest.mark.parametrize(
+    "metric, stated, before, after, same_data, expected",
+    [
+        ("accuracy", (0.90, 0.88), 0.90, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.90, 0.87, True, WEAKER),
+        # The drop is as claimed, but the model is worse than stated.
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, True, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.80, 0.70, False, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.95, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.88, False, NOT_CHECKABLE),
+        ("accuracy", (0.90, 0.88), None, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.70, True, WEAKER),
+        ("accuracy", (None, None), 0.9, 0.9, True, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.020, 0.021, True, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.020, 0.022, True, WEAKER),
+        ("mse", (0.020, 0.021), 0.040, 0.042, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.043, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.046, False, WEAKER),
+        ("mse", (0.0, 0.021), 0.040, 0.042, False, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.0, 0.042, False, NOT_CHECKABLE),
+    ],
+)
+def test_intactness(truth, metric, stated, before, after, same_data, expected):
+    protection = replace(truth["claim"].protection, original_before=stated[0], original_after=stated[1])
+    claim = replace(
+        truth["claim"], attacks=None, protection=protection, data={"eval_original": replace_examples(truth, 4000)},
+        metric=metric, greater_is_better=metric == "accuracy",
+    )  # fmt: skip
+    assert verdicts.judge_intactness(claim, before, after, 4000, same_data).verdict == expected
+
+
 def replace_examples(truth, examples: int):
     return replace(truth["claim"].attacks.data["original_test"], examples=examples)
 
