@@ -333,14 +333,9 @@ def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
     Returns:
         File name relative to the folder, with "/" -> 64 hexadecimal digits.
     """
-    return {name: _sha256(Path(folder) / name) for name in weight_files(folder)}
-
-
-def weight_files(folder: str | os.PathLike) -> list[str]:
-    """The safetensors files that `hash_weights` hashes, by name."""
     folder = Path(folder)
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")) if path.is_file())
-    return [name for name in names if _is_weight_file(name)]
+    return {name: _sha256(folder / name) for name in names if _is_weight_file(name)}
 
 
 def _sha256(path: Path) -> str:

@@ -28,7 +28,6 @@ from sophon_hf.claim import (
     Method,
     Protection,
     hash_weights,
-    weight_files,
 )
 from sophon_hf.data.fingerprint import is_base_name_or_hub_id
 from sophon_hf.reporting.card import CARD, update_card
@@ -105,24 +104,31 @@ def replaced_together(folder: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield beside
-        stale = _weights_and_indexes(folder) - _weights_and_indexes(beside)
         names = [path.relative_to(beside) for path in beside.rglob("*") if path.is_file()]
+        stale = [name for name in _saved_before(folder) if name not in names]
         # Should the process die in between, the hashes of the claim tell: it comes last.
         for name in sorted(names, key=lambda name: (name.name == FILE_NAME, name)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(beside / name, folder / name)
         for name in stale:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}. What was saved there before is whole.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _weights_and_indexes(folder: Path) -> set[str]:
-    parents = {(folder / name).parent for name in weight_files(folder)}
-    indexes = {path for parent in parents for path in parent.glob("*.safetensors.index.json")}
-    return {*weight_files(folder), *(path.relative_to(folder).as_posix() for path in indexes)}
+def _saved_before(folder: Path) -> list[Path]:
+    """The weights that an earlier save left here, and their indexes; other models may lie in the folder too."""
+    try:
+        weights = [Path(name) for name in Claim.read(folder).weights]
+    except (OSError, ValueError):
+        return []
+    parents = {name.parent for name in weights}
+    indexes = [
+        path.relative_to(folder) for parent in parents for path in (folder / parent).glob("*.safetensors.index.json")
+    ]
+    return weights + indexes
 
 
 def load_weights(model: nn.Module, pipeline: str | os.PathLike) -> None:

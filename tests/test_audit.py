@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from audited import (
 )
 from conftest import TinyNet, make_points
 from huggingface_hub import HfApi
-from published import pixels, protect, unet
+from published import make_trainer, pixels, protect, unet
 from safetensors.torch import load_file, save_file
 
 from sophon_hf import AttackSuite, FineTuningStrategy, cli
@@ -476,6 +477,38 @@ def test_a_true_claim_passes_as_often_as_the_error_says(truth):
     assert found.count(NOT_CHECKABLE) == 0
 
 
+@pytest.mark.parametrize(
+    "metric, stated, before, after, same_data, expected",
+    [
+        ("accuracy", (0.90, 0.88), 0.90, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.90, 0.87, True, WEAKER),
+        # The drop is as claimed, but the model is worse than stated.
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, True, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.80, 0.70, False, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.95, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.88, False, NOT_CHECKABLE),
+        ("accuracy", (0.90, 0.88), None, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.70, True, WEAKER),
+        ("accuracy", (None, None), 0.9, 0.9, True, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.020, 0.021, True, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.020, 0.022, True, WEAKER),
+        ("mse", (0.020, 0.021), 0.040, 0.042, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.043, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.046, False, WEAKER),
+        ("mse", (0.0, 0.021), 0.040, 0.042, False, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.0, 0.042, False, NOT_CHECKABLE),
+    ],
+)
+def test_intactness(truth, metric, stated, before, after, same_data, expected):
+    protection = replace(truth["claim"].protection, original_before=stated[0], original_after=stated[1])
+    claim = replace(
+        truth["claim"], attacks=None, protection=protection, data={"eval_original": replace_examples(truth, 4000)},
+        metric=metric, greater_is_better=metric == "accuracy",
+    )  # fmt: skip
+    assert verdicts.judge_intactness(claim, before, after, 4000, same_data).verdict == expected
+
+
 def replace_examples(truth, examples: int):
     return replace(truth["claim"].attacks.data["original_test"], examples=examples)
 
@@ -689,11 +722,15 @@ def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
 
 
 def test_a_plain_module_is_audited_with_the_module_itself(tmp_path):
-    trainer = protect("module", tmp_path / "out")
-    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=make_points(2))
+    original, points = TinyNet(), make_points(2)
+    protected = copy.deepcopy(original)
+    trainer = make_trainer("module", tmp_path / "out", model=protected)
+    trainer.train()
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=points)
     assert verdict_of(audit, "state") == NOT_CHECKABLE and "no config.json" in why_of(audit, "state")
-    audit = audit_model(
-        tmp_path / "out", tmp_path / "audit", unprotected=TinyNet(), original_eval_dataset=make_points(2)
-    )
-    assert verdict_of(audit, "state") == REPRODUCED and trainer is not None
-    assert audit.exit_code in (0, 1) and any("original accuracy" in v.claim for v in audit.verdicts)
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", unprotected=original, original_eval_dataset=points)
+    assert verdict_of(audit, "state") == REPRODUCED
+    x, labels = torch.tensor(points["x"]), torch.tensor(points["label"])
+    after, before = ((model.eval()(x).argmax(1) == labels).float().mean() for model in (trainer.model.cpu(), original))
+    intact = next(v for v in audit.verdicts if v.claim == "original accuracy after protection")
+    assert intact.measured == f"{after:.3f} ({before:.3f} before)"

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from card_rules import metadata_errors
 from huggingface_hub import ModelCard
-from published import attack, make_trainer, protect
+from published import attack, make_trainer, pixels, protect, unet
 
+from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.attacks.checks import FailedCheck
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.hub.publish import add_report
@@ -88,6 +89,20 @@ def test_a_void_score_is_no_score(saved):
     assert first_paragraph(card).startswith("**Recovered transfer: void** (original collapsed).")
     assert card.data.tags == ["sophon"]
     assert "recovered_transfer" not in [r.metric_type for r in card.data.eval_results]
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "listed"),
+    [("owner/data:small", "owner/data", ["owner/data"]), ("imdb", "unknown", None), (None, "unknown", None)],
+)
+def test_only_a_hub_id_is_told_as_a_data_set_of_the_hub(saved, name, type_, listed):
+    folder, claim, _ = saved
+    data = {part: type(known)(**{**vars(known), "name": name}) for part, known in claim.data.items()}
+    card = make_card(folder, Claim(**{**vars(claim), "data": data}), "alice/model")
+    assert card.data.datasets == listed
+    assert [result.dataset_type for result in card.data.eval_results] == [type_]
+    assert [result.dataset_config for result in card.data.eval_results] == [name and (name.split(":")[1:] or [None])[0]]
+    assert metadata_errors(str(card))[0] == []
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
@@ -277,3 +292,23 @@ def test_a_report_is_shown_with_its_curve(saved, tmp_path):
     text = (folder / "README.md").read_text()
     assert "(plots/curves.png)" in text and (folder / "plots" / "curves.png").exists()
     assert json.loads((folder / "sophon.json").read_text())["attacks"]["seeds"] == [0, 1, 2]
+
+
+def test_a_diffusion_report_gives_errors_not_shares(tmp_path):
+    trainer = protect("unet", tmp_path / "out")
+    suite = AttackSuite(
+        [FineTuningStrategy(batch_size=10, steps=2)], tmp_path / "attacks", seeds=[0, 1], measured_epochs=[0, 0.5],
+        task=trainer.task,
+    )  # fmt: skip
+    results = suite.run(
+        protected=trainer.model, original=unet(), restricted_dataset=pixels(3, "sample"), eval_dataset=pixels(4, "sample"),
+        original_eval_dataset=pixels(5, "sample"),
+    )  # fmt: skip
+    claim = add_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
+    update_card(tmp_path / "out", claim, "alice/model")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    best = results.best("protected")
+    assert f"reaches mse {best.mean:.4g} in the restricted domain" in body(card)
+    assert card.data.metrics == ["mse"] and metadata_errors(str(card))[0] == []
+    values = [result.metric_value for result in card.data.eval_results if result.metric_type == "mse"]
+    assert values == pytest.approx([results.original_metric["protected"], best.mean])

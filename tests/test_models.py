@@ -14,7 +14,7 @@ import soundfile
 import torch
 import transformers
 from conftest import TinyNet, make_points
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_model as load_weights
 from tokenizers import Tokenizer
@@ -348,7 +348,7 @@ def test_unet_is_protected_saved_and_loaded(tmp_path):
     assert trainer.anatomy.head == "conv_out" and not trainer.unmoved
     assert isinstance(trainer.task, DiffusionTask)
     assert trainer.domains["original"].rows(torch.arange(2))["sample"].shape == (2, 1, 8, 8)
-    assert same_tensors(model, UNet2DModel.from_pretrained(tmp_path))
+    assert same_tensors(model, DDPMPipeline.from_pretrained(tmp_path).unet)
     assert isinstance(load_model(tmp_path), UNet2DModel)
 
 

@@ -407,6 +407,16 @@ def test_a_folder_is_replaced_together_or_not_at_all(tmp_path):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == ["unet", "unet/a"]
 
 
+def test_saving_removes_no_other_model_in_the_folder(folder):
+    other = folder / "another" / "model.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"weights")
+    (folder / "mine.safetensors").write_bytes(b"weights")
+    make_trainer("classifier", folder.parent / "unused").save_model(str(folder))
+    assert other.exists() and (folder / "mine.safetensors").exists()
+    assert set(Claim.read(folder).weights) == {"model.safetensors"}
+
+
 def test_a_saved_model_takes_no_token_along(hub, folder, tmp_path):
     publish(folder, "alice/model")
     token = HfApi().token or (tmp_path / "huggingface" / "token").read_text()

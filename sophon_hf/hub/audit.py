@@ -190,7 +190,7 @@ def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
             "weights", TAMPERED, f"{wrong[0]!r} {kinds[wrong[0]]}" + f" ({len(wrong)} such files)" * (len(wrong) > 1)
         )
     else:
-        audit.add("weights", REPRODUCED, f"SHA-256 of {len(found)} files")
+        audit.add("weights", REPRODUCED, f"SHA-256 of {len(found)} file{'s' * (len(found) != 1)}")
     try:
         check_configurations(download.folder)
     except ValueError as error:
@@ -200,6 +200,8 @@ def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
     verdict, notes = judge_card(download.folder, claim)
     audit.verdicts.append(verdict)
     audit.notes += notes
+    if audit.exit_code:
+        audit.notes.append("Something is tampered with, so nothing was measured.")
     return audit.exit_code == 0
 
 

@@ -37,11 +37,10 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
     expected = {r.metric_name: float(r.metric_value) for r in evaluation_results(claim)}
     for name, value in found.items():
         if name not in expected:
-            return Verdict("card", TAMPERED, "", str(value), f"it states {name!r}, which the claim does not"), notes
+            return Verdict("card", TAMPERED, why=f"it states {name!r}, which the claim does not"), notes
         if not abs(value - expected[name]) <= 1e-6 * max(1.0, abs(value)):
-            return Verdict(
-                "card", TAMPERED, f"{expected[name]:.4g}", f"{value:.4g}", f"it states another {name!r}"
-            ), notes
+            why = f"it states {value:.4g} for {name!r}, the claim {expected[name]:.4g}"
+            return Verdict("card", TAMPERED, why=why), notes
     if "non-fine-tunable" in (metadata.get("tags") or []) and not any(
         r.metric_type == "recovered_transfer" for r in evaluation_results(claim)
     ):

@@ -136,7 +136,7 @@ def judge_intactness(claim: Claim, before: float | None, after: float, examples:
     judged = []
     if before is not None and claim.metric == "mse":
         ratios = _ratio(claimed_after, claimed_before), _ratio(after, before)
-        judged.append(compare(*ratios, rounding if same_data else MSE_PRECISION, MSE_PRECISION))
+        judged.append(compare(*ratios, ROUNDING if same_data else MSE_PRECISION, MSE_PRECISION))
     elif before is not None:
         ours = _sampling(before, examples) + _sampling(after, examples)
         data = intactness_data(claim)

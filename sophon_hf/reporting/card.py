@@ -188,10 +188,12 @@ def evaluation_results(claim: Claim) -> list[EvalResult]:
     def add(data, metric: str, value: float, name: str) -> None:
         source = {"dataset_type": "unknown", "dataset_name": "not named"}
         if data is not None:
-            identity = (data.name or "unknown").split(":")
+            identity, _, configuration = (data.name or "").partition(":")
             source = {
-                "dataset_type": identity[0], "dataset_name": data.name or "not named", "dataset_split": data.split,
-                "dataset_revision": data.revision, "dataset_config": identity[1] if len(identity) > 1 else None,
+                # A folder's name could be that of somebody's data set on the Hub.
+                "dataset_type": identity if _is_repo_id(identity) else "unknown",
+                "dataset_name": data.name or "not named", "dataset_split": data.split,
+                "dataset_revision": data.revision, "dataset_config": configuration or None,
             }  # fmt: skip
         results.append(EvalResult(task_type=task, metric_type=metric, metric_value=value, metric_name=name, **source))
 
