@@ -158,7 +158,7 @@ def main() -> None:
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": results.facts["versions"],
     }  # fmt: skip
-    name = f"{options.pair}-{options.name}-{options.seed}-{options.sweep}-{len(adversary)}.json"
+    name = f"{options.pair}-{options.name}-{options.seed}-{Path(options.sweep).stem}-{len(adversary)}.json"
     write_atomically(options.results / name, json.dumps(record, indent=1))
     print(
         f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f} (NTL {intact['ntl']:.3f}); recovered transfer {transfer}; direct only {direct}"

@@ -85,7 +85,12 @@ def paper_table(record: dict) -> list[str]:
     number = (lambda v: f"{100 * v:.1f}") if percent else (lambda v: f"{v:.3f}")
     domains = ", ".join(f"{name}: `{source}`" for name, source in record["domains"].items())
     guards = "; ".join(
-        f"{name}: " + ("no state kept the original domain" if g["best"] is None else f"iteration {g['best']}")
+        f"{name}: "
+        + (
+            "no state kept the original domain, so the SOPHON rows are the unprotected model"
+            if g["best"] is None
+            else f"iteration {g['best']}"
+        )
         for name, g in record["guard"].items()
     )
     lines = [

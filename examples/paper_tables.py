@@ -100,7 +100,7 @@ class Vgg(nn.Module):
 
 
 def _timm(architecture: str) -> Callable[[int], nn.Module]:
-    """Weights of ImageNet: the paper's accuracies in ImageNette (98.6 and more) are not reached without."""
+    """From weights of ImageNet: the paper does not say, but its accuracies in ImageNette (98.6 and more) suggest it."""
 
     def build(num_labels: int) -> nn.Module:
         config = TimmWrapperConfig.from_pretrained(f"timm/{architecture}", num_labels=num_labels)

@@ -179,6 +179,9 @@ def show(record: dict[str, Any]) -> str:
         for who, values in (("ours", ours), ("paper", row["paper"])):
             name = f"{row['attack']}, {row['method']}" if who == "ours" else ""
             lines.append(f"{name:26}{who:8}" + f"{values[0]:>12}" + "".join(f"{value:>13}" for value in values[1:]))
+    for name, guard in record["guard"].items():
+        if guard["best"] is None:
+            lines.append(f"{name}: no state kept the original domain, so the SOPHON rows are the unprotected model.")
     return "\n".join(lines)
 
 
