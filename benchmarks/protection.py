@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pairs
 import torch
+from baselines import BASELINES
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
 from sophon_hf.attacks.ntl import train_ntl
@@ -29,6 +30,7 @@ from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.tasks import evaluate_model, infer_task
 
+SETTINGS = {**PRESETS, **BASELINES}
 MODELS = ("protected", "original", "ntl", "scratch")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -39,9 +41,10 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     done = folder / "protection.json"
     fields = json.loads(options.config)
     given = {"tolerance": options.tolerance, "max_steps": options.iterations}
-    config = SophonConfig.preset(
-        options.preset, output_dir=str(folder), seed=options.seed, use_cpu=not torch.cuda.is_available(),
-        report_to="none", **{name: value for name, value in given.items() if value is not None}, **fields,
+    given = {name: value for name, value in given.items() if value is not None}
+    config = SophonConfig(
+        output_dir=str(folder), seed=options.seed, use_cpu=not torch.cuda.is_available(), report_to="none",
+        **{**SETTINGS[options.preset], **given, **fields},
     )  # fmt: skip
     asked = {"config": fields, "tolerance": config.tolerance, "max_steps": config.max_steps, "seed": options.seed}
     if options.preset != "paper":
@@ -70,7 +73,7 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         "seconds": round(time.time() - start),
         "asked": asked,
         "config": {
-            **PRESETS[options.preset],
+            **SETTINGS[options.preset],
             **fields,
             **{name: getattr(config, name) for name in ("tolerance", "max_steps", "K", "N")},
         },
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--pair", default="animals", choices=["animals"])
     parser.add_argument("--name", default="paper", help="what the record calls this protection")
     parser.add_argument("--config", default="{}", help="further fields of SophonConfig, as JSON")
-    parser.add_argument("--preset", default="paper", help="of SophonConfig")
+    parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")
     parser.add_argument("--iterations", type=int, help="the preset's by default")
     parser.add_argument("--tolerance", type=float, help="the preset's by default")
     parser.add_argument("--sweep", default="strong")

@@ -51,7 +51,8 @@ def details(record: dict) -> list[str]:
         f"    {record['command']}",
         "",
         f"{record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}; protected in "
-        f"{record['protection_run']['seconds']} s; attack seeds {record['seeds']}; settings "
+        f"{record['protection_run']['seconds']} s, attacked in {record['attack_seconds']} s (what was there already left out); "
+        f"attack seeds {record['seeds']}; settings "
         f"`{json.dumps(record['protection_run']['config'])}`.",
         "",
         "| " + " | ".join(["attack", *models]) + " |",
