@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from suppression import make
+from loops import make
 from torch import nn
 
 from sophon_hf.attacks.attack import run_attack
