@@ -66,8 +66,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def make(case: str = "resnet-small", seed: int = 0, examples: int = 2000) -> tuple[nn.Module, Domain]:
-    """A freshly made model, and random examples of its size."""
+def make(case: str = "resnet-small", seed: int = 0, examples: int = 500) -> tuple[nn.Module, Domain]:
+    """A freshly made model, and random examples of its size, both in torch's default precision."""
     build, shape, _ = CASES[case]
     torch.manual_seed(seed)
     model = build()
@@ -79,13 +79,18 @@ def make(case: str = "resnet-small", seed: int = 0, examples: int = 2000) -> tup
         features = datasets.Features({column: datasets.Sequence(datasets.Value("int64")), "label": label})
     else:
         columns = {column: torch.randn(examples, *shape).numpy()}
-        features = datasets.Features({column: datasets.Array3D(shape, "float32"), "label": label})
+        number = str(torch.get_default_dtype()).removeprefix("torch.")
+        features = datasets.Features({column: datasets.Array3D(shape, number), "label": label})
     columns["label"] = [i % CLASSES for i in range(examples)]
-    dataset = datasets.Dataset.from_dict(columns, features=features).with_format("numpy")
+    # NumPy's format is fast to read, but rounds to float32.
+    form = "numpy" if torch.get_default_dtype() == torch.float32 else None
+    dataset = datasets.Dataset.from_dict(columns, features=features).with_format(form)
     return model, build_domain(dataset, task.inputs(model))
 
 
-def adversary(model: nn.Module, domain: Domain, batch_size: int, optimizer: str = "adam", rate: float = 1e-3) -> Environment:
+def adversary(
+    model: nn.Module, domain: Domain, batch_size: int, optimizer: str = "adam", rate: float = 1e-3
+) -> Environment:
     """The simulated adversary of every loop here: direct, all parameters."""
     strategy = FineTuningStrategy(optimizer=optimizer, learning_rate=rate, batch_size=batch_size)
     return sample_environment(domain, infer_task(model), strategy, seed=0)
@@ -140,7 +145,10 @@ def in_fresh_process(call: str) -> dict[str, float]:
 
 
 def growth_mib(loop: Callable[[], object]) -> dict[str, float]:
-    """This process's resident memory in MiB before `loop`, and by how much it grows at most while `loop` runs."""
+    """This process's resident memory in MiB before `loop`, and by how much it grows at most while `loop` runs.
+
+    The kernel's figures are exact to about 2 MiB.
+    """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # Linux then counts the peak from here.
     before = _status("VmRSS")

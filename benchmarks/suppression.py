@@ -5,7 +5,8 @@
 One adversary, Adam, every step evaluated. Both loops run in turn in one process; ratios are of pairs, and their median
 counts. Memory is how much a fresh process grows over the model that is already there, beside a bound: one stored copy, two
 gradients (the sum, and the step's own), the two moments of Adam, and one graph, which is what a bare forward and backward
-pass needs beside its gradient. Prints a table and, as its last line, one JSON object.
+pass needs beside its gradient. The kernel counts to about 2 MiB, so that the smallest model's bound is within its error.
+Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
