@@ -213,7 +213,9 @@ def compare(case: str, steps: int, repeats: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # BERT has dropout, whose masks would differ; `higher` cannot slice the module lists of the UNet.
-    parser.add_argument("--models", nargs="+", choices=("resnet-small", "resnet-18", "vit-tiny"), default=["resnet-small"])
+    parser.add_argument(
+        "--models", nargs="+", choices=("resnet-small", "resnet-18", "vit-tiny"), default=["resnet-small"]
+    )
     parser.add_argument("--K", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
