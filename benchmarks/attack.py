@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from suppression import make
+from loops import make
 from torch import nn
 
 from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack
@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, training = make(examples=500)
-    (_, validation), (_, test) = make(1, examples=500), make(2, examples=2500)
+    (_, validation), (_, test) = make(seed=1, examples=500), make(seed=2, examples=2500)
     task = infer_task(model)
     ratios = {"steps": [], "with measuring": [], "with measuring, against a bare loop that measures": []}
     for repeat in range(options.repeats + 1):

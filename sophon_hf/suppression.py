@@ -70,8 +70,8 @@ class SuppressionGradient:
 class Suppression:
     """Computes the suppression gradient of a model.
 
-    Memory holds one copy of theta and one gradient buffer, whatever K and N are: each step's gradient is added to
-    the buffer as it comes, and its graph is dropped.
+    Memory holds one copy of theta, one sum of gradients, the gradient and the graph of one step, and the state of one
+    adversary's optimizer, whatever K and N are: each step's gradient is added to the sum as it comes.
 
     Args:
         model: Unwrapped. It is fine-tuned in place and put back exactly: parameters, buffers, random state.
@@ -127,13 +127,14 @@ class Suppression:
         gradient = {name: torch.zeros_like(parameters[name]) for name in names}
         adversaries, losses = [], []
         with preserved(self.model, self.anatomy.head) as stored:
-            for environment, weights in zip(environments, gamma, strict=True):
+            for number, (environment, weights) in enumerate(zip(environments, gamma, strict=True)):
+                if number:
+                    stored.restore()
                 adversary = self.simulate(environment, weights, gradient)
                 if isinstance(environment, PersistentAdversary):
                     environment.put_aside(self.model, stored)
                 losses += [weights[step - 1] * value for step, value in adversary.losses.items()]
                 adversaries.append(adversary)
-                stored.restore()
         device = next(iter(parameters.values())).device
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return SuppressionGradient(gradient, total, adversaries)
@@ -158,15 +159,18 @@ class Suppression:
         adversary = SimulatedAdversary(environment.strategy.name)
         adversary.before = self._scores_before(environment)
         last = last_evaluated(weights)
-        for step, update in enumerate(islice(persistent.resume(self.model, self._fine_tuning), last), 1):
+        updates = persistent.resume(self.model, self._fine_tuning)
+        fine_tuning, live = persistent.fine_tuning, dict(self.model.named_parameters())
+        names = [name for name in gradient if name not in fine_tuning.reinitialized]
+        taken_over, sums = [live[name] for name in names], [gradient[name] for name in names]
+        for step, update in enumerate(islice(updates, last), 1):
             weight = weights[step - 1]
             if not weight:
                 continue
+            for parameter in fine_tuning.parameters:
+                parameter.grad = None  # The update is made, so that one gradient at a time is held beside the sum.
             loss, scores = self._evaluate(self.model, self._held_out(environment, update.step))
-            live, renewed = dict(self.model.named_parameters()), persistent.fine_tuning.reinitialized
-            names = [name for name in gradient if name not in renewed]
-            slopes = torch.autograd.grad(loss, [live[name] for name in names], allow_unused=True)
-            _add([gradient[name] for name in names], slopes, weight)
+            _add(sums, torch.autograd.grad(loss, taken_over, allow_unused=True), weight)
             adversary.losses[step] = loss.detach()
             if step == last:
                 adversary.after = scores()

@@ -86,20 +86,8 @@ class FineTuning:
     def __iter__(self) -> Iterator[Update]:
         optimizer = make_optimizer(self.strategy, self.parameters)
         scheduler = make_scheduler(self.strategy, optimizer, self.steps)
-        device = self.parameters[0].device
         for step, batch in zip(range(1, self.steps + 1), self.batches, strict=False):
-            self.model.train()
-            batch = to_device(batch, device)
-            with self.autocast():
-                prediction = self.task.predict(self.model, batch)
-            loss = self.task.loss(prediction, self.task.target(batch))
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            if all(gradient is None for gradient in gradients):
-                raise ValueError(
-                    f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph."
-                )
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+            loss = self._backward(batch)
             if self.strategy.max_grad_norm:
                 nn.utils.clip_grad_norm_(self.parameters, self.strategy.max_grad_norm)
             optimizer.step()
@@ -107,7 +95,21 @@ class FineTuning:
                 scheduler.step()
             if self.after_step is not None:
                 self.after_step(step)
-            yield Update(step, loss.detach())
+            yield Update(step, loss)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Put the gradient of the adversary's loss into `grad` of what is updated; nothing else outlives the pass."""
+        self.model.train()
+        batch = to_device(batch, self.parameters[0].device)
+        with self.autocast():
+            prediction = self.task.predict(self.model, batch)
+        loss = self.task.loss(prediction, self.task.target(batch))
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach()
 
 
 def select_parameters(

@@ -39,12 +39,18 @@ class PersistentAdversary:
         Args:
             model: Unwrapped, and stored by the caller.
             begin: Starts a fine-tuning of the model in an environment, for so many updates; called at birth.
+
+        Returns:
+            The updates that are left of its life; each is made when it is asked for.
         """
         if self.fine_tuning is None:
             self.fine_tuning = begin(self.environment, self.updates)
             self._running = iter(self.fine_tuning)
         else:
             self._return(model)
+        return self._go_on()
+
+    def _go_on(self) -> Iterator[Update]:
         for update in self._running:
             self.age = update.step
             yield update
