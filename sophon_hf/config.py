@@ -25,7 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "representation": {
         "K": 4,
-        "gamma": [0.0, 0.0, 0.0, 1.0],
         "l_NTR": 4,
         "alpha": 5e-3,
         "beta": 2e-3,
