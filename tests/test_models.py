@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer
+from sophon_hf.config import PRESETS
 from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.finetuning.initialization import initialize
@@ -236,6 +237,16 @@ def test_transformers_classifier_is_protected_saved_and_loaded(case, tmp_path):
     domain = trainer.domains["eval_restricted"]
     assert evaluate_model(trainer.task, loaded, domain, 8) == evaluate_model(trainer.task, model, domain, 8)
     assert loaded.config.id2label == model.config.id2label
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
+def test_representation_preset_fits_every_family(case, tmp_path):
+    space = {"batch_sizes": [8], "reinitialized_blocks": [1], "learning_rates": [1e-3]}
+    small = {"max_steps": 2, "K": 2, "horizon": 4, "strategy_space": space, "eval_steps": 2, "save_steps": 2}
+    changes = {**PRESETS["representation"], **small, "tolerance": 1e6, "N": 1}
+    processing = case.processing and case.processing()
+    trainer = protect(case.build(), case.data(1), case.data(2), tmp_path, changes, processing_class=processing)
+    assert len(trainer.suppression.probes.blocks) == 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
