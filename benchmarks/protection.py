@@ -66,11 +66,10 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         config,
         eval_dataset={"original": pair.original_validation, "restricted": pair.defender_validation},
     )
-    start = time.time()
     started = any(folder.glob("checkpoint-*")) if folder.exists() else False
     trainer.train(resume_from_checkpoint=started or None)
     record = {
-        "seconds": round(time.time() - start),
+        "seconds": round(trainer.seconds()),
         "asked": asked,
         "config": {
             **SETTINGS[options.preset],

@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "l_NTR": 4,
         "alpha": 5e-3,
         "beta": 2e-3,
-        "max_steps": 1000,
+        "max_steps": 1800,
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "cosine",
         "probes": 2,
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distillation": 2.0,
         "keep_norms": True,
         "strategy_space": {
-            "reinitialized_blocks": [0, 1],
+            "reinitialized_blocks": [0, 1, 1],
             "learning_rates": [3e-4, 1e-3, 3e-3],
             "batch_sizes": [50, 128],
         },

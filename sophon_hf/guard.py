@@ -20,6 +20,7 @@ class GuardState:
         start: The original metric before protection.
         best_step: Iteration of the best state, or None where no protected state was inside the tolerance yet.
         best_score: Its simulated metric in the restricted domain.
+        least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
         rollbacks: How often the last good state was put back.
@@ -29,6 +30,7 @@ class GuardState:
     start: float | None = None
     best_step: int | None = None
     best_score: float | None = None
+    least_score: float | None = None
     best_original: float | None = None
     good_step: int = 0
     rollbacks: int = 0
@@ -42,10 +44,11 @@ class Guard:
         model: Unwrapped; its parameters and buffers are copied and put back.
         tolerance: lambda: absolute for a metric that is better when greater, relative for one that is better when less.
         greater_is_better: Which of the two the original metric is.
+        error: What the simulated metric may be off by; smaller differences are ties.
     """
 
-    def __init__(self, model: nn.Module, tolerance: float, greater_is_better: bool):
-        self.model, self.tolerance, self.greater_is_better = model, tolerance, greater_is_better
+    def __init__(self, model: nn.Module, tolerance: float, greater_is_better: bool, error: float = 0.0):
+        self.model, self.tolerance, self.greater_is_better, self.error = model, tolerance, greater_is_better, error
         self.state = GuardState()
         self.good = self._copy()
         self.best: dict[str, Tensor] | None = None
@@ -74,16 +77,19 @@ class Guard:
         if not self.within(original):
             return False
         self.good, self.state.good_step = self._copy(), step
-        if step > 0 and self._is_better(simulated):
+        if step > 0 and self._is_as_good(simulated):
             self.best = self.good
             self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
         return True
 
-    def _is_better(self, simulated: float) -> bool:
-        if self.state.best_score is None:
-            return simulated == simulated
-        # Ties go to the later state, which has been suppressed for longer.
-        return simulated <= self.state.best_score if self.greater_is_better else simulated >= self.state.best_score
+    def _is_as_good(self, simulated: float) -> bool:
+        """Whether no earlier state was better by more than the error: ties go to the later, longer suppressed one."""
+        if simulated != simulated:
+            return False
+        sign = 1 if self.greater_is_better else -1
+        least = simulated if self.state.least_score is None else self.state.least_score
+        self.state.least_score = sign * min(sign * least, sign * simulated)
+        return sign * (simulated - self.state.least_score) <= self.error
 
     def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
         """Put the last good state back, because the original metric fell; the optimizers' states start anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ from accelerate.utils import broadcast, broadcast_object_list
 from sophon_hf.data import Domain, Stream, build_domain, derive_seed, load_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy, StrategySpace, sample_environment
-from sophon_hf.suppression import Suppression
-from sophon_hf.tasks import evaluate_model
+from sophon_hf.suppression import MEASURED_EXAMPLES, Suppression
+from sophon_hf.tasks import Task, evaluate_model
 
 if TYPE_CHECKING:
     from sophon_hf.trainer import SophonTrainer
@@ -77,3 +78,9 @@ def simulated_metric(
             scores.setdefault(name, []).extend(values.tolist())
     # One process decides for all: a kernel that is not deterministic must not make them choose differently.
     return broadcast_object_list([task.compute_metric(scores)])[0]
+
+
+def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float:
+    """The standard error of `simulated_metric`, at most, for an accuracy; for an MSE, whose spread is not known, 0."""
+    examples = min(len(held_out), MEASURED_EXAMPLES) * len(space.initializations)
+    return 0.5 / math.sqrt(examples) if task.metric == "accuracy" else 0.0

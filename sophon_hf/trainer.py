@@ -28,7 +28,7 @@ from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
 from sophon_hf.hub.publish import create_repository, publish
-from sophon_hf.measuring import measure_domains, simulated_metric
+from sophon_hf.measuring import measure_domains, simulated_error, simulated_metric
 from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
 from sophon_hf.reinforcement import Distillation, ReinforcementBatches
 from sophon_hf.reporting.card import update_card
@@ -133,7 +133,7 @@ class SophonTrainer(Trainer):
             sample = first_rows(self.task, self.domains["original"], args.device)
             self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
         self.reinforcement_batches = ReinforcementBatches(self.domains["original"], self.task, args)
-        self.guard = Guard(self.model, args.tolerance, self.task.greater_is_better)
+        self.guard = self._new_guard()
         self.suppression_optimizer: torch.optim.Optimizer | None = None
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.step_log = StepLog(self.task)
@@ -255,6 +255,10 @@ class SophonTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _new_guard(self) -> Guard:
+        error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
+        return Guard(self.model, self.args.tolerance, self.task.greater_is_better, error)
+
     def _guard(self, original: float, simulated: float) -> None:
         step, start = self.state.global_step, self.guard.state.start
         if self.guard.observe(step, original, simulated) or self.args.after_rollback == "no_rollback":
@@ -295,7 +299,7 @@ class SophonTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
         self.suppression_optimizer = self.suppression_scheduler = None
-        self.guard = Guard(self.model, self.args.tolerance, self.task.greater_is_better)
+        self.guard = self._new_guard()
         self.adversaries.start_anew()
         self._started, self._seconds = time.monotonic(), 0.0
         output = super().train(checkpoint, **kwargs)

@@ -369,7 +369,7 @@ def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
     arguments = ["--model", "m", "--original", "o", "--restricted", "r"]
     config = read_arguments([*arguments, "--preset", "representation", "--alpha", "0.01"])[1]
     assert (config.alpha, config.keep_norms) == (0.01, True)
-    assert config.space.to_dict()["reinitialized_blocks"] == [0, 1]
+    assert config.space.to_dict()["reinitialized_blocks"] == [0, 1, 1]
     (tmp_path / "c.yaml").write_text("preset: representation\nbeta: 0.02\n")
     config = read_arguments([str(tmp_path / "c.yaml"), *arguments])[1]
     assert (config.beta, config.K) == (0.02, PRESETS["representation"]["K"])
