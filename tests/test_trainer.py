@@ -27,6 +27,7 @@ from transformers import (
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer
 from sophon_hf.data import Stream, derive_seed
 from sophon_hf.finetuning import sample_environment
+from sophon_hf.guard import Guard
 
 SPACE = {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8, 16]}
 
@@ -455,7 +456,9 @@ def test_the_guard_catches_weights_that_are_no_numbers(tmp_path):
     assert_equal(state_of(model), start)
 
 
-def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path):
+def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path, monkeypatch):
+    # On so few examples every difference is a tie.
+    monkeypatch.setattr("sophon_hf.trainer.simulated_error", lambda *_: 0.0)
     trainer, observer = train_guarded(
         tmp_path, max_steps=12, alpha=0.05, after_rollback="continue", save_strategy="steps"
     )
@@ -469,6 +472,16 @@ def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path):
     safetensors.torch.load_model(saved, tmp_path / "output" / "model.safetensors")
     assert_equal(saved.state_dict(), best["model"])
     assert trainer.evaluate()["eval_original_accuracy"] == best["eval_original_accuracy"]
+
+
+def test_ties_within_the_error_go_to_the_later_state(model):
+    guard = Guard(model, tolerance=1.0, greater_is_better=True, error=0.1)
+    chosen = []
+    for step, simulated in enumerate((0.9, 0.5, 0.58, 0.45, 0.54, 0.56, float("nan"), 0.6)):
+        guard.observe(step, original=1.0, simulated=simulated)
+        chosen.append(guard.state.best_step)
+    # 0.56 is no tie with 0.45, though it is one with 0.54: ties do not add up.
+    assert chosen == [None, 1, 2, 3, 4, 4, 4, 4]
 
 
 def test_without_evaluation_the_last_state_is_kept(tmp_path, caplog):
