@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")
     parser.add_argument("--iterations", type=int, help="the preset's by default")
     parser.add_argument("--tolerance", type=float, help="the preset's by default")
-    parser.add_argument("--sweep", default="strong")
+    parser.add_argument("--sweep", default="strong", help="its name, or a file such as benchmarks/informed.yaml")
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
@@ -149,7 +149,7 @@ def main() -> None:
         [s for s, _ in results.by_strategy("protected") if s.initialization == "direct"]
     )
     record = {
-        "pair": options.pair, "protection": options.name, "sweep": options.sweep, "examples": len(adversary),
+        "pair": options.pair, "protection": options.name, "sweep": Path(options.sweep).stem, "examples": len(adversary),
         "seeds": options.seeds, "original_accuracy": intact,
         "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in MODELS},
         "ntl_steps": options.ntl_steps,
