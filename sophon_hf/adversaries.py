@@ -27,11 +27,11 @@ class Adversaries:
         args = self.args
         # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
         numbers = range(args.process_index * args.N, (args.process_index + 1) * args.N)
-        environments = [self._environment(derive_seed(args.seed, "adversary", step, loop, n)) for n in numbers]
+        seeds = [derive_seed(args.seed, "adversary", step, loop, n) for n in numbers]
         if not args.persistent:
-            return environments
+            return [self._environment(seed) for seed in seeds]
         turn = (step * args.l_FTS + loop) * args.N
-        return [self._in_turn((turn + n) % args.persistent, new) for n, new in enumerate(environments)]
+        return [self._in_turn((turn + n) % args.persistent, seed) for n, seed in enumerate(seeds)]
 
     def start_anew(self) -> None:
         """Forget those that live on."""
@@ -41,11 +41,12 @@ class Adversaries:
         strategy = self.space.sample(derive_seed(seed, "strategy"))
         return sample_environment(self.domain, self.task, strategy, seed)
 
-    def _in_turn(self, place: int, new: Environment) -> PersistentAdversary:
+    def _in_turn(self, place: int, seed: int) -> PersistentAdversary:
         alive = self._alive.get(place)
         if alive is None or alive.finished:
             # The first ones live shorter, so that young and old are always mixed.
             share = (place + 1) / self.args.persistent if alive is None else 1
-            alive = PersistentAdversary(new, max(self.args.K, round(share * self.args.horizon)))
+            updates = max(self.args.K, round(share * self.args.horizon))
+            alive = PersistentAdversary(self._environment(seed), updates)
             self._alive[place] = alive
         return alive

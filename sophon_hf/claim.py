@@ -272,11 +272,20 @@ class Claim:
                 raise ValueError(f"weights[{name!r}] is {digest!r}, but must be 64 hexadecimal digits.")
 
     @property
+    def measured_on_test(self) -> bool:
+        """Whether attacks measured the original domain's test split, before and after protection."""
+        return self.attacks is not None and {"original", "protected"} <= set(self.attacks.original_metric)
+
+    @property
+    def intactness_data(self) -> DataFingerprint | None:
+        """What `intactness` was measured on, where the claim says so."""
+        return self.attacks.data.get("original_test") if self.measured_on_test else self.data.get("eval_original")
+
+    @property
     def intactness(self) -> tuple[float, float] | None:
         """The original metric before and after: on the test split where attacks measured it, else as the guard did."""
-        measured = {} if self.attacks is None else self.attacks.original_metric
-        if {"original", "protected"} <= set(measured):
-            return measured["original"], measured["protected"]
+        if self.measured_on_test:
+            return self.attacks.original_metric["original"], self.attacks.original_metric["protected"]
         before, after = self.protection.original_before, self.protection.original_after
         return None if before is None or after is None else (before, after)
 
@@ -368,8 +377,8 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
                 seeds=[cell.seed for cell in ended],
                 epoch=None if best is None else best.epoch,
                 validation=None if best is None else float(np.mean([c.curve.validation[point] for c in ended])),
-                test=[_finite(cell.curve.test[point]) for cell in ended],
-                final=[_finite(cell.curve.test[-1]) for cell in ended],
+                test=[finite_or_none(cell.curve.test[point]) for cell in ended],
+                final=[finite_or_none(cell.curve.test[-1]) for cell in ended],
                 failed=sum(cell.failed for cell in group),
                 applicable=all(cell.applicable for cell in group),
             )
@@ -377,16 +386,22 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
     return found
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def finite_or_none(value: float | None) -> float | None:
+    """A number that JSON knows, or None."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _mean(values: list[float | None]) -> float:
     return float(np.mean([math.nan if v is None else v for v in values])) if values else math.nan
 
 
+def printable(text: str) -> str:
+    """Text without anything that moves a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _plain(text: str | None) -> str | None:
-    return text and "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text and printable(" ".join(text.split()))
 
 
 def _not_negative(value: float, name: str) -> None:

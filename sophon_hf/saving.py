@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from sophon_hf.claim import (
     Compute,
     Method,
     Protection,
+    finite_or_none,
     hash_weights,
 )
 from sophon_hf.data.fingerprint import is_base_name_or_hub_id
@@ -183,11 +183,7 @@ def _protection(trainer: SophonTrainer) -> Protection:
         status, step, after = "protected", state.best_step, state.best_original
     else:
         status, step = "not protected", state.good_step
-    return Protection(status, step, _finite(state.start), _finite(after), state.rollbacks, state.dropped)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return Protection(status, step, finite_or_none(state.start), finite_or_none(after), state.rollbacks, state.dropped)
 
 
 def _compute(trainer: SophonTrainer) -> Compute:

@@ -148,7 +148,7 @@ class Suppression:
             with torch.no_grad():
                 size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
                 batch = environment.evaluation.batch(0, size)
-                return self._evaluate(self.model, batch, batch_statistics=False)[1]()
+                return self.task.scores(*self._predict(self.model, batch, batch_statistics=False))
 
     def _first_order(
         self, member: Environment | PersistentAdversary, weights: Sequence[float], gradient: dict[str, Tensor]
@@ -235,10 +235,17 @@ class Suppression:
             autocast=self.autocast,
         )
 
-    def _evaluate(
-        self, model: Callable, batch: Batch, batch_statistics: bool = True
-    ) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
-        """L_alpha, and what gives the scores, in evaluation mode, but for batch norm, which takes the statistics of T_i.
+    def _evaluate(self, model: Callable, batch: Batch) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        """L_alpha on a batch of T_i, and what gives the scores."""
+        with self.probes.watching() if self.probes else nullcontext() as features:
+            prediction, target = self._predict(model, batch)
+        loss = self.loss(prediction, target)
+        if self.probes:
+            loss = loss + self.probes.loss(features, target)
+        return loss, lambda: self.task.scores(prediction.detach(), target)
+
+    def _predict(self, model: Callable, batch: Batch, batch_statistics: bool = True) -> tuple[Tensor, Tensor]:
+        """Prediction and target in evaluation mode, but for batch norm, which takes the statistics of T_i.
 
         After a few updates the running statistics are still those of the original domain. An adversary's soon are not,
         so suppressing the model under them would suppress a model that no adversary ends up with.
@@ -247,13 +254,8 @@ class Suppression:
         self.model.eval()
         for norm in self._batch_norms:
             norm.training = batch_statistics
-        with self.autocast(), self.probes.watching() if self.probes else nullcontext() as features:
-            prediction = self.task.predict(model, batch)
-        target = self.task.target(batch)
-        loss = self.loss(prediction, target)
-        if self.probes:
-            loss = loss + self.probes.loss(features, target)
-        return loss, lambda: self.task.scores(prediction.detach(), target)
+        with self.autocast():
+            return self.task.predict(model, batch), self.task.target(batch)
 
     def _held_out(self, environment: Environment, step: int) -> Batch:
         """The batch of T_i for a step: the same one whatever the weights of the other steps."""
@@ -265,7 +267,7 @@ class Suppression:
     def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
         if not environment.strategy.needs_original_head:
             return {}
-        return self._evaluate(self.model, self._held_out(environment, 1))[1]()
+        return self.task.scores(*self._predict(self.model, self._held_out(environment, 1)))
 
 
 def last_evaluated(weights: Sequence[float]) -> int:

@@ -241,7 +241,7 @@ class AttackSuite:
     def _compute(
         self, task: Task, models: dict[str, nn.Module], budget: _Budget, missing: list[tuple[str, Cell]]
     ) -> None:
-        state = _state()
+        state = process_state()
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
@@ -336,10 +336,11 @@ def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
-    return model if isinstance(model, nn.Module) else load_model(model).to(_state().device)
+    return model if isinstance(model, nn.Module) else load_model(model).to(process_state().device)
 
 
-def _state() -> Any:
+def process_state() -> Any:
+    """accelerate's `PartialState`: which process this is, of how many, and its device."""
     from accelerate import PartialState
 
     # Else accelerate would start every process of a machine without a GPU on its own.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from sophon_hf.attacks.results import write_atomically
-from sophon_hf.claim import FILE_NAME, Claim, hash_weights
+from sophon_hf.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.hub.download import Download, check_configurations, fetch
@@ -65,7 +65,7 @@ class Audit:
         for v in self.verdicts:
             figures = f"claimed {v.claimed}, measured {v.measured}: " if v.claimed and v.measured else ""
             lines.append(f"{v.verdict:20}{v.claim}: {figures}{v.why}")
-        return "\n".join(_shown(line) for line in [*lines, "", *self.notes, f"{self.summary()}."])
+        return "\n".join(printable(line) for line in [*lines, "", *self.notes, f"{self.summary()}."])
 
     def to_markdown(self) -> str:
         """The audit as a table and its notes."""
@@ -205,13 +205,12 @@ def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
     return audit.exit_code == 0
 
 
-def _shown(text: str) -> str:
-    """A stranger's text without anything that moves a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
 def _inert(text: str) -> str:
     """The same as it may stand in a table: no markup, no new cell."""
     return (
-        html.escape(_shown(text), quote=False).replace("|", "\\|").replace("`", "'").replace("[", "(").replace("]", ")")
+        html.escape(printable(str(text)), quote=False)
+        .replace("|", "\\|")
+        .replace("`", "'")
+        .replace("[", "(")
+        .replace("]", ")")
     )

@@ -14,7 +14,9 @@ from huggingface_hub import load_torch_model
 from torch import nn
 
 from sophon_hf.attacks import AttackResults, AttackSuite
+from sophon_hf.attacks.attack import EVALUATION_BATCH
 from sophon_hf.attacks.checks import check
+from sophon_hf.attacks.suite import process_state
 from sophon_hf.attacks.sweeps import SWEEPS, scratch
 from sophon_hf.claim import Claim
 from sophon_hf.data import build_domain, load_domain
@@ -28,7 +30,6 @@ from sophon_hf.hub.verdicts import (
     REPRODUCED,
     TAMPERED,
     Verdict,
-    intactness_data,
     judge_intactness,
     judge_strongest,
     judge_transfer,
@@ -36,7 +37,6 @@ from sophon_hf.hub.verdicts import (
 from sophon_hf.reporting.report import write_report
 from sophon_hf.tasks import Task, evaluate_model, hash_state, load_model, load_processor, load_task
 
-EVALUATION_BATCH = 128
 # A stranger's strategy that takes longer than so many times the longest of the sweep is not run.
 LONGEST = 10
 
@@ -108,7 +108,7 @@ def load_models(claim: Claim, folder: Path, stage: Path, given: nn.Module | str 
     state = Verdict("state", REPRODUCED, why="the loaded model holds what the claim is about")
     for model in (protected, unprotected):
         if model is not None:
-            model.to(_device())
+            model.to(process_state().device)
     task, processor = load_task(folder, protected), load_processor(folder, protected)
     return Models(state, protected, unprotected, why, task, processor)
 
@@ -193,7 +193,7 @@ def _intactness(
         load_domain(how.original_test, "test"), models.task.inputs(models.protected), models.processor, name="original",
         input_column=how.input_columns.get("original"), label=how.label_columns.get("original"),
     )  # fmt: skip
-    fingerprint, theirs = fingerprint_domain(domain), intactness_data(claim)
+    fingerprint, theirs = fingerprint_domain(domain), claim.intactness_data
     measured = dict(results.original_metric) if results is not None else {}
     for name, model in (("protected", models.protected), ("original", models.unprotected)):
         if name not in measured and model is not None:
@@ -282,13 +282,6 @@ def _claimed_epochs(claim: Claim) -> float | None:
     """The length of the claim's ordinary attacks."""
     lengths = [a.strategy["epochs"] for a in claim.attacks.attacks if a.strategy.get("steps") is None]
     return min(statistics.mode(lengths), LONGEST * USUAL_EPOCHS) if lengths else None
-
-
-def _device() -> Any:
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available()).device
 
 
 def _first_line(error: Exception) -> str:

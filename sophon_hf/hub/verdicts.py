@@ -15,7 +15,6 @@ import numpy as np
 from sophon_hf.attacks import AttackResults, Cell, Curve, RecoveredTransfer
 from sophon_hf.attacks.checks import check
 from sophon_hf.claim import AttackReport, Claim, Transfer
-from sophon_hf.data.fingerprint import DataFingerprint
 from sophon_hf.finetuning import FineTuningStrategy
 
 REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE = "reproduced", "weaker than claimed", "tampered", "not checkable"
@@ -106,12 +105,6 @@ def as_results(report: AttackReport, claim: Claim) -> AttackResults:
     return AttackResults(cells, claim.metric, claim.greater_is_better, examples, report.original_metric)
 
 
-def intactness_data(claim: Claim) -> DataFingerprint | None:
-    """What the claim's figures in the original domain were measured on, where it says so."""
-    in_attacks = claim.attacks is not None and {"original", "protected"} <= set(claim.attacks.original_metric)
-    return claim.attacks.data.get("original_test") if in_attacks else claim.data.get("eval_original")
-
-
 def judge_intactness(claim: Claim, before: float | None, after: float, examples: int, same_data: bool) -> Verdict:
     """What protection costs in the original domain.
 
@@ -139,7 +132,7 @@ def judge_intactness(claim: Claim, before: float | None, after: float, examples:
         judged.append(compare(*ratios, ROUNDING if same_data else MSE_PRECISION, MSE_PRECISION))
     elif before is not None:
         ours = _sampling(before, examples) + _sampling(after, examples)
-        data = intactness_data(claim)
+        data = claim.intactness_data
         theirs = sum(_sampling(value, 1 if data is None else data.examples) for value in claim.intactness)
         error = rounding if same_data else QUANTILE * math.sqrt(ours + theirs)
         judged.append(compare(claimed_before - claimed_after, before - after, error, ACCURACY_PRECISION))

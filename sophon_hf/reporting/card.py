@@ -198,9 +198,12 @@ def evaluation_results(claim: Claim) -> list[EvalResult]:
         results.append(EvalResult(task_type=task, metric_type=metric, metric_value=value, metric_name=name, **source))
 
     if claim.intactness is not None:
-        measured = {} if report is None else report.original_metric
-        data = report.data.get("original_test") if "protected" in measured else claim.data.get("eval_original")
-        add(data, claim.metric, claim.intactness[1], f"{claim.metric} in the original domain, after protection")
+        add(
+            claim.intactness_data,
+            claim.metric,
+            claim.intactness[1],
+            f"{claim.metric} in the original domain, after protection",
+        )
     best = None if report is None else report.strongest("protected", claim.greater_is_better)
     if best is not None and math.isfinite(best.mean):
         name = f"{claim.metric} in the restricted domain, after the strongest attack found"
@@ -291,8 +294,9 @@ def _intactness(claim: Claim) -> str:
     if claim.intactness is None:
         return f"The original domain's {claim.metric} was not measured."
     before, after = (_figure(claim, value) for value in claim.intactness)
-    on_test = claim.attacks is not None and {"original", "protected"} <= set(claim.attacks.original_metric)
-    where = "its test split" if on_test else "data held out of the defender's, by which the state was chosen"
+    where = (
+        "its test split" if claim.measured_on_test else "data held out of the defender's, by which the state was chosen"
+    )
     return f"Original domain, {claim.metric}: {before} before protection, {after} after ({where})."
 
 

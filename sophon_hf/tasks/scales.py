@@ -29,8 +29,8 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
     """
     invariant = {}
     with evaluation_mode(model):
+        before = predict()
         for layer, norms in _layers_before_normalisations(model, predict).items():
-            before = predict()
             _scale(layer, norms, 2.0)  # A power of two, which is undone without rounding.
             if (predict() - before).norm() <= UNCHANGED * before.norm():
                 invariant[layer] = norms
@@ -41,10 +41,10 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
 @torch.no_grad()
 def set_norm(layer: nn.Module, norms: list[nn.Module], norm: float | Tensor) -> None:
     """Give a scale-invariant layer's weight another norm; running statistics after it move along."""
-    _scale(layer, norms, float(norm / layer.weight.norm().clamp_min(1e-12)))
+    _scale(layer, norms, norm / layer.weight.norm().clamp_min(1e-12))
 
 
-def _scale(layer: nn.Module, norms: list[nn.Module], factor: float) -> None:
+def _scale(layer: nn.Module, norms: list[nn.Module], factor: float | Tensor) -> None:
     layer.weight.mul_(factor)
     if layer.bias is not None:
         layer.bias.mul_(factor)
