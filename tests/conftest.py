@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 # timm and torchvision are an extra; a browser is no Python package.
 collect_ignore = [] if importlib.util.find_spec("timm") else ["test_timm.py"]
@@ -59,6 +60,19 @@ def make_points(seed: int, examples: int = 120, num_classes: int = 3) -> dataset
         }
     )
     return datasets.Dataset.from_dict({"x": x.numpy(), "label": labels.tolist()}, features=features)
+
+
+def fitted(seed: int = 2, **kwargs) -> TinyNet:
+    """A model that has learned the original domain, so that there is an accuracy to lose."""
+    torch.manual_seed(0)
+    model, points = TinyNet(**kwargs), make_points(seed)
+    x, y = torch.tensor(points["x"]), torch.tensor(points["label"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
 
 
 @pytest.fixture

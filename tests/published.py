@@ -24,11 +24,11 @@ def pixels(seed: int, column: str = "pixel_values", examples: int = 40) -> datas
     return datasets.Dataset.from_dict({**columns, **({"label": label.tolist()} if column == "pixel_values" else {})})
 
 
-def classifier() -> ResNetForImageClassification:
+def classifier(labels: int = 3) -> ResNetForImageClassification:
     torch.manual_seed(0)
     return ResNetForImageClassification(
         ResNetConfig(
-            num_channels=3, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+            num_channels=3, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=labels
         )
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, make_points
+from conftest import TinyNet, fitted, make_points
 from test_models import images, unet
 from test_suppression import Net, assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from torch import nn
@@ -386,14 +386,7 @@ class StatesAfterEvaluation(TrainerCallback):
 
 
 def test_without_rollback_a_breach_is_passed_through_but_never_published(tmp_path):
-    model = TinyNet()
-    data = make_points(2)
-    x, y = torch.tensor(data["x"]), torch.tensor(data["label"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(100):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    model = fitted()
     ends = {}
     for choice in ("no_rollback", "continue"):
         trainer = build(

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TinyNet, make_points
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from conftest import TinyNet, fitted, make_points
+from diffusers import DDPMPipeline, DDPMScheduler
+from published import classifier as tiny_resnet
+from published import unet as tiny_unet
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     HfArgumentParser,
-    ResNetConfig,
     ResNetForImageClassification,
     TrainerCallback,
     ViTImageProcessor,
@@ -45,19 +46,6 @@ def guarded(tmp_path, **changes) -> SophonConfig:
     """A configuration whose guard looks at every iteration."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "tolerance": 0.05}
     return config(tmp_path, **{**settings, **changes})
-
-
-def fitted(seed: int = 2, **kwargs) -> TinyNet:
-    """A model that has learned the original domain, so that there is an accuracy to lose."""
-    torch.manual_seed(0)
-    model, points = TinyNet(**kwargs), make_points(seed)
-    x, y = torch.tensor(points["x"]), torch.tensor(points["label"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -510,23 +498,6 @@ def test_a_suppression_gradient_that_is_not_finite_is_dropped_and_counted(tmp_pa
 
 
 # ---- Models of the libraries ----
-
-
-def tiny_resnet(labels: int = 3) -> ResNetForImageClassification:
-    torch.manual_seed(0)
-    return ResNetForImageClassification(
-        ResNetConfig(
-            num_channels=3, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=labels
-        )
-    )
-
-
-def tiny_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
 
 
 def pixels(seed: int, column: str, labelled: bool = True, size: int = 8, examples: int = 40) -> datasets.Dataset:
