@@ -35,8 +35,11 @@ from sophon_hf.suppression import last_evaluated
 from sophon_hf.tasks import DiffusionTask, Task, hash_state
 
 if TYPE_CHECKING:
+    from sophon_hf.config import SophonConfig
     from sophon_hf.trainer import SophonTrainer
 
+# Fields of `SophonConfig` that go beyond the paper.
+ADDITIONS = ("probes", "persistent", "distillation", "keep_norms")
 MAX_SHARD_SIZE = "5GB"
 _PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "safetensors")
 
@@ -148,7 +151,7 @@ def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
     return Claim(
         schema=SCHEMA,
         method=Method(
-            name="SOPHON, Algorithm 1",
+            name=_method_name(args),
             hyper_parameters=as_json(hyper_parameters),
             strategy_space=trainer.space.to_dict(),
         ),
@@ -166,6 +169,11 @@ def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
         compute=_compute(trainer),
         attacks=None,
     )
+
+
+def _method_name(args: SophonConfig) -> str:
+    added = [name.replace("_", " ") for name in ADDITIONS if getattr(args, name)]
+    return "SOPHON, Algorithm 1" + (f" with {', '.join(added)}" if added else "")
 
 
 def _name_or_path(model: nn.Module) -> str | None:

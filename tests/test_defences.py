@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.claim import Claim
 from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
 from sophon_hf.data import Domain, build_domain
@@ -358,6 +359,14 @@ def test_what_is_given_wins_over_the_preset():
     config = SophonConfig.preset("representation", alpha=0.01)
     assert config.alpha == 0.01
     assert config.probes == PRESETS["representation"]["probes"] > 0
+
+
+def test_the_claim_and_the_card_say_what_goes_beyond_the_paper(tmp_path):
+    for changes, name in (({}, "SOPHON, Algorithm 1"), ({"keep_norms": True}, "SOPHON, Algorithm 1 with keep norms")):
+        trainer = build(tmp_path / name, max_steps=1, **changes)
+        trainer.train()
+        assert Claim.read(tmp_path / name).method.name == name
+        assert f"iterations of {name}, adversaries" in " ".join((tmp_path / name / "README.md").read_text().split())
 
 
 def test_an_unknown_preset_names_the_closest():

@@ -79,6 +79,7 @@ def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict
         "first_paragraph": _first_paragraph(claim),
         "warnings": _warnings(claim),
         "threat": _threat(claim),
+        "method": _escape(claim.method.name),
         "K": _listed(claim.method.hyper_parameters.get("K")),
         "space": "; ".join(f"{k.replace('_', ' ')} {_listed(v)}" for k, v in claim.method.strategy_space.items()),
         "intactness": _intactness(claim),
