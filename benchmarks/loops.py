@@ -106,10 +106,13 @@ def ours(model: nn.Module, environment: Environment, steps: int) -> dict[str, to
 
 
 def floor(model: nn.Module, environment: Environment, steps: int) -> None:
-    """The same forward and backward passes and Adam steps, on one batch that is already there."""
+    """The same forward and backward passes and Adam steps, on one batch of R_i and one of T_i that are already there."""
     task = infer_task(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batch = environment.fine_tuning.batch(0, environment.strategy.batch_size)
+    size = environment.strategy.batch_size
+    batch = environment.fine_tuning.batch(0, size)
+    # T_i may hold fewer examples than a batch, and then the loop evaluates so many.
+    held_out = environment.evaluation.batch(0, min(size, len(environment.evaluation.indices)))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for _ in range(steps):
@@ -120,7 +123,7 @@ def floor(model: nn.Module, environment: Environment, steps: int) -> None:
         model.eval()
         for norm in norms:
             norm.train()  # As L_alpha is evaluated: on the statistics of its batch.
-        task.loss(task.predict(model, batch), task.target(batch)).backward()
+        task.loss(task.predict(model, held_out), task.target(held_out)).backward()
     model.zero_grad()
     model.load_state_dict(start)
 
