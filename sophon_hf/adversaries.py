@@ -16,17 +16,18 @@ class Adversaries:
         task: What is learned.
         space: Phi.
         args: N, K, l_FTS, persistent, horizon and the seed.
+        process: The number of this process among those that simulate different adversaries.
     """
 
-    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig):
-        self.domain, self.task, self.space, self.args = domain, task, space, args
+    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig, process: int):
+        self.domain, self.task, self.space, self.args, self.process = domain, task, space, args, process
         self._alive: dict[int, PersistentAdversary] = {}
 
     def draw(self, step: int, loop: int) -> list[Environment | PersistentAdversary]:
         """The N adversaries of a loop of an iteration."""
         args = self.args
         # Adversaries are numbered over all processes, so 2 processes with N simulate what 1 with 2 N does.
-        numbers = range(args.process_index * args.N, (args.process_index + 1) * args.N)
+        numbers = range(self.process * args.N, (self.process + 1) * args.N)
         seeds = [derive_seed(args.seed, "adversary", step, loop, n) for n in numbers]
         if not args.persistent:
             return [self._environment(seed) for seed in seeds]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sophon_hf.sharding import norm_of
 from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
 
 
@@ -70,7 +71,7 @@ class KeepNorms(TrainerCallback):
 
     def __init__(self, model: nn.Module, predict: Callable[[], Tensor]):
         self.layers = scale_invariant_layers(model, predict)
-        self.norms = {layer: layer.weight.detach().norm() for layer in self.layers}
+        self.norms = {layer: norm_of(layer.weight) for layer in self.layers}
 
     def on_step_end(self, args, state, control, **kwargs):
         for layer, normalisations in self.layers.items():

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from sophon_hf.sharding import is_sharded, local, with_local
 
 if TYPE_CHECKING:
     from sophon_hf.trainer import SophonTrainer
@@ -101,32 +105,55 @@ def check_fresh_folder(output_dir: str) -> None:
 
 
 def save_state(trainer: SophonTrainer, checkpoint: str) -> None:
-    """Write the state file, in full or not at all."""
-    schedule = trainer.suppression_scheduler.state_dict()
+    """Write the state file, in full or not at all; every process writes its own where the model is sharded."""
+    if not (trainer.args.should_save or is_sharded(trainer.model)):
+        return
+    optimizer, schedule = trainer.suppression_optimizer, trainer.suppression_scheduler.state_dict()
     state = {
-        "optimizer": trainer.suppression_optimizer.state_dict(),
+        "optimizer": _with_moments(optimizer, optimizer.state_dict(), lambda moment, _: local(moment)),
         "scheduler": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
         "guard": trainer.guard.state_dict(),
         "seconds": trainer.seconds(),
         "facts": run_facts(trainer),
     }
-    temporary = os.path.join(checkpoint, f".{STATE_FILE}")
+    name = _own_file(trainer)
+    temporary = os.path.join(checkpoint, f".{name}")
     torch.save(state, temporary)
-    os.replace(temporary, os.path.join(checkpoint, STATE_FILE))
+    os.replace(temporary, os.path.join(checkpoint, name))
+    if is_sharded(trainer.model):
+        trainer.accelerator.wait_for_everyone()  # The checkpoint is complete when the main process says so.
 
 
 def restore_state(trainer: SophonTrainer, checkpoint: str) -> float:
     """Put back what the state file holds, and return the seconds spent until then."""
-    state = load_state(checkpoint)
-    trainer.suppression_optimizer.load_state_dict(state["optimizer"])
+    state = load_state(checkpoint, _own_file(trainer))
+    optimizer = trainer.suppression_optimizer
+    optimizer.load_state_dict(_with_moments(optimizer, state["optimizer"], with_local))
     trainer.suppression_scheduler.__dict__.update(state["scheduler"])
     trainer.guard.load_state_dict(state["guard"])
     return state["seconds"]
 
 
-def load_state(checkpoint: str) -> dict[str, Any]:
-    """Read the state file; it holds tensors and plain values only."""
-    return torch.load(os.path.join(checkpoint, STATE_FILE), weights_only=True, map_location="cpu")
+def load_state(checkpoint: str, name: str = STATE_FILE) -> dict[str, Any]:
+    """Read a state file; it holds tensors and plain values only."""
+    return torch.load(os.path.join(checkpoint, name), weights_only=True, map_location="cpu")
+
+
+def _with_moments(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """An optimizer's state with its moments changed by `change(moment, parameter)`; the counts of steps stay."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: change(value, parameters[number]) if value.ndim else value for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _own_file(trainer: SophonTrainer) -> str:
+    process = trainer.args.process_index if is_sharded(trainer.model) else 0
+    return STATE_FILE.replace(".", f"_{process}.") if process else STATE_FILE
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

@@ -249,10 +249,10 @@ class SophonConfig(TrainingArguments):
     def _refuse_unsupported(self) -> None:
         if self.fp16 or self.fp16_full_eval or self.bf16_full_eval:
             raise ValueError(_FP16)
-        if self.fsdp or self.deepspeed:
+        if self.deepspeed:
             raise ValueError(
-                "FSDP and DeepSpeed shard the parameters that a simulated adversary changes in place; they are not "
-                "supported yet. Use `accelerate launch --num_processes N` without a sharding plugin."
+                "DeepSpeed shards the parameters that a simulated adversary changes in place; it is not supported. Use "
+                "`accelerate launch --num_processes N`, or FSDP2 for a model that does not fit on one GPU."
             )
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophon_hf.sharding import local
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +43,7 @@ class Guard:
     """Watches the original metric at every evaluation.
 
     Args:
-        model: Unwrapped; its parameters and buffers are copied and put back.
+        model: Unwrapped; its parameters and buffers are copied and put back, of a sharded model what this process holds.
         tolerance: lambda: absolute for a metric that is better when greater, relative for one that is better when less.
         greater_is_better: Which of the two the original metric is.
         error: What the simulated metric may be off by; smaller differences are ties.
@@ -152,4 +154,5 @@ class Guard:
             tensor.copy_(copies[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {name: local(tensor) for name, tensor in tensors.items()}

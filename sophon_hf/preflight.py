@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, build_domain, load_domain
 from sophon_hf.data.domains import Source, label_column, split_indices
-from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, preserved
+from sophon_hf.finetuning import FineTuning, held_out_examples, FineTuningStrategy, StrategySpace, preserved
 from sophon_hf.probes import Probes
 from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
 
@@ -216,20 +218,68 @@ def try_strategies(
             FineTuning(model, task, strategy, [], 1, anatomy=anatomy, num_classes=num_classes)
 
 
-def refuse_launcher_settings(accelerator: Any) -> None:
+def refuse_launcher_settings(accelerator: Any, args: SophonConfig) -> None:
     """What `accelerate launch` or its config file asks for does not show in the arguments.
 
     Raises:
-        ValueError: fp16 or a sharding plugin.
+        ValueError: fp16, or a sharding other than what FSDP2 can do here.
     """
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "accelerate is set to fp16, whose loss scaler the suppression gradient does not pass: use bf16 or no."
         )
-    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in sharding:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes."
+            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes, or "
+            "FSDP2 for a model that does not fit on one GPU."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_sharding(accelerator, args)
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            f"FSDP is asked for, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device.type}, where "
+            "it does not shard: start one process for each GPU, or leave FSDP out."
+        )
+
+
+def _refuse_sharding(accelerator: Any, args: SophonConfig) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    refused = (
+        (plugin.fsdp_version != 2, "FSDP1 flattens the parameters: set fsdp_version to 2"),
+        (
+            plugin.state_dict_type.name != "FULL_STATE_DICT",
+            "a protected model is saved whole: set fsdp_state_dict_type to FULL_STATE_DICT",
+        ),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "offloaded parameters are not where the batches are: leave fsdp_offload_params off"),
+        (
+            plugin.activation_checkpointing,
+            "FSDP's activation checkpointing would wrap what is sharded already: use gradient_checkpointing",
+        ),
+        (getattr(accelerator.parallelism_config, "total_size", 1) > 1, "it does not go with another parallelism: leave parallelism_config out"),
+        (args.second_order, "the exact gradient does not reach through sharded parameters: leave second_order off"),
+    )
+    for found, reason in refused:
+        if found:
+            raise ValueError(f"The model cannot be sharded like this; {reason}.")
+
+
+def check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, processes: int) -> None:
+    """Whether the processes of a sharded model can share every batch of a simulated adversary.
+
+    Raises:
+        ValueError: A batch is smaller than their number, or its parts would be normalised one by one.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(
+            "A sharded model with batch norm would normalise each process's part of a batch by itself: it is not supported. "
+            "Use plain processes."
+        )
+    smallest = min(*space.batch_sizes, held_out_examples(len(restricted)))
+    if smallest < processes:
+        raise ValueError(
+            f"The smallest batch of a simulated adversary has {smallest} examples, but the {processes} processes of a sharded "
+            "model share each batch: give more restricted data or larger batch_sizes in the strategy space, or use fewer "
+            "processes."
         )
 
 

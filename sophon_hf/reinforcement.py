@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -45,13 +43,13 @@ class Distillation:
     """The task's loss, and how far the prediction is from what the model predicted before protection.
 
     Args:
-        model: Unwrapped, as it is before protection; a copy is held.
+        unprotected: A copy of the model as it is before protection.
         task: What is learned.
         weight: Of the distance.
     """
 
-    def __init__(self, model: nn.Module, task: Task, weight: float):
-        self.unprotected, self.task, self.weight = copy.deepcopy(model).eval().requires_grad_(False), task, weight
+    def __init__(self, unprotected: nn.Module, task: Task, weight: float):
+        self.unprotected, self.task, self.weight = unprotected.eval().requires_grad_(False), task, weight
 
     def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:
         """L_beta, a scalar."""

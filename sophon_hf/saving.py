@@ -31,6 +31,7 @@ from sophon_hf.claim import (
 )
 from sophon_hf.data.fingerprint import is_base_name_or_hub_id
 from sophon_hf.reporting.card import CARD, update_card
+from sophon_hf.sharding import is_sharded
 from sophon_hf.suppression import last_evaluated
 from sophon_hf.tasks import DiffusionTask, Task, hash_state
 
@@ -44,22 +45,27 @@ MAX_SHARD_SIZE = "5GB"
 _PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "safetensors")
 
 
-def save_protected(trainer: SophonTrainer, folder: str | os.PathLike) -> None:
+def save_protected(trainer: SophonTrainer, model: nn.Module, folder: str | os.PathLike) -> None:
     """Save model, processor, `sophon.json` and card; a card that was edited is left as it is.
+
+    Args:
+        trainer: Whose model it is.
+        model: The whole model, where the trainer's own is sharded.
+        folder: Where to.
 
     Raises:
         OSError: The folder cannot be written (a full disk, say); what was saved there before is whole.
     """
     folder = Path(folder)
     with replaced_together(folder) as beside:
-        save_model_files(trainer.model, beside, trainer.task)
+        save_model_files(model, beside, trainer.task)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(beside)
-        claim = claim_of(trainer, beside)
+        claim = claim_of(trainer, model, beside)
         claim = replace(claim, attacks=_earlier_attacks(folder, claim.state_hash))
         if (folder / CARD).exists():
             shutil.copyfile(folder / CARD, beside / CARD)
-        update_card(beside, claim, trainer.repository_name, original=_name_or_path(trainer.model))
+        update_card(beside, claim, trainer.repository_name, original=_name_or_path(model))
         claim.write(beside)
 
 
@@ -140,9 +146,9 @@ def load_weights(model: nn.Module, pipeline: str | os.PathLike) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def claim_of(trainer: SophonTrainer, folder: Path) -> Claim:
+def claim_of(trainer: SophonTrainer, model: nn.Module, folder: Path) -> Claim:
     """What is claimed of the model that lies in `folder`; of attacks, nothing."""
-    model, args = trainer.model, trainer.args
+    args = trainer.args
     hyper_parameters = {name: getattr(args, name) for name in HYPER_PARAMETERS if name != "strategy_space"}
     hyper_parameters["suppression_loss"] = args.suppression_loss or next(iter(trainer.task.suppression_losses))
     hyper_parameters["reinforcement_loss"] = getattr(trainer.reinforcement_loss, "__qualname__", None)
@@ -196,10 +202,11 @@ def _protection(trainer: SophonTrainer) -> Protection:
 
 def _compute(trainer: SophonTrainer) -> Compute:
     args, iterations = trainer.args, trainer.state.global_step
+    processes = 1 if is_sharded(trainer.model) else args.world_size  # Those of a sharded model share a pass.
     # Each simulated step is a pass for the adversary's update, and one for the suppression loss where its weight is not 0.
     passes = sum(last_evaluated(row) + sum(weight != 0 for weight in row) for row in args.step_weights)
     return Compute(
         seconds=round(trainer.seconds(), 1),
         iterations=iterations,
-        simulated_passes=iterations * args.l_FTS * args.world_size * passes,
+        simulated_passes=iterations * args.l_FTS * processes * passes,
     )

@@ -20,6 +20,7 @@ from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.probes import Probes
+from sophon_hf.sharding import gradients, is_sharded, local, share
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
@@ -169,8 +170,8 @@ class Suppression:
                 continue
             for parameter in fine_tuning.parameters:
                 parameter.grad = None  # The update is made, so that one gradient at a time is held beside the sum.
-            loss, scores = self._evaluate(self.model, self._held_out(environment, update.step))
-            _add(sums, torch.autograd.grad(loss, taken_over, allow_unused=True), weight)
+            loss, scores = self._evaluate(self.model, *self._held_out(environment, update.step))
+            _add(sums, gradients(loss, taken_over, self.model), weight)
             adversary.losses[step] = loss.detach()
             if step == last:
                 adversary.after = scores()
@@ -213,7 +214,7 @@ class Suppression:
                 # Both are overwritten by the next step, whereas autograd keeps what it is given.
                 copies = {name: tensor.clone() for name, tensor in [*vartheta.items(), *buffers.items()]}
                 with sdpa_kernel(SDPBackend.MATH):
-                    loss, scores = self._evaluate(WithTensors(self.model, copies), self._held_out(environment, step))
+                    loss, scores = self._evaluate(WithTensors(self.model, copies), *self._held_out(environment, step))
                 total = total + weights[step - 1] * loss
                 adversary.losses[step], adversary.after = loss.detach(), scores()
         if adversary.losses:
@@ -235,14 +236,14 @@ class Suppression:
             autocast=self.autocast,
         )
 
-    def _evaluate(self, model: Callable, batch: Batch) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
-        """L_alpha on a batch of T_i, and what gives the scores."""
+    def _evaluate(self, model: Callable, batch: Batch, weight: float) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        """L_alpha on a batch of T_i, times the weight of the batch, and what gives the scores."""
         with self.probes.watching() if self.probes else nullcontext() as features:
             prediction, target = self._predict(model, batch)
         loss = self.loss(prediction, target)
         if self.probes:
             loss = loss + self.probes.loss(features, target)
-        return loss, lambda: self.task.scores(prediction.detach(), target)
+        return weight * loss, lambda: self.task.scores(prediction.detach(), target)
 
     def _predict(self, model: Callable, batch: Batch, batch_statistics: bool = True) -> tuple[Tensor, Tensor]:
         """Prediction and target in evaluation mode, but for batch norm, which takes the statistics of T_i.
@@ -257,17 +258,22 @@ class Suppression:
         with self.autocast():
             return self.task.predict(model, batch), self.task.target(batch)
 
-    def _held_out(self, environment: Environment, step: int) -> Batch:
-        """The batch of T_i for a step: the same one whatever the weights of the other steps."""
+    def _held_out(self, environment: Environment, step: int) -> tuple[Batch, float]:
+        """The batch of T_i for a step, the same one whatever the weights of the other steps, and the weight of its mean.
+
+        A probe is no mean over examples, so with probes every process of a sharded model takes the whole batch.
+        """
         size = environment.strategy.batch_size * (2 if self.probes else 1)
         size = min(size, len(environment.evaluation.indices))
-        return environment.evaluation.batch((step - 1) * size, size)
+        batch = environment.evaluation.batch((step - 1) * size, size)
+        return (batch, 1.0) if self.probes else share(batch, self.model)
 
     @torch.no_grad()
     def _scores_before(self, environment: Environment) -> dict[str, Tensor]:
         if not environment.strategy.needs_original_head:
             return {}
-        return self.task.scores(*self._predict(self.model, self._held_out(environment, 1)))
+        batch, _ = self._held_out(environment, 1)
+        return self.task.scores(*self._predict(self.model, batch))
 
 
 def last_evaluated(weights: Sequence[float]) -> int:
@@ -287,7 +293,7 @@ def _clip(gradients: Sequence[Tensor | None], max_norm: float) -> Sequence[Tenso
 def _add(buffers: list[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:
     pairs = [(b, g) for b, g in zip(buffers, gradients, strict=True) if g is not None]
     if pairs:
-        torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs], alpha=weight)
+        torch._foreach_add_([local(b) for b, _ in pairs], [local(g) for _, g in pairs], alpha=weight)
 
 
 def _differentiable_optimizer(strategy: FineTuningStrategy, moving: list[Tensor]) -> torch.optim.Optimizer:
@@ -315,20 +321,30 @@ def _copy_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def average_and_clip(
-    gradients: dict[str, Tensor], loss: Tensor, accelerator: Accelerator, max_norm: float
+    gradients: dict[str, Tensor], loss: Tensor, model: nn.Module, accelerator: Accelerator, max_norm: float
 ) -> tuple[Tensor, Tensor]:
     """Average gradients and loss over the processes in one message, and clip the gradients, in place.
+
+    Those of a sharded model are means over the processes already.
 
     Args:
         gradients: By parameter name.
         loss: A scalar that is averaged with them.
+        model: Whose parameters they belong to.
         accelerator: Of the processes.
         max_norm: What the norm of all gradients together is clipped to; 0 for never.
 
     Returns:
         The gradients' norm before clipping, and the loss.
     """
-    tensors = list(gradients.values())
+    tensors = [local(gradient) for gradient in gradients.values()]
+    if is_sharded(model):
+        squares = torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+        squares, loss = accelerator.reduce(torch.stack([squares, loss.detach().to(squares.dtype)]), reduction="sum")
+        norm, loss = squares.sqrt(), loss / accelerator.num_processes
+        if max_norm > 0:
+            torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1))
+        return norm, loss
     vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
     vector = accelerator.reduce(vector, reduction="mean")
     loss, vector = vector[-1], vector[:-1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -29,10 +31,11 @@ from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
 from sophon_hf.hub.publish import create_repository, publish
 from sophon_hf.measuring import measure_domains, simulated_error, simulated_metric
-from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
+from sophon_hf.preflight import build_domains, check_shares, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
 from sophon_hf.reinforcement import Distillation, ReinforcementBatches
 from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
+from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import (
     Suppression,
@@ -113,7 +116,12 @@ class SophonTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        refuse_launcher_settings(self.accelerator)
+        refuse_launcher_settings(self.accelerator, args)
+        unprotected = copy.deepcopy(self.model) if args.distillation else None
+        if self.accelerator.is_fsdp2:
+            self._skeleton = skeleton(self.model)
+            self.model = self.model_wrapped = shard(self.model, self.accelerator)
+            unprotected = unprotected and shard(unprotected, self.accelerator)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
@@ -127,8 +135,12 @@ class SophonTrainer(Trainer):
             probes=make_probes(self.model, self.task, self.anatomy, self.domains["restricted"], args),
             second_order=args.second_order,
         )  # fmt: skip
-        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args)
-        self.distillation = Distillation(self.model, self.task, args.distillation) if args.distillation else None
+        if is_sharded(self.model):
+            check_shares(self.model, self.space, self.domains["restricted"], args.world_size)
+        # The processes of a sharded model share their adversaries.
+        process = 0 if is_sharded(self.model) else args.process_index
+        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args, process)
+        self.distillation = Distillation(unprotected, self.task, args.distillation) if args.distillation else None
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)
             self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
@@ -146,6 +158,9 @@ class SophonTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         """One iteration: all suppression loops, then the reinforcement loops; the Trainer applies the last of these."""
+        if is_sharded(self.model):
+            # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
+            model.set_requires_gradient_sync(True)
         if self._micro_step == 0:
             for loop in range(self.args.l_FTS):
                 self._suppression_loop(loop)
@@ -160,7 +175,9 @@ class SophonTrainer(Trainer):
         """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
         args, step = self.args, self.state.global_step
         result = self.suppression(self.adversaries.draw(step, loop), args.step_weights)
-        norm, result.loss = average_and_clip(result.gradient, result.loss, self.accelerator, args.max_grad_norm)
+        norm, result.loss = average_and_clip(
+            result.gradient, result.loss, self.model, self.accelerator, args.max_grad_norm
+        )
         if torch.isfinite(norm):
             for name, parameter in self.model.named_parameters():
                 parameter.grad = result.gradient.get(name)
@@ -178,11 +195,11 @@ class SophonTrainer(Trainer):
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
             batch = self.reinforcement_batches.batch(self.state.global_step, loop, micro_step)
-            with self.accelerator.no_sync(model):
+            with nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, batch))
         # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        average_and_clip(gradients, torch.stack(losses).sum(), self.accelerator, args.max_grad_norm)
+        average_and_clip(gradients, torch.stack(losses).sum(), self.model, self.accelerator, args.max_grad_norm)
         # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
         getattr(self.optimizer, "optimizer", self.optimizer).step()
         model.zero_grad()
@@ -311,8 +328,7 @@ class SophonTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_state(self, output_dir)
+        save_state(self, output_dir)
         self.adversaries.start_anew()  # So that nothing of those that live on has to be in a checkpoint.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -330,7 +346,8 @@ class SophonTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save what may be published, and no pickle beside it."""
         if self.args.should_save:
-            save_protected(self, output_dir or self.args.output_dir)
+            model = with_state(self._skeleton, state_dict) if is_sharded(self.model) else self.model
+            save_protected(self, model, output_dir or self.args.output_dir)
 
     @cached_property
     def data_fingerprints(self) -> dict[str, DataFingerprint]:

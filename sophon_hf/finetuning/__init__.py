@@ -1,7 +1,7 @@
 """Fine-tuning strategies (what an adversary does) and the engine that runs them, for defender and attacker alike."""
 
 from sophon_hf.finetuning.engine import FineTuning, Update
-from sophon_hf.finetuning.environment import Environment, sample_environment
+from sophon_hf.finetuning.environment import Environment, held_out_examples, sample_environment
 from sophon_hf.finetuning.initialization import Stored, preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError, StrategySpace
@@ -15,6 +15,7 @@ __all__ = [
     "Stored",
     "StrategySpace",
     "Update",
+    "held_out_examples",
     "preserved",
     "sample_environment",
 ]

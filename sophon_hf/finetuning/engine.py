@@ -15,6 +15,7 @@ from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.adapters import add_adapter
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.sharding import gradients, share
 from sophon_hf.tasks.anatomy import NORMALISATIONS, Anatomy
 from sophon_hf.tasks.evaluation import to_device
 
@@ -100,14 +101,14 @@ class FineTuning:
     def _backward(self, batch: Batch) -> Tensor:
         """Put the gradient of the adversary's loss into `grad` of what is updated; nothing else outlives the pass."""
         self.model.train()
-        batch = to_device(batch, self.parameters[0].device)
+        batch, weight = share(to_device(batch, self.parameters[0].device), self.model)
         with self.autocast():
             prediction = self.task.predict(self.model, batch)
-        loss = self.task.loss(prediction, self.task.target(batch))
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        if all(gradient is None for gradient in gradients):
+        loss = weight * self.task.loss(prediction, self.task.target(batch))
+        found = gradients(loss, self.parameters, self.model)
+        if all(gradient is None for gradient in found):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
         return loss.detach()
 

@@ -33,12 +33,17 @@ class Environment:
 EVALUATION_SHARE = 0.1
 
 
+def held_out_examples(examples: int) -> int:
+    """How many of a restricted domain's examples T_i has."""
+    return max(1, round(EVALUATION_SHARE * examples))
+
+
 def sample_environment(domain: Domain, task: Task, strategy: FineTuningStrategy, seed: int) -> Environment:
     """Draw R_i and T_i from the restricted domain: disjoint, nine to one, decided by `seed` alone."""
     if len(domain) < 2:
         raise ValueError("The restricted domain has one example only: R_i and T_i need at least one each.")
     order = epoch_order(len(domain), seed, 0)
-    held_out = max(1, round(EVALUATION_SHARE * len(domain)))
+    held_out = held_out_examples(len(domain))
     return Environment(
         strategy=strategy,
         fine_tuning=Stream(domain, task, derive_seed(seed, "R"), order[held_out:]),

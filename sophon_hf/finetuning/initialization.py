@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.sharding import copy_of, distributed_like, is_sharded, local, shard_part
 from sophon_hf.tasks.anatomy import Anatomy
 
 
@@ -40,23 +41,24 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
         _copy_state(fresh, model.get_submodule(name), skip=anatomy.head.removeprefix(f"{name}." if name else ""))
-    model.set_submodule(anatomy.head, _new_head(model, anatomy, num_classes))
+    model.set_submodule(anatomy.head, shard_part(_new_head(model, anatomy, num_classes), model))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def _new_head(model: nn.Module, anatomy: Anatomy, num_classes: int | None) -> nn.Module:
     head = model.get_submodule(anatomy.head)
-    if num_classes in (None, anatomy.outputs) or num_classes == getattr(head, "out_features", None):
-        fresh = copy.deepcopy(head)
+    weight = next(head.parameters())
+    same = num_classes in (None, anatomy.outputs) or num_classes == getattr(head, "out_features", None)
+    if same and not is_sharded(head):
+        fresh = copy_of(head)
     elif isinstance(head, nn.Linear):
-        fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+        fresh = nn.Linear(head.in_features, head.out_features if same else num_classes, bias=head.bias is not None)
     else:
         raise NotApplicableError(
             f"The head {anatomy.head!r} is a {type(head).__name__} with {anatomy.outputs} outputs: only a linear head "
             f"can be replaced by one with {num_classes}."
         )
-    weight = next(head.parameters())
     fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)
     _reset(fresh)
     if hasattr(model, "_init_weights"):
@@ -76,7 +78,10 @@ def _fresh_parts(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.M
         if fresh_model is not None:
             yield name, fresh_model.get_submodule(name)
         else:
-            fresh = copy.deepcopy(model.get_submodule(name))
+            try:
+                fresh = copy_of(model.get_submodule(name))
+            except TypeError as error:
+                raise NotApplicableError(f"{name!r} cannot be re-initialised: {error}.") from error
             _reset(fresh)
             yield name, fresh
 
@@ -105,7 +110,7 @@ def _copy_state(source: nn.Module, target: nn.Module, skip: str) -> None:
                 f"{name!r} of shape {tuple(tensor.shape)} has no counterpart in a newly made {type(source).__name__}, so "
                 "it would keep what was learned: the model was changed after it was made."
             )
-        tensor.copy_(values[name])
+        tensor.copy_(distributed_like(values[name], tensor))
 
 
 class Stored:
@@ -126,7 +131,7 @@ class Stored:
     def restore(self) -> None:
         """Put everything back."""
         self.model.set_submodule(self.head, self.head_module)
-        torch._foreach_copy_(self.tensors, self.copies)
+        torch._foreach_copy_([local(t) for t in self.tensors], [local(c) for c in self.copies])
         for parameter, gradient, requires_grad in self.gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient

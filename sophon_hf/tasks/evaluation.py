@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sophon_hf.data.streams import Batch
+from sophon_hf.sharding import is_sharded
 from sophon_hf.tasks.models import evaluation_mode
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def evaluate_model(
     device = next(model.parameters()).device
     scores: dict[str, list[torch.Tensor]] = {}
     losses = []
-    for indices in torch.arange(rank, len(domain), world_size).split(batch_size):
+    batches = torch.arange(rank, len(domain), world_size).split(batch_size)
+    for indices in batches:
         batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
         with evaluation_mode(model), autocast():
             prediction = task.predict(model, batch)
@@ -65,6 +68,11 @@ def evaluate_model(
         losses.append(loss.double() * len(indices))
         for name, values in task.scores(prediction, target).items():
             scores.setdefault(name, []).append(values)
+    if is_sharded(model):
+        # Its layers are gathered by all processes or by none, so those with fewer batches have to keep step.
+        for _ in range(math.ceil(len(domain) / (world_size * batch_size)) - len(batches)):
+            with evaluation_mode(model), autocast():
+                task.predict(model, first_rows(task, domain, device))
     gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sophon_hf.sharding import local, norm_of
 from sophon_hf.tasks.anatomy import NORMALISATIONS
 from sophon_hf.tasks.models import evaluation_mode
 
@@ -41,13 +42,13 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
 @torch.no_grad()
 def set_norm(layer: nn.Module, norms: list[nn.Module], norm: float | Tensor) -> None:
     """Give a scale-invariant layer's weight another norm; running statistics after it move along."""
-    _scale(layer, norms, norm / layer.weight.norm().clamp_min(1e-12))
+    _scale(layer, norms, norm / norm_of(layer.weight).clamp_min(1e-12))
 
 
 def _scale(layer: nn.Module, norms: list[nn.Module], factor: float | Tensor) -> None:
-    layer.weight.mul_(factor)
+    local(layer.weight).mul_(factor)
     if layer.bias is not None:
-        layer.bias.mul_(factor)
+        local(layer.bias).mul_(factor)
     for norm in norms:
         if getattr(norm, "running_mean", None) is not None:
             norm.running_mean.mul_(factor)
