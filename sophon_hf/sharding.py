@@ -102,7 +102,9 @@ def skeleton(model: nn.Module) -> nn.Module:
 def with_state(skeleton: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """The whole model: a copy of the skeleton that holds a gathered state."""
     model = copy.deepcopy(skeleton)
-    model.load_state_dict(state, assign=True)
+    # What did not divide evenly was gathered with padding, which safetensors takes for a shared tensor.
+    padded = {name for name, tensor in state.items() if tensor.untyped_storage().nbytes() > tensor.nbytes}
+    model.load_state_dict({n: t.clone() if n in padded else t for n, t in state.items()}, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model

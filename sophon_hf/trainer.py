@@ -228,12 +228,17 @@ class SophonTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
         optimizer = super().create_optimizer(model)
+        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
         if self.suppression_optimizer is None:
             self.suppression_optimizer = make_suppression_optimizer(self.model, self.args)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """One schedule for both rates."""
+        if is_sharded(self.model):
+            # accelerate, by now, has looked the parameters up by their addresses, but all empty shards have the same one.
+            for group, parameters in zip(self.optimizer.param_groups, self._parameter_groups, strict=True):
+                group["params"] = parameters
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.suppression_scheduler is None:
             self.suppression_scheduler = make_suppression_scheduler(

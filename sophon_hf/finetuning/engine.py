@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.adapters import add_adapter
@@ -175,6 +176,8 @@ def _fast(name: str, parameters: list[Tensor]) -> dict[str, bool]:
         return {"foreach": True}
     if name == "adagrad" and any(p.device.type != "cpu" for p in parameters):
         return {"foreach": True}
+    if name not in ("adam", "adamw") and any(isinstance(p, DTensor) for p in parameters):
+        return {"foreach": True}  # The other fused ones do not know shards.
     return {"fused": True}
 
 
