@@ -96,6 +96,8 @@ class SophonTrainer(Trainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        if not isinstance(model, (str, os.PathLike)) and is_sharded(model):
+            raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
@@ -343,7 +345,8 @@ class SophonTrainer(Trainer):
             self._resumed_at = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json")):
+        pipeline = os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json"))
+        if pipeline and not is_sharded(self.model):
             load_weights(self.model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
