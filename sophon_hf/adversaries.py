@@ -16,11 +16,12 @@ class Adversaries:
         task: What is learned.
         space: Phi.
         args: N, K, l_FTS, persistent, horizon and the seed.
-        process: The number of this process among those that simulate different adversaries.
+        shared: Whether all processes simulate the same ones, each on its share of every batch.
     """
 
-    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig, process: int):
-        self.domain, self.task, self.space, self.args, self.process = domain, task, space, args, process
+    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig, shared: bool):
+        self.domain, self.task, self.space, self.args = domain, task, space, args
+        self.process = 0 if shared else args.process_index
         self._alive: dict[int, PersistentAdversary] = {}
 
     def draw(self, step: int, loop: int) -> list[Environment | PersistentAdversary]:

@@ -171,6 +171,8 @@ class SophonConfig(TrainingArguments):
         super().__post_init__()
         if getattr(self, "mixed_precision", None) == "fp16":
             raise ValueError(_FP16)
+        if self.fsdp and self.world_size < 2:
+            raise ValueError("fsdp shards a model over several processes, but there is one: use `accelerate launch`.")
         if self.eval_strategy == "no":
             self.eval_on_start = False  # No guard: a start that is never compared must not be put back either.
         elif not self.eval_on_start:

@@ -20,8 +20,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, build_domain, load_domain
 from sophon_hf.data.domains import Source, label_column, split_indices
-from sophon_hf.finetuning import FineTuning, held_out_examples, FineTuningStrategy, StrategySpace, preserved
+from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, held_out_examples, preserved
 from sophon_hf.probes import Probes
+from sophon_hf.sharding import is_sharded
 from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], arg
             "every simulated adversary brings a new head.", classes, outputs,
         )  # fmt: skip
         space = space.without_original_head()
+    if is_sharded(model):
+        _check_shares(model, space, domains["restricted"], args.world_size)
     try_strategies(task, model, anatomy, space, classes or None)
     return Fit(anatomy, space, outputs)
 
@@ -250,12 +253,18 @@ def _refuse_sharding(accelerator: Any, args: SophonConfig) -> None:
             plugin.state_dict_type.name != "FULL_STATE_DICT",
             "a protected model is saved whole: set fsdp_state_dict_type to FULL_STATE_DICT",
         ),
-        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "offloaded parameters are not where the batches are: leave fsdp_offload_params off"),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "offloaded parameters are not where the batches are: leave fsdp_offload_params off",
+        ),
         (
             plugin.activation_checkpointing,
             "FSDP's activation checkpointing would wrap what is sharded already: use gradient_checkpointing",
         ),
-        (getattr(accelerator.parallelism_config, "total_size", 1) > 1, "it does not go with another parallelism: leave parallelism_config out"),
+        (
+            getattr(accelerator.parallelism_config, "total_size", 1) > 1,
+            "it does not go with another parallelism: leave parallelism_config out",
+        ),
         (args.second_order, "the exact gradient does not reach through sharded parameters: leave second_order off"),
     )
     for found, reason in refused:
@@ -263,12 +272,8 @@ def _refuse_sharding(accelerator: Any, args: SophonConfig) -> None:
             raise ValueError(f"The model cannot be sharded like this; {reason}.")
 
 
-def check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, processes: int) -> None:
-    """Whether the processes of a sharded model can share every batch of a simulated adversary.
-
-    Raises:
-        ValueError: A batch is smaller than their number, or its parts would be normalised one by one.
-    """
+def _check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, processes: int) -> None:
+    """Whether the processes of a sharded model can share every batch of a simulated adversary."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ValueError(
             "A sharded model with batch norm would normalise each process's part of a batch by itself: it is not supported. "

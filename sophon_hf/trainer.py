@@ -31,7 +31,7 @@ from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
 from sophon_hf.hub.publish import create_repository, publish
 from sophon_hf.measuring import measure_domains, simulated_error, simulated_metric
-from sophon_hf.preflight import build_domains, check_shares, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
+from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
 from sophon_hf.reinforcement import Distillation, ReinforcementBatches
 from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
@@ -137,11 +137,8 @@ class SophonTrainer(Trainer):
             probes=make_probes(self.model, self.task, self.anatomy, self.domains["restricted"], args),
             second_order=args.second_order,
         )  # fmt: skip
-        if is_sharded(self.model):
-            check_shares(self.model, self.space, self.domains["restricted"], args.world_size)
-        # The processes of a sharded model share their adversaries.
-        process = 0 if is_sharded(self.model) else args.process_index
-        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args, process)
+        shared = is_sharded(self.model)
+        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args, shared)
         self.distillation = Distillation(unprotected, self.task, args.distillation) if args.distillation else None
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)

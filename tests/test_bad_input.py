@@ -387,8 +387,11 @@ def test_a_class_conditional_unet_is_refused(build):
         ({"strategy_space": {"initializations": ["scratch"]}}, "cannot hold 'scratch'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau"),
         ({"fp16": True}, "use bf16=True or full precision"),
-        ({"fsdp": True}, "FSDP and DeepSpeed.*Use `accelerate launch --num_processes N`"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "FSDP and DeepSpeed.*Use `accelerate launch"),
+        ({"fsdp": True}, "several processes, but there is one: use `accelerate launch`"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            "DeepSpeed shards.*not supported. Use `accelerate launch.*or FSDP2",
+        ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no place in Algorithm 1.*leave it out"),
         ({"torch_compile": True}, "torch_compile has no place in Algorithm 1"),
         (

@@ -84,6 +84,10 @@ if __name__ == "__main__":
             "rollbacks": max(e.get("rollbacks", 0) for e in trainer.state.log_history),
         }
         torch.save(result, f"{sys.argv[1]}/{name}-{trainer.args.process_index}.pt")
+    try:
+        build(f"{sys.argv[1]}/sharded", batch_norm=False, fsdp=True)
+    except ValueError as error:
+        torch.save(str(error), f"{sys.argv[1]}/refused-{trainer.args.process_index}.pt")
 """
 
 
@@ -150,6 +154,11 @@ def test_one_process_saves_and_its_file_is_the_model(launched):
         torch.testing.assert_close(
             load_file(launched / case / "model.safetensors"), results(launched, case)[0]["model"], rtol=0, atol=0
         )
+
+
+def test_shards_are_refused_where_accelerate_would_leave_the_model_whole(launched):
+    for message in (torch.load(launched / f"refused-{rank}.pt", weights_only=True) for rank in range(2)):
+        assert "FSDP is asked for, but accelerate runs MULTI_CPU on cpu, where it does not shard" in message
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(launched, script):

@@ -61,7 +61,11 @@ CASES = {
         GUARDED, kind="net", probes=2, persistent=2, horizon=4, distillation=1.0, keep_norms=True, max_grad_norm=1.0,
         max_steps=4, strategy_space=NEW_HEAD,
     ),
-    "diffusion": dict(GUARDED, kind="unet", strategy_space={"learning_rates": [1e-3], "batch_sizes": [8]}),
+    # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
+    "diffusion": dict(
+        GUARDED, kind="unet", adam_epsilon=1e-2,
+        strategy_space={"optimizers": ["sgd"], "learning_rates": [1e-3], "batch_sizes": [8]},
+    ),
     "bf16": dict(PLAIN, bf16=True, strategy_space=NEW_HEAD),
 }
 REFUSED = {
@@ -211,7 +215,17 @@ def results(folder: Path, case: str) -> list[dict]:
     return [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-CASES = ["paper", "loops", "other_classes", "new_blocks", "optimizers", "guarded", "rollbacks", "additions", "diffusion"]
+CASES = [
+    "paper",
+    "loops",
+    "other_classes",
+    "new_blocks",
+    "optimizers",
+    "guarded",
+    "rollbacks",
+    "additions",
+    "diffusion",
+]
 SAVED = ["guarded", "rollbacks", "additions", "diffusion"]
 
 
@@ -240,10 +254,10 @@ def test_two_processes_with_shards_do_what_one_does(launched, whole, case):
     first, second = results(launched, case)
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
     distance, moved = (
-        torch.cat([(state[name] - one["model"][name]).flatten() for name in start]).norm() for state in (first["model"], start)
+        torch.cat([(state[name] - one["model"][name]).flatten() for name in start]).norm()
+        for state in (first["model"], start)
     )
-    # Adam makes a step of a rounding error where a gradient is zero, as some of the small UNet's are.
-    assert distance <= (0.03 if case == "diffusion" else 1e-3) * moved
+    assert distance <= 1e-3 * moved
     assert first["L_FTS"] == pytest.approx(one["L_FTS"], rel=2e-3)
     assert first["rollbacks"] == one["rollbacks"] == (3 if case == "rollbacks" else 0)
     assert (moved > 0.05) == (case != "rollbacks")
@@ -292,13 +306,17 @@ def test_the_protected_model_is_saved_whole(launched, whole, case):
 
 def test_a_sharded_unet_is_saved_as_a_pipeline(launched):
     pipeline = DDPMPipeline.from_pretrained(launched / "diffusion")
-    torch.testing.assert_close(dict(pipeline.unet.state_dict()), results(launched, "diffusion")[0]["model"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(pipeline.unet.state_dict()), results(launched, "diffusion")[0]["model"], rtol=0, atol=0
+    )
 
 
 def test_bf16_shards_agree_with_bf16_on_one_process(launched, whole):
     """Within what bf16 rounds: FSDP gathers bf16 weights, one process casts them where they are used."""
     one, _, start = whole("bf16")
-    moved = [torch.cat([(r["model"][n] - start[n]).flatten() for n in start]) for r in (results(launched, "bf16")[0], one)]
+    moved = [
+        torch.cat([(r["model"][n] - start[n]).flatten() for n in start]) for r in (results(launched, "bf16")[0], one)
+    ]
     assert torch.cosine_similarity(*moved, dim=0) > 0.9
     assert results(launched, "bf16")[0]["L_FTS"] == pytest.approx(one["L_FTS"], rel=0.05)
 
