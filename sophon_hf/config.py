@@ -133,8 +133,8 @@ class SophonConfig(TrainingArguments):
     keep_norms: bool = field(
         default=False,
         metadata={
-            "help": "Put layers whose scale does not matter back to their original norm after every iteration, so that no "
-            "protection rests on inflated weights."
+            "help": "Hold layers whose scale does not matter at the norm of a fresh initialisation, so that no protection rests "
+            "on the scale of weights, and re-scaling them gains an adversary nothing."
         },
     )
     second_order: bool = field(

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.attacks.adaptive import rescale_weights
 from sophon_hf.claim import Claim
 from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
@@ -31,7 +32,7 @@ from sophon_hf.losses import inverse_cross_entropy
 from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
-from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
+from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
 HEAD_ONLY = Anatomy("head", ("body",), 3)
 
@@ -316,15 +317,35 @@ def test_the_unprotected_model_stays_as_it_was(tmp_path):
     assert not torch.equal(trainer.model.body.weight, before["body.weight"])
 
 
-def test_norms_are_kept_where_scale_does_not_matter(tmp_path):
-    norms = {}
+def test_norms_are_those_of_a_fresh_initialisation_where_scale_does_not_matter(tmp_path):
+    ratios = {}
     for keep in (False, True):
         trainer = build(tmp_path / str(keep), alpha=0.1, keep_norms=keep)
-        before = float(trainer.model.body.weight.detach().norm())
+        with torch.no_grad():
+            trainer.model.body.weight.mul_(8.0)
+        fresh = fresh_norms([trainer.model.body])[trainer.model.body]
         trainer.train()
-        norms[keep] = float(trainer.model.body.weight.detach().norm()) / before
-    assert norms[True] == pytest.approx(1.0, abs=1e-5)
-    assert abs(norms[False] - 1) > 0.05
+        ratios[keep] = float(trainer.model.body.weight.detach().norm() / fresh)
+    assert ratios[True] == pytest.approx(1.0, abs=1e-5)
+    assert ratios[False] > 2
+
+
+def test_a_fresh_norm_is_that_of_a_newly_made_layer_and_draws_nothing():
+    layer = nn.Conv2d(3, 64, 3)
+    with torch.no_grad():
+        layer.weight.mul_(8.0)
+    state = torch.get_rng_state()
+    fresh = float(fresh_norms([layer])[layer])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fresh == pytest.approx(float(nn.Conv2d(3, 64, 3).weight.detach().norm()), rel=0.1)
+
+
+def test_a_protected_model_gains_an_adversary_nothing_by_rescaling(tmp_path):
+    trainer = build(tmp_path, alpha=0.1, keep_norms=True)
+    trainer.train()
+    before = trainer.model.body.weight.detach().clone()
+    rescale_weights(trainer.model, trainer.task, trainer.domains["restricted"])
+    torch.testing.assert_close(trainer.model.body.weight.detach(), before)
 
 
 def test_setting_a_norm_does_not_change_the_function():
