@@ -20,6 +20,7 @@ from sophon_hf.data import Domain, build_domain, load_domain
 from sophon_hf.data.domains import Source, label_column, split_indices
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, preserved
 from sophon_hf.probes import Probes
+from sophon_hf.reinforcement import Distillation
 from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
 
 logger = logging.getLogger(__name__)
@@ -247,3 +248,22 @@ def make_probes(
         raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
     loss = choose_loss(task, args.suppression_loss)
     return Probes(model, anatomy, args.probes, restricted.num_classes, loss)
+
+
+def make_distillation(model: nn.Module, task: Task, original: Domain, args: SophonConfig) -> Distillation | None:
+    """The distillation that the arguments ask for; None where they ask for none.
+
+    Raises:
+        ValueError: Examples of the original domain cannot be mixed.
+    """
+    if not args.distillation:
+        return None
+    if args.mixing:
+        main = task.inputs(model).main
+        values = first_rows(task, original, args.device).get(main)
+        if original.labels is None or not values.is_floating_point():
+            what = "the task has no labels" if original.labels is None else f"{main!r} holds {values.dtype}"
+            raise ValueError(
+                f"mixing needs a classifier of continuous inputs, such as pixels, but {what}: leave it off."
+            )
+    return Distillation(model, task, args.distillation, args.mixing)

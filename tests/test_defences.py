@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from test_suppression import Net, assert_gradient, evaluation_mode, make_environ
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TrainerCallback,
@@ -30,6 +33,7 @@ from sophon_hf.data import Domain, build_domain
 from sophon_hf.finetuning import PersistentAdversary
 from sophon_hf.losses import inverse_cross_entropy
 from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits
+from sophon_hf.reinforcement import mix_second_half
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
@@ -307,6 +311,67 @@ def test_distillation_adds_the_divergence_from_the_unprotected_model(tmp_path):
     expected = -ours.log()[torch.arange(10), batch["labels"]].mean() + 2 * divergence
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
     assert divergence > 0.01
+
+
+def test_mixtures_are_made_of_the_second_half_and_count_in_the_distance_only(tmp_path):
+    trainer = build(tmp_path, distillation=2.0, mixing=True)
+    with torch.no_grad():
+        trainer.model.head.weight.mul_(3.0)
+    trainer.model.eval()
+    batch = {"x": torch.randn(9, 6), "labels": torch.arange(9) % 3}
+    torch.manual_seed(3)
+    mixed, labelled = mix_second_half(batch)
+    assert labelled == 5
+    torch.testing.assert_close(mixed["x"][:5], batch["x"][:5], rtol=0, atol=0)
+    for index in range(4):
+        x, other = batch["x"][5 + index], batch["x"][index]
+        share = ((mixed["x"][5 + index] - x) / (other - x)).mean()
+        assert 0 <= float(share) <= 1
+        torch.testing.assert_close(mixed["x"][5 + index], x + share * (other - x))
+    ours, theirs = (m(mixed["x"]).softmax(1) for m in (trainer.model, trainer.distillation.unprotected))
+    divergence = (theirs * (theirs.log() - ours.log())).sum(1).mean()
+    expected = -ours.log()[torch.arange(5), batch["labels"][:5]].mean() + 2 * divergence
+    torch.manual_seed(3)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
+def test_images_are_mirrored_before_they_are_mixed():
+    images = torch.rand(64, 3, 4, 4)
+    batch = {
+        "pixel_values": images,
+        "labels": torch.zeros(64, dtype=torch.int64),
+        "mask": torch.ones(64, dtype=torch.int64),
+    }
+    mixed, labelled = mix_second_half(batch)
+    assert labelled == 32
+    assert torch.equal(mixed["mask"], batch["mask"])
+    seen = set()
+    for index in range(32):
+        for own, other in ((o, p) for o in (0, 1) for p in (0, 1)):
+            x, y = images[32 + index], images[index]
+            x, y = x.flip(-1) if own else x, y.flip(-1) if other else y
+            share = (mixed["pixel_values"][32 + index] - x) / (y - x)
+            if share.std() < 1e-2 * share.mean().abs().clamp_min(1e-2):
+                seen.add((own, other))
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_mixing_needs_distillation_and_continuous_inputs(tmp_path):
+    with pytest.raises(ValueError, match="set `distillation` too"):
+        SophonConfig(mixing=True)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    tokens = datasets.Dataset.from_dict(
+        {"input_ids": [[i % 20, 3, 4] for i in range(40)], "label": [i % 2 for i in range(40)]},
+        features=datasets.Features(
+            {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=["a", "b"])}
+        ),
+    )
+    args = SophonConfig(str(tmp_path), distillation=1.0, mixing=True, use_cpu=True)
+    with pytest.raises(ValueError, match="'input_ids' holds torch.int64"):
+        SophonTrainer(BertForSequenceClassification(config), tokens, tokens, args)
 
 
 def test_the_unprotected_model_stays_as_it_was(tmp_path):
