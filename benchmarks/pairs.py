@@ -144,7 +144,7 @@ def animals(cache: Path, seed: int = 0) -> Pair:
     original_validation, original = split_domain(parts["original", "train"], seed=seed, share=0.1)
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     torch.manual_seed(seed)
-    model = ResidualNet(len(original_classes))
+    model = ResidualNet(len(original_classes)).to(memory_format=torch.channels_last)  # A quarter faster on a CPU.
     needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
@@ -197,7 +197,7 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
     original_validation, original_test = split_domain(source["test"], seed=seed, share=0.2)
     model = ResNet20(num_classes=10)
     load_model(model, DATA.parent / "weights" / "resnet20_cifar10.safetensors")
-    model = model.eval().to(memory_format=torch.channels_last)  # A fifth faster, in protection and in every attack.
+    model = model.eval().to(memory_format=torch.channels_last)  # As above.
     return Pair(
         model=model,
         original=source["train"],
