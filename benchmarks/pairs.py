@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from safetensors.torch import load_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,6 +50,42 @@ class ResidualNet(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.head(self.stages(self.stem(pixel_values)).mean(dim=(2, 3)))
+
+
+class SubsampledBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm; the shortcut drops every second pixel and pads channels with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(out + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding)))
+
+
+class ResNet20(nn.Module):
+    """The `cifar100` model, of He et al. (2016): three stages of three blocks, 0.27 M parameters at 10 classes."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(
+                *(SubsampledBlock(*sizes) for sizes in ((inputs, outputs, stride), *[(outputs, outputs, 1)] * 2))
+            )
+            for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+        )
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(pixel_values)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
 
 
 @dataclass
@@ -107,7 +144,7 @@ def animals(cache: Path, seed: int = 0) -> Pair:
     original_validation, original = split_domain(parts["original", "train"], seed=seed, share=0.1)
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     torch.manual_seed(seed)
-    model = ResidualNet(len(original_classes))
+    model = ResidualNet(len(original_classes)).to(memory_format=torch.channels_last)  # A quarter faster on a CPU.
     needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
@@ -128,6 +165,50 @@ def animals(cache: Path, seed: int = 0) -> Pair:
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), weights)
     return pair
+
+
+def _normalised(dataset: datasets.Dataset) -> datasets.Dataset:
+    """32x32, as the weights of `cifar100` expect them."""
+
+    def normalise(rows: dict) -> dict:
+        import numpy as np
+
+        pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in rows["image"]]) / 255
+        pixels = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+        return {"pixel_values": pixels.transpose(0, 3, 1, 2)}
+
+    features = datasets.Features(
+        {"pixel_values": datasets.Array3D((3, 32, 32), "float32"), "label": dataset.features["label"]}
+    )
+    return dataset.map(normalise, batched=True, remove_columns=["image"], features=features).with_format("numpy")
+
+
+def cifar100(cache: Path, seed: int = 0) -> Pair:
+    """CIFAR-10 is original, 20 classes of CIFAR-100 restricted; the model has real weights, trained elsewhere.
+
+    They were trained on all training images of CIFAR-10, so the guard's data are a fifth of the test images, and
+    intactness is measured on the others.
+    """
+    source = {n: _normalised(load_domain(str(DATA / "cifar10"), n)) for n in ("train", "test")}
+    restricted = {n: _normalised(load_domain(str(DATA / "cifar100_20"), n)) for n in ("train", "test")}
+    defender, adversary = split_domain(restricted["train"], seed=seed)
+    validation, adversary = split_domain(adversary, seed=seed, share=0.1)
+    defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
+    original_validation, original_test = split_domain(source["test"], seed=seed, share=0.2)
+    model = ResNet20(num_classes=10)
+    load_model(model, DATA.parent / "weights" / "resnet20_cifar10.safetensors")
+    model = model.eval().to(memory_format=torch.channels_last)  # As above.
+    return Pair(
+        model=model,
+        original=source["train"],
+        original_validation=original_validation,
+        original_test=build_domain(original_test, infer_task(model).inputs(model), name="original"),
+        defender=defender,
+        defender_validation=defender_validation,
+        adversary=adversary,
+        validation=validation,
+        restricted_test=restricted["test"],
+    )
 
 
 def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, size: int = 128, seed: int = 0) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 DOCS = Path(__file__).parent.parent / "docs"
 INTRODUCTION = """# Results
@@ -27,26 +28,58 @@ def percent(transfer: dict) -> str:
     return f"{transfer['value']:.0%} [{low:.0%}, {high:.0%}]"
 
 
+def over_seeds(records: list[dict]) -> list[str]:
+    """One row a protection that was made with several seeds: mean and SD of what each seed's record says."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[n] for n in ("pair", "protection", "sweep", "examples")), []).append(record)
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    if not groups:
+        return []
+    lines = [
+        "Over protection seeds, mean ± SD:",
+        "",
+        "| pair | protection | sweep | adversary's images | seeds | RT, worst case | worst seed | original accuracy lost, points |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, group in sorted(groups.items()):
+        transfers = [r["recovered_transfer"]["value"] for r in group]
+        lost = [100 * (r["original_accuracy"]["before"] - r["original_accuracy"]["after"]) for r in group]
+        transfer = worst = "void in a seed"
+        if None not in transfers:
+            transfer = f"{mean(transfers):.0%} ± {100 * stdev(transfers):.0f}"
+            worst = f"{max(transfers):.0%}"
+        lines.append(
+            f"| {' | '.join(map(str, key))} | {len(group)} | {transfer} | {worst} | {mean(lost):.1f} ± {stdev(lost):.1f} |"
+        )
+    return [*lines, ""]
+
+
 def overview(records: list[dict]) -> list[str]:
     """One row a record."""
     lines = [
-        "| pair | protection | sweep | adversary's images | RT, worst case | RT, direct only | original accuracy |",
-        "|---|---|---|---|---|---|---|",
+        "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(records, key=lambda r: -float(r["recovered_transfer"]["value"] or "inf")):
         before, after = r["original_accuracy"]["before"], r["original_accuracy"]["after"]
         lines.append(
-            f"| {r['pair']} | {r['protection']} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
+            f"| {r['pair']} | {r['protection']} | {seed(r)} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
             f"| {percent(r['recovered_transfer_direct'])} | {before:.1%} → {after:.1%} |"
         )
     return lines
+
+
+def seed(record: dict) -> int:
+    """The protection's."""
+    return record["protection_run"].get("asked", {}).get("seed", 0)
 
 
 def details(record: dict) -> list[str]:
     """Every attack of a record: mean ± SD of the final test accuracy."""
     models = [m for m in ("protected", "original", "ntl", "scratch") if any(m in row for row in record["table"])]
     lines = [
-        f"## {record['pair']}, {record['protection']}, `{record['sweep']}`, {record['examples']} images",
+        f"## {record['pair']}, {record['protection']}, seed {seed(record)}, `{record['sweep']}`, {record['examples']} images",
         "",
         f"    {record['command']}",
         "",
@@ -119,7 +152,7 @@ def main() -> None:
     records = [json.loads(path.read_text()) for path in sorted((DOCS / "results").glob("*.json"))]
     papers = [record for record in records if "scale" in record]
     records = [record for record in records if "scale" not in record]
-    lines = overview(records) + [""] + [line for record in records for line in details(record)]
+    lines = over_seeds(records) + overview(records) + [""] + [line for record in records for line in details(record)]
     if papers:
         lines += ["## The paper's tables", "", (DOCS / "results" / "paper.md").read_text()]
         lines += [line for record in papers for line in paper_table(record)]

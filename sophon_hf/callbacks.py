@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sophon_hf.sharding import norm_of
-from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
+from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
 
 class ProtectionProgress(TrainerCallback):
@@ -62,7 +61,10 @@ class EvaluateLastStep(TrainerCallback):
 
 
 class KeepNorms(TrainerCallback):
-    """Put layers whose scale the function does not depend on back to the norm that they have now, after every iteration.
+    """Hold layers whose scale the function does not depend on at the norm of a fresh initialisation.
+
+    There a step moves them as far as it moves a new model's: an adversary who re-scales them gains nothing, and every
+    simulated adversary has done so already.
 
     Args:
         model: Unwrapped.
@@ -71,8 +73,15 @@ class KeepNorms(TrainerCallback):
 
     def __init__(self, model: nn.Module, predict: Callable[[], Tensor]):
         self.layers = scale_invariant_layers(model, predict)
-        self.norms = {layer: norm_of(layer.weight) for layer in self.layers}
+        self.norms = fresh_norms(self.layers)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # A checkpoint has them already, and resumes bit for bit.
+            self._set_norms()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._set_norms()
+
+    def _set_norms(self) -> None:
         for layer, normalisations in self.layers.items():
             set_norm(layer, normalisations, self.norms[layer])

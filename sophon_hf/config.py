@@ -130,11 +130,19 @@ class SophonConfig(TrainingArguments):
             "holds a second copy of the model."
         },
     )
+    mixing: bool = field(
+        default=False,
+        metadata={
+            "help": "Distil on mixtures too: half of each batch of O is replaced by convex mixtures of two examples, images "
+            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation, and "
+            "continuous inputs."
+        },
+    )
     keep_norms: bool = field(
         default=False,
         metadata={
-            "help": "Put layers whose scale does not matter back to their original norm after every iteration, so that no "
-            "protection rests on inflated weights."
+            "help": "Hold layers whose scale does not matter at the norm of a fresh initialisation, so that no protection rests "
+            "on the scale of weights, and re-scaling them gains an adversary nothing."
         },
     )
     second_order: bool = field(
@@ -213,6 +221,8 @@ class SophonConfig(TrainingArguments):
             raise ValueError(
                 f"persistent is {self.persistent}, but an iteration simulates N x l_FTS = {self.N * self.l_FTS} adversaries."
             )
+        if self.mixing and not self.distillation:
+            raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):

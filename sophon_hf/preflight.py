@@ -22,6 +22,7 @@ from sophon_hf.data import Domain, build_domain, load_domain
 from sophon_hf.data.domains import Source, label_column, split_indices
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, held_out_examples, preserved
 from sophon_hf.probes import Probes
+from sophon_hf.reinforcement import Distillation
 from sophon_hf.sharding import is_sharded
 from sophon_hf.tasks import Anatomy, Task, evaluation_mode, first_rows
 
@@ -302,3 +303,24 @@ def make_probes(
         raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
     loss = choose_loss(task, args.suppression_loss)
     return Probes(model, anatomy, args.probes, restricted.num_classes, loss)
+
+
+def make_distillation(
+    unprotected: nn.Module | None, task: Task, original: Domain, args: SophonConfig
+) -> Distillation | None:
+    """The distillation that the arguments ask for, from a copy of the model; None where they ask for none.
+
+    Raises:
+        ValueError: Examples of the original domain cannot be mixed.
+    """
+    if not args.distillation:
+        return None
+    if args.mixing:
+        main = task.inputs(unprotected).main
+        values = first_rows(task, original, args.device).get(main)
+        if original.labels is None or not values.is_floating_point():
+            what = "the task has no labels" if original.labels is None else f"{main!r} holds {values.dtype}"
+            raise ValueError(
+                f"mixing needs a classifier of continuous inputs, such as pixels, but {what}: leave it off."
+            )
+    return Distillation(unprotected, task, args.distillation, args.mixing)

@@ -46,14 +46,46 @@ class Distillation:
         unprotected: A copy of the model as it is before protection.
         task: What is learned.
         weight: Of the distance.
+        mixing: Replace the second half of every batch by mixtures, which the task's loss leaves out.
     """
 
-    def __init__(self, unprotected: nn.Module, task: Task, weight: float):
+    def __init__(self, unprotected: nn.Module, task: Task, weight: float, mixing: bool = False):
         self.unprotected, self.task, self.weight = unprotected.eval().requires_grad_(False), task, weight
+        self.mixing = mixing
 
-    def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """L_beta, a scalar."""
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """L_beta, a scalar, and the model's prediction."""
+        labelled = None
+        if self.mixing:
+            batch, labelled = mix_second_half(batch)
+        prediction = self.task.predict(model, batch)
         with torch.no_grad():
             unprotected = self.task.predict(self.unprotected, batch)
         distance = self.task.distance(prediction, unprotected)
-        return self.task.loss(prediction, self.task.target(batch)) + self.weight * distance
+        loss = self.task.loss(prediction[:labelled], self.task.target(batch)[:labelled])
+        return loss + self.weight * distance, prediction
+
+
+def mix_second_half(batch: Batch) -> tuple[Batch, int]:
+    """Replace the second half of a batch's inputs by mixtures x + s (x' - x) of two of its examples, s uniform in [0, 1].
+
+    Images, shape (batch, channels, height, width), are mirrored before with probability 1/2.
+
+    Returns:
+        The batch, and how many of its examples are not mixed, so that their labels fit.
+    """
+    size = len(batch["labels"])
+    half = size - size // 2
+    inputs = {name: values for name, values in batch.items() if name != "labels" and values.is_floating_point()}
+    device = batch["labels"].device
+    share, mirrored = torch.rand(size - half).to(device), (torch.rand(size) < 0.5).to(device)
+
+    def along(factor: Tensor, values: Tensor) -> Tensor:
+        return factor.view(-1, *[1] * (values.ndim - 1))
+
+    mixed = {}
+    for name, values in inputs.items():
+        turned = torch.where(along(mirrored, values), values.flip(-1), values) if values.ndim == 4 else values
+        mixture = torch.lerp(turned[half:], turned[: size - half], along(share, values).to(values.dtype))
+        mixed[name] = torch.cat([values[:half], mixture])
+    return {**batch, **mixed}, half

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sophon_hf.trainer import SophonTrainer
 
 # Fields of `SophonConfig` that go beyond the paper.
-ADDITIONS = ("probes", "persistent", "distillation", "keep_norms")
+ADDITIONS = ("probes", "persistent", "distillation", "mixing", "keep_norms")
 MAX_SHARD_SIZE = "5GB"
 _PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "safetensors")
 

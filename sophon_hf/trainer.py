@@ -31,8 +31,15 @@ from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
 from sophon_hf.hub.publish import create_repository, publish
 from sophon_hf.measuring import measure_domains, simulated_error, simulated_metric
-from sophon_hf.preflight import build_domains, choose_loss, fit_strategies, make_probes, refuse_launcher_settings
-from sophon_hf.reinforcement import Distillation, ReinforcementBatches
+from sophon_hf.preflight import (
+    build_domains,
+    choose_loss,
+    fit_strategies,
+    make_distillation,
+    make_probes,
+    refuse_launcher_settings,
+)
+from sophon_hf.reinforcement import ReinforcementBatches
 from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
@@ -123,7 +130,7 @@ class SophonTrainer(Trainer):
         if self.accelerator.is_fsdp2:
             self._skeleton = skeleton(self.model)
             self.model = self.model_wrapped = shard(self.model, self.accelerator)
-            unprotected = unprotected and shard(unprotected, self.accelerator)
+            unprotected = None if unprotected is None else shard(unprotected, self.accelerator)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
@@ -139,7 +146,7 @@ class SophonTrainer(Trainer):
         )  # fmt: skip
         shared = is_sharded(self.model)
         self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args, shared)
-        self.distillation = Distillation(unprotected, self.task, args.distillation) if args.distillation else None
+        self.distillation = make_distillation(unprotected, self.task, self.domains["original"], args)
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)
             self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
@@ -207,12 +214,11 @@ class SophonTrainer(Trainer):
         """mu * L_beta (eq. 6), the mean over the batch."""
         if self.reinforcement_loss is not None:
             loss, prediction = self.reinforcement_loss(model, inputs), None
+        elif self.distillation is not None:
+            loss, prediction = self.distillation(model, inputs)
         else:
             prediction = self.task.predict(model, inputs)
-            if self.distillation is not None:
-                loss = self.distillation(prediction, inputs)
-            else:
-                loss = self.task.loss(prediction, self.task.target(inputs))
+            loss = self.task.loss(prediction, self.task.target(inputs))
         loss = self.args.mu * loss
         return (loss, {"prediction": prediction}) if return_outputs else loss
 

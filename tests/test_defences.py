@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from test_suppression import Net, assert_gradient, evaluation_mode, make_environ
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TrainerCallback,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.attacks.adaptive import rescale_weights
 from sophon_hf.claim import Claim
 from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
@@ -29,9 +33,10 @@ from sophon_hf.data import Domain, build_domain
 from sophon_hf.finetuning import PersistentAdversary
 from sophon_hf.losses import inverse_cross_entropy
 from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits
+from sophon_hf.reinforcement import mix_second_half
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
-from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
+from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
 HEAD_ONLY = Anatomy("head", ("body",), 3)
 
@@ -308,6 +313,67 @@ def test_distillation_adds_the_divergence_from_the_unprotected_model(tmp_path):
     assert divergence > 0.01
 
 
+def test_mixtures_are_made_of_the_second_half_and_count_in_the_distance_only(tmp_path):
+    trainer = build(tmp_path, distillation=2.0, mixing=True)
+    with torch.no_grad():
+        trainer.model.head.weight.mul_(3.0)
+    trainer.model.eval()
+    batch = {"x": torch.randn(9, 6), "labels": torch.arange(9) % 3}
+    torch.manual_seed(3)
+    mixed, labelled = mix_second_half(batch)
+    assert labelled == 5
+    torch.testing.assert_close(mixed["x"][:5], batch["x"][:5], rtol=0, atol=0)
+    for index in range(4):
+        x, other = batch["x"][5 + index], batch["x"][index]
+        share = ((mixed["x"][5 + index] - x) / (other - x)).mean()
+        assert 0 <= float(share) <= 1
+        torch.testing.assert_close(mixed["x"][5 + index], x + share * (other - x))
+    ours, theirs = (m(mixed["x"]).softmax(1) for m in (trainer.model, trainer.distillation.unprotected))
+    divergence = (theirs * (theirs.log() - ours.log())).sum(1).mean()
+    expected = -ours.log()[torch.arange(5), batch["labels"][:5]].mean() + 2 * divergence
+    torch.manual_seed(3)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
+def test_images_are_mirrored_before_they_are_mixed():
+    images = torch.rand(64, 3, 4, 4)
+    batch = {
+        "pixel_values": images,
+        "labels": torch.zeros(64, dtype=torch.int64),
+        "mask": torch.ones(64, dtype=torch.int64),
+    }
+    mixed, labelled = mix_second_half(batch)
+    assert labelled == 32
+    assert torch.equal(mixed["mask"], batch["mask"])
+    seen = set()
+    for index in range(32):
+        for own, other in ((o, p) for o in (0, 1) for p in (0, 1)):
+            x, y = images[32 + index], images[index]
+            x, y = x.flip(-1) if own else x, y.flip(-1) if other else y
+            share = (mixed["pixel_values"][32 + index] - x) / (y - x)
+            if share.std() < 1e-2 * share.mean().abs().clamp_min(1e-2):
+                seen.add((own, other))
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_mixing_needs_distillation_and_continuous_inputs(tmp_path):
+    with pytest.raises(ValueError, match="set `distillation` too"):
+        SophonConfig(mixing=True)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    tokens = datasets.Dataset.from_dict(
+        {"input_ids": [[i % 20, 3, 4] for i in range(40)], "label": [i % 2 for i in range(40)]},
+        features=datasets.Features(
+            {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=["a", "b"])}
+        ),
+    )
+    args = SophonConfig(str(tmp_path), distillation=1.0, mixing=True, use_cpu=True)
+    with pytest.raises(ValueError, match="'input_ids' holds torch.int64"):
+        SophonTrainer(BertForSequenceClassification(config), tokens, tokens, args)
+
+
 def test_the_unprotected_model_stays_as_it_was(tmp_path):
     trainer = build(tmp_path, distillation=1.0, alpha=0.1)
     before = copy.deepcopy(trainer.model.state_dict())
@@ -316,15 +382,35 @@ def test_the_unprotected_model_stays_as_it_was(tmp_path):
     assert not torch.equal(trainer.model.body.weight, before["body.weight"])
 
 
-def test_norms_are_kept_where_scale_does_not_matter(tmp_path):
-    norms = {}
+def test_norms_are_those_of_a_fresh_initialisation_where_scale_does_not_matter(tmp_path):
+    ratios = {}
     for keep in (False, True):
         trainer = build(tmp_path / str(keep), alpha=0.1, keep_norms=keep)
-        before = float(trainer.model.body.weight.detach().norm())
+        with torch.no_grad():
+            trainer.model.body.weight.mul_(8.0)
+        fresh = fresh_norms([trainer.model.body])[trainer.model.body]
         trainer.train()
-        norms[keep] = float(trainer.model.body.weight.detach().norm()) / before
-    assert norms[True] == pytest.approx(1.0, abs=1e-5)
-    assert abs(norms[False] - 1) > 0.05
+        ratios[keep] = float(trainer.model.body.weight.detach().norm() / fresh)
+    assert ratios[True] == pytest.approx(1.0, abs=1e-5)
+    assert ratios[False] > 2
+
+
+def test_a_fresh_norm_is_that_of_a_newly_made_layer_and_draws_nothing():
+    layer = nn.Conv2d(3, 64, 3)
+    with torch.no_grad():
+        layer.weight.mul_(8.0)
+    state = torch.get_rng_state()
+    fresh = float(fresh_norms([layer])[layer])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fresh == pytest.approx(float(nn.Conv2d(3, 64, 3).weight.detach().norm()), rel=0.1)
+
+
+def test_a_protected_model_gains_an_adversary_nothing_by_rescaling(tmp_path):
+    trainer = build(tmp_path, alpha=0.1, keep_norms=True)
+    trainer.train()
+    before = trainer.model.body.weight.detach().clone()
+    rescale_weights(trainer.model, trainer.task, trainer.domains["restricted"])
+    torch.testing.assert_close(trainer.model.body.weight.detach(), before)
 
 
 def test_setting_a_norm_does_not_change_the_function():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
 from sophon_hf.tasks import Task, first_rows, to_device
-from sophon_hf.tasks.scales import scale_invariant_layers, set_norm
+from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
@@ -79,10 +77,9 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     layers = scale_invariant_layers(model, lambda: task.predict(model, sample))
     if not layers:
         raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
-    for layer, norms in layers.items():
-        fresh = copy.deepcopy(layer)
-        fresh.reset_parameters()
-        set_norm(layer, norms, fresh.weight.norm())
+    norms = fresh_norms(layers)
+    for layer, normalisations in layers.items():
+        set_norm(layer, normalisations, norms[layer])
     return len(layers)
 
 

@@ -86,5 +86,5 @@ def _content_hash(domain: Domain) -> str:
     for indices in torch.arange(len(domain)).split(_CHUNK):
         for name, values in sorted(domain.rows(indices).items()):
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.contiguous().view(torch.uint8).numpy().data if values.ndim else b"")
+            digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data if values.ndim else b"")
     return digest.hexdigest()

@@ -70,7 +70,7 @@ def hash_state(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             if tensor.ndim
             else str(tensor.item()).encode()
         )

@@ -5,12 +5,12 @@ Their norm only divides the effect of every gradient step, so it may hide what a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from sophon_hf.sharding import local, norm_of
+from sophon_hf.sharding import copy_of, local, norm_of
 from sophon_hf.tasks.anatomy import NORMALISATIONS
 from sophon_hf.tasks.models import evaluation_mode
 
@@ -37,6 +37,19 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
                 invariant[layer] = norms
             _scale(layer, norms, 0.5)
     return invariant
+
+
+@torch.no_grad()
+def fresh_norms(layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
+    """The norm of each layer's weight, were it newly initialised; a scalar on its device, the same at every call."""
+    norms = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in layers:
+            fresh = copy_of(layer).cpu()
+            fresh.reset_parameters()
+            norms[layer] = fresh.weight.norm().to(layer.weight.device)
+    return norms
 
 
 @torch.no_grad()
