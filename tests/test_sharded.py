@@ -200,7 +200,7 @@ def launched(tmp_path_factory) -> Path:
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu",
     }  # fmt: skip
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder
 
