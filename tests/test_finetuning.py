@@ -295,11 +295,14 @@ def test_a_step_of_a_real_model_follows_its_gradient(name):
     torch.manual_seed(0)
     model = MODELS[name]()
     task, batch, before = infer_task(model), make_batch(model), state(model)
-    for _ in prepare(model, optimizer="sgd", learning_rate=0.5):
+    fine_tuning = prepare(model, optimizer="sgd", learning_rate=0.5)
+    torch.manual_seed(1)  # Of dropout.
+    for _ in fine_tuning:
         pass
     after = state(model)
     model.load_state_dict(before, strict=False)
     model.train().zero_grad()
+    torch.manual_seed(1)
     task.loss(task.predict(model, batch), task.target(batch)).backward()
     for parameter_name, parameter in model.named_parameters():
         expected = before[parameter_name] - (0 if parameter.grad is None else 0.5 * parameter.grad)
