@@ -56,15 +56,16 @@ def evaluate_model(
     device = next(model.parameters()).device
     scores: dict[str, list[torch.Tensor]] = {}
     losses = []
-    for indices in torch.arange(rank, len(domain), world_size).split(batch_size):
-        batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
-        with evaluation_mode(model), autocast():
-            prediction = task.predict(model, batch)
-        target = task.target(batch)
-        loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
-        losses.append(loss.double() * len(indices))
-        for name, values in task.scores(prediction, target).items():
-            scores.setdefault(name, []).append(values)
+    with evaluation_mode(model):
+        for indices in torch.arange(rank, len(domain), world_size).split(batch_size):
+            batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
+            with autocast():
+                prediction = task.predict(model, batch)
+            target = task.target(batch)
+            loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
+            losses.append(loss.double() * len(indices))
+            for name, values in task.scores(prediction, target).items():
+                scores.setdefault(name, []).append(values)
     gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:
