@@ -28,4 +28,7 @@ TAR_LIKE: dict[str, Any] = {
     },
 }
 
-BASELINES = {"imma-like": IMMA_LIKE, "tar-like": TAR_LIKE}
+# Condition-number immunisation (arXiv 2505.23760): no adversary is simulated; see condition_number.py.
+CONDITION_NUMBER_LIKE: dict[str, Any] = {"l_FTS": 0, "beta": 1e-3, "max_steps": 1000, "lr_scheduler_type": "cosine"}
+
+BASELINES = {"imma-like": IMMA_LIKE, "tar-like": TAR_LIKE, "condition-number-like": CONDITION_NUMBER_LIKE}

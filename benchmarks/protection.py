@@ -21,6 +21,7 @@ from pathlib import Path
 import pairs
 import torch
 from baselines import BASELINES
+from condition_number import ConditionNumber
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
 from sophon_hf.attacks.ntl import train_ntl
@@ -28,6 +29,7 @@ from sophon_hf.attacks.results import AttackResults, write_atomically
 from sophon_hf.config import PRESETS
 from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.saving import load_weights
 from sophon_hf.tasks import evaluate_model, infer_task
 
 SETTINGS = {**PRESETS, **BASELINES}
@@ -57,7 +59,10 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
             raise ValueError(
                 f"{folder} was protected with {record['asked']}, not {asked}: give this one another --name."
             )
-        load_model(model, folder / "model.safetensors")
+        if (folder / "model_index.json").exists():
+            load_weights(model, folder)
+        else:
+            load_model(model, folder / "model.safetensors")
         return model, record
     trainer = SophonTrainer(
         model,
@@ -66,6 +71,8 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         config,
         eval_dataset={"original": pair.original_validation, "restricted": pair.defender_validation},
     )
+    if options.preset == "condition-number-like":
+        trainer.reinforcement_loss = ConditionNumber(trainer.task, trainer.anatomy.head, trainer.domains["restricted"])
     started = any(folder.glob("checkpoint-*")) if folder.exists() else False
     trainer.train(resume_from_checkpoint=started or None)
     record = {
@@ -121,7 +128,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
-    parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline")
+    parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline; 0 leaves it out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
     parser.add_argument("--work", type=Path, default=Path("runs/protection"))
     options = parser.parse_args()
@@ -133,16 +140,18 @@ def main() -> None:
     task = infer_task(pair.model)
     folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
     protected, protection = protect(pair, folder, options)
-    baseline = ntl(pair, options.work, options)
+    # NTL is a method for classifiers.
+    with_ntl = task.greater_is_better and options.ntl_steps
+    baselines = {"ntl": ntl(pair, options.work, options)} if with_ntl else {}
     adversary = pair.adversary_dataset(options.examples or None)
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation, baselines={"ntl": baseline},
+        validation_dataset=pair.validation, baselines=baselines,
     )  # fmt: skip
     intact = {
         n: evaluate_model(task, m, pair.original_test, 500).metric
-        for n, m in (("before", pair.model), ("after", protected), ("ntl", baseline))
+        for n, m in {"before": pair.model, "after": protected, **baselines}.items()
     }
     transfer = results.recovered_transfer()
     direct = results.recovered_transfer(
@@ -150,9 +159,9 @@ def main() -> None:
     )
     record = {
         "pair": options.pair, "protection": options.name, "sweep": Path(options.sweep).stem, "examples": len(adversary),
-        "seeds": options.seeds, "original_accuracy": intact,
-        "best": {m: vars(results.best(m)) | {"strategy": results.best(m).strategy.name} for m in MODELS},
-        "ntl_steps": options.ntl_steps,
+        "seeds": options.seeds, "metric": task.metric, f"original_{task.metric}": intact,
+        "best": {m: vars(b) | {"strategy": b.strategy.name} for m in MODELS if (b := results.best(m))},
+        "ntl_steps": options.ntl_steps if baselines else None,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
         "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
@@ -163,14 +172,19 @@ def main() -> None:
     name = f"{options.pair}-{options.name}-{options.seed}-{Path(options.sweep).stem}-{len(adversary)}.json"
     write_atomically(options.results / name, json.dumps(record, indent=1))
     print(
-        f"original accuracy {intact['before']:.3f} -> {intact['after']:.3f} (NTL {intact['ntl']:.3f}); recovered transfer {transfer}; direct only {direct}"
+        f"original {task.metric}: {', '.join(f'{n} {v:.3f}' for n, v in intact.items())}; "
+        f"recovered transfer {transfer}; direct only {direct}"
     )
     for row in record["table"]:
         print(
             f"{row['attack']:60}",
             *(f"{m} {row[m][0]:.3f} ± {row[m][1]:.3f}" for m in MODELS if m in row),
         )
-    print(json.dumps({key: record[key] for key in ("pair", "protection", "original_accuracy", "recovered_transfer")}))
+    print(
+        json.dumps(
+            {key: record[key] for key in ("pair", "protection", f"original_{task.metric}", "recovered_transfer")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -365,10 +365,11 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
     cells: dict[tuple[str, FineTuningStrategy], list[Cell]] = {}
     for cell in results.cells:
         cells.setdefault((cell.model, cell.strategy), []).append(cell)
+    stopped = {model: results.stopped(model) for model in dict.fromkeys(cell.model for cell in results.cells)}
     found = []
     for (model, strategy), group in cells.items():
         ended = [cell for cell in group if cell.curve is not None]
-        best = results.best(model, [strategy])
+        best = stopped[model].get(strategy)
         point = ended[0].curve.epoch.index(best.epoch) if best is not None else -1
         found.append(
             AttackFigures(
@@ -376,7 +377,7 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
                 strategy=strategy.to_dict(),
                 seeds=[cell.seed for cell in ended],
                 epoch=None if best is None else best.epoch,
-                validation=None if best is None else float(np.mean([c.curve.validation[point] for c in ended])),
+                validation=None if best is None else best.validation,
                 test=[finite_or_none(cell.curve.test[point]) for cell in ended],
                 final=[finite_or_none(cell.curve.test[-1]) for cell in ended],
                 failed=sum(cell.failed for cell in group),

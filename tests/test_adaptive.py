@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import datasets
+import peft.mapping
 import pytest
 import torch
 from conftest import TinyNet, make_points
@@ -16,7 +17,7 @@ from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks import run_attack
 from sophon_hf.attacks.adaptive import prepare_model, reestimate_batch_norm, rescale_weights, shrink_and_perturb
 from sophon_hf.data import build_domain
-from sophon_hf.finetuning import FineTuning, NotApplicableError
+from sophon_hf.finetuning import FineTuning, NotApplicableError, adapters
 from sophon_hf.finetuning.strategy import ADAPTERS
 from sophon_hf.tasks import infer_task
 
@@ -318,3 +319,28 @@ def test_adapters_leave_grouped_convolutions_alone():
     FineTuning(model, task, strategy, [batch], 1, anatomy=task.anatomy(model, batch))
     assert type(model.conv1) is not nn.Conv2d
     assert type(model.conv2) is nn.Conv2d
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_layer_that_peft_refuses_makes_the_adapter_not_applicable(monkeypatch, adapter):
+    monkeypatch.setattr(adapters, "_takes", lambda strategy, module: isinstance(module, nn.BatchNorm2d))
+    with pytest.raises(NotApplicableError, match=f"peft cannot put {adapter} on ConvNet: .*(supported|implemented)"):
+        make_adapted("conv", adapter)
+
+
+def test_an_error_inside_peft_is_not_taken_for_a_refusal(model, domain):
+    # A computed weight, which AdaLoRA tries to freeze.
+    model.body = nn.utils.parametrizations.weight_norm(model.body)
+    task, batch = infer_task(model), domain.rows(torch.arange(10))
+    strategy = FineTuningStrategy("new_head", adapter="adalora")
+    with pytest.raises(RuntimeError, match="leaf variables"):
+        FineTuning(model, task, strategy, [batch], 1, anatomy=task.anatomy(model, batch))
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_refusal(monkeypatch):
+    def broken(*args, **settings):
+        raise TypeError("this layer is not supported")
+
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, broken)
+    with pytest.raises(TypeError, match="this layer is not supported"):
+        make_adapted("conv", "lora")

@@ -264,6 +264,17 @@ def test_cells_are_files_and_a_second_run_computes_what_is_missing(tmp_path, dat
     assert len(calls) == 1 + 5, "the one that was removed, and those of the new seed"
 
 
+def test_each_result_is_read_once_and_each_model_hashed_once(tmp_path, data, monkeypatch):
+    make_suite(tmp_path).run(**data)
+    read, hashed, from_dict, hash_state = [], [], suite.Cell.from_dict, suite.hash_state
+    monkeypatch.setattr(suite.Cell, "from_dict", lambda values: read.append(values) or from_dict(values))
+    monkeypatch.setattr(suite, "hash_state", lambda model: hashed.append(model) or hash_state(model))
+    results = make_suite(tmp_path).run(**data)
+    assert len(read) == len(results.cells) == 10
+    assert hashed == [data["protected"], data["original"]]
+    assert results.facts["weights"] == {name: hash_state(data[name]) for name in ("protected", "original")}
+
+
 def test_cells_are_bound_to_weights_data_and_measured_epochs(tmp_path, data, calls):
     make_suite(tmp_path, seeds=[0]).run(**data)
     calls.clear()

@@ -86,6 +86,6 @@ def test_protection_works_as_in_float32(tmp_path, changes):
         fallen.append(reached[0] - reached[-1])
         assert trainer.guard.state.dropped == 0
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
-    print(fallen, [e for e in trainer.state.log_history if 'rollbacks' in e])
+    print(fallen, [e for e in trainer.state.log_history if "rollbacks" in e])
     assert min(fallen) > 0.1
     assert fallen[0] == pytest.approx(fallen[1], abs=0.1)

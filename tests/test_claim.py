@@ -21,7 +21,7 @@ from sophon_hf.attacks import AttackResults
 from sophon_hf.claim import AttackReport, Claim, hash_weights
 from sophon_hf.data import build_domain
 from sophon_hf.data.fingerprint import fingerprint_domain, remember_source
-from sophon_hf.tasks import infer_task
+from sophon_hf.tasks import hash_state, infer_task
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +293,12 @@ def test_what_the_suite_saves_can_be_claimed(saved):
     assert AttackReport.from_results(loaded) == AttackReport.from_results(results)
     assert all(FineTuningStrategy.from_dict(a.strategy) for a in AttackReport.from_results(loaded).attacks)
     assert np.isfinite([v for v in loaded.original_metric.values()]).all()
+
+
+def test_a_state_hashes_alike_in_any_memory_format():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1), torch.nn.BatchNorm2d(4))
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert hash_state(channels_last) == hash_state(model)
+    with torch.no_grad():
+        channels_last[1].weight[0, 0] += 1e-6
+    assert hash_state(channels_last) != hash_state(model)

@@ -261,6 +261,54 @@ def test_everything_at_once(domain):
     )
 
 
+class Odd(nn.Module):
+    """Its gradients lie in memory otherwise than its parameters: transposed, expanded, channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 3))
+        self.convolution, self.head = nn.Conv2d(2, 4, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images = x.reshape(-1, 3, 3, 2).permute(0, 3, 1, 2)
+        vectors = (self.weight @ x[:, :6].T).T + self.shift.mean()
+        return self.head(torch.cat([vectors, self.convolution(images).flatten(1)], dim=1).tanh())
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+def test_a_step_does_not_depend_on_how_gradients_lie_in_memory(optimizer):
+    torch.manual_seed(0)
+    model, rate = Odd().double(), RATES[optimizer]
+    naive = copy.deepcopy(model)
+    batch = {"x": torch.randn(8, 18, dtype=torch.float64), "labels": torch.arange(8) % CLASSES}
+    strategy = FineTuningStrategy(optimizer=optimizer, learning_rate=rate)
+    for _ in FineTuning(model, ClassificationTask(), strategy, [batch] * 3, 3, anatomy=Anatomy("head", ())):
+        pass
+    naive_fine_tuning(
+        naive, [batch] * 3, make_naive(optimizer, naive.parameters(), lr=1.0, weight_decay=0.0), [rate] * 3
+    )
+    torch.testing.assert_close(dict(model.state_dict()), dict(naive.state_dict()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_a_real_model_follows_its_gradient(name):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    task, batch, before = infer_task(model), make_batch(model), state(model)
+    fine_tuning = prepare(model, optimizer="sgd", learning_rate=0.5)
+    torch.manual_seed(1)  # Of dropout.
+    for _ in fine_tuning:
+        pass
+    after = state(model)
+    model.load_state_dict(before, strict=False)
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    task.loss(task.predict(model, batch), task.target(batch)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        expected = before[parameter_name] - (0 if parameter.grad is None else 0.5 * parameter.grad)
+        torch.testing.assert_close(after[parameter_name], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adversary_may_train_what_the_publisher_froze(model):
     model.requires_grad_(False)
     before = state(model)

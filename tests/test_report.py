@@ -15,6 +15,7 @@ from test_results import A, B, cells, curve, make_results
 from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks import AttackResults, Cell
 from sophon_hf.plots import plot_best_so_far, plot_curves, plot_heat_map, plot_stability
+from sophon_hf.reporting import report
 from sophon_hf.reporting.report import write_report
 
 FILES = ["best_so_far.png", "curves.png", "heat_map.png", "index.html", "report.json", "report.md"]
@@ -213,3 +214,18 @@ def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
     columns = [cell.strip() for cell in header.split("|")[3:-1]]
     assert len(columns) <= 13 and columns[0] == "epoch 0" and columns[-1] == "epoch 10"
     assert "0.770 ±0.000" in (tmp_path / "report.md").read_text()
+
+
+def test_a_heat_map_of_too_many_attacks_shows_the_strongest(tmp_path, monkeypatch):
+    rates = [A.with_changes(learning_rate=1e-4 * (1 + i)) for i in range(5)]
+    finals = [0.5, 0.9, 0.2, 0.7, 0.6]
+    made = [c for rate, final in zip(rates, finals) for m in ("protected", "original") for c in cells(m, [final], rate)]
+    drawn = []
+    monkeypatch.setattr(report, "ROWS", 3)
+    monkeypatch.setattr(report, "plot_heat_map", lambda *drawing: drawn.append(drawing) or drawing[3])
+    report.write_plots(AttackResults(made, "accuracy", True, 100), tmp_path)
+    report.write_plots(AttackResults(made, "mse", False, 100), tmp_path)
+    (names, models, values, *_), (least, *_) = drawn
+    assert names == [rates[i].name for i in (1, 3, 4)] and models == ["protected", "original"]
+    np.testing.assert_allclose(values, [[0.9, 0.9], [0.7, 0.7], [0.6, 0.6]])
+    assert least == [rates[i].name for i in (0, 2, 4)]

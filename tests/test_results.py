@@ -12,6 +12,8 @@ from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks import AttackResults, Cell, Curve
 from sophon_hf.attacks.checks import check
 from sophon_hf.attacks.results import write_atomically
+from sophon_hf.claim import AttackReport
+from sophon_hf.reporting.report import write_report
 
 A, B = FineTuningStrategy(), FineTuningStrategy("new_head")
 SCRATCH = FineTuningStrategy("scratch")
@@ -305,3 +307,48 @@ def test_selection_on_the_test_split_voids(clean):
 def test_no_transfer_voids():
     results = make_results([0.6] * 3, [0.61] * 3, [0.6] * 3)
     assert found(results)["no transfer to score"][1]
+
+
+# Sweeps of thousands of cells.
+
+
+class Watched(Cell):
+    """Counts how often a curve is looked at."""
+
+    looks = 0
+
+    def __getattribute__(self, name):
+        Watched.looks += name == "curve"
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mse"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda results, folder: results.recovered_transfer(),
+        lambda results, folder: AttackReport.from_results(results),
+        lambda results, folder: write_report(results, folder),
+    ],
+    ids=["score", "claim", "report"],
+)
+def test_work_grows_with_the_number_of_cells_and_not_faster(tmp_path, use, metric):
+    def looks(strategies: int) -> int:
+        made = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3, metric=metric, greater_is_better=metric == "accuracy")
+        rates = [A.with_changes(learning_rate=1e-4 * (1 + i)) for i in range(strategies)]
+        made.cells = [Watched(**vars(cell) | {"strategy": s}) for cell in made.cells for s in rates]
+        Watched.looks = 0
+        use(made, tmp_path)
+        return Watched.looks
+
+    assert looks(24) == pytest.approx(3 * looks(8), rel=0.05)
+
+
+def test_an_attack_on_a_model_is_stopped_where_its_validation_is_best():
+    rising, falling = curve([0.1, 0.2, 0.3], [0.1, 0.5, 0.4]), curve([0.3, 0.4, 0.2], [0.2, 0.3, 0.35])
+    made = [Cell("protected", A, 0, rising), Cell("protected", A, 1, falling), Cell("protected", B, 0, rising)]
+    made.append(Cell("protected", SCRATCH, 0, curve([0.1, 0.2], [math.nan, math.nan])))
+    stopped = AttackResults(made, "accuracy", True, 100).stopped("protected")
+    assert list(stopped) == [A, B], "nothing can be chosen for the third"
+    assert (stopped[A].epoch, stopped[A].validation, stopped[A].test) == (1.0, pytest.approx(0.4), (0.2, 0.4))
+    assert (stopped[B].epoch, stopped[B].validation, stopped[B].test) == (1.0, 0.5, (0.2,))

@@ -88,10 +88,10 @@ def _too_few_seeds(results: AttackResults) -> list[FailedCheck]:
 
 
 def _broken_attacks(results: AttackResults) -> list[FailedCheck]:
-    names = []
+    names, least = [], LEARNED * _scale(results)
     for strategy, cells in results.by_strategy("original"):
         gain = np.mean([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
-        if not gain > LEARNED * _scale(results):
+        if not gain > least:
             names.append(strategy.name)
     if not names:
         return []

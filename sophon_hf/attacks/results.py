@@ -71,11 +71,13 @@ class BestAttack:
     Attributes:
         strategy: The attack.
         epoch: Where it was stopped.
-        test: Test metric, one value a seed.
+        validation: Mean validation metric there, over the seeds.
+        test: Test metric there, one value a seed.
     """
 
     strategy: FineTuningStrategy
     epoch: float
+    validation: float
     test: tuple[float, ...]
 
     @property
@@ -141,9 +143,21 @@ class AttackResults:
 
     def by_strategy(self, model: str) -> Iterator[tuple[FineTuningStrategy, list[Cell]]]:
         """The cells of a model that ended, grouped by strategy."""
-        strategies = dict.fromkeys(cell.strategy for cell in self.of(model))
-        for strategy in strategies:
-            yield strategy, [cell for cell in self.of(model) if cell.strategy == strategy]
+        groups: dict[FineTuningStrategy, list[Cell]] = {}
+        for cell in self.of(model):
+            groups.setdefault(cell.strategy, []).append(cell)
+        yield from groups.items()
+
+    def stopped(self, model: str) -> dict[FineTuningStrategy, BestAttack]:
+        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out."""
+        sign, found = 1 if self.greater_is_better else -1, {}
+        for strategy, cells in self.by_strategy(model):
+            validation = np.mean([cell.curve.validation for cell in cells], axis=0)
+            if np.isfinite(validation).any():
+                point = int(np.nanargmax(sign * validation))
+                epoch, test = cells[0].curve.epoch[point], tuple(cell.curve.test[point] for cell in cells)
+                found[strategy] = BestAttack(strategy, epoch, float(validation[point]), test)
+        return found
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> BestAttack | None:
         """The strongest attack on a model: strategy and epoch with the best mean validation metric.
@@ -153,19 +167,12 @@ class AttackResults:
             among: Only these strategies.
         """
         allowed = None if among is None else set(among)
-        sign = 1 if self.greater_is_better else -1
-        choice: tuple[float, BestAttack] | None = None
-        for strategy, cells in self.by_strategy(model):
-            if allowed is not None and strategy not in allowed:
-                continue
-            validation = np.mean([cell.curve.validation for cell in cells], axis=0)
-            if not np.isfinite(validation).any():
-                continue
-            point = int(np.nanargmax(sign * validation))
-            attack = BestAttack(strategy, cells[0].curve.epoch[point], tuple(c.curve.test[point] for c in cells))
-            if choice is None or sign * validation[point] > choice[0]:
-                choice = (sign * validation[point], attack)
-        return None if choice is None else choice[1]
+        attacks = (a for a in self.stopped(model).values() if allowed is None or a.strategy in allowed)
+        return max(attacks, key=self.strength, default=None)
+
+    def strength(self, attack: BestAttack) -> float:
+        """What the strongest attack has most of: its validation metric, turned so that more is better for the adversary."""
+        return attack.validation if self.greater_is_better else -attack.validation
 
     def recovered_transfer(self, among: Iterable[FineTuningStrategy] | None = None) -> RecoveredTransfer:
         """The score of the protection over the whole sweep, or over the attacks in `among` (scratch is always tuned)."""

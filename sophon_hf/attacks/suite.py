@@ -149,20 +149,17 @@ class AttackSuite:
                 draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
         _check_disjoint(budget)
         cells = self._cells(models)
-        keys = self._keys(task, cells, models, budget)
+        weights = {name: hash_state(model) for name, model in models.items()}
+        keys = self._keys(task, cells, models, weights, budget)
+        found = [self._read(key, cell) for key, cell in zip(keys, cells, strict=True)]
         # A cell that failed is tried again; one that is not applicable stays so.
-        missing = [(k, c) for k, c in zip(keys, cells, strict=True) if (old := self._read(k, c)) is None or old.failed]
-        self._compute(task, models, budget, missing)
-        finished = [self._read(key, cell) or cell for key, cell in zip(keys, cells, strict=True)]
-        results = AttackResults(
-            finished,
-            task.metric,
-            task.greater_is_better,
-            len(budget.test),
-            original_metric,
-            self._facts(task, models, budget),
-        )
-        results.pictures = self._pictures(results, dict(zip(keys, finished, strict=True)))
+        missing = [i for i, cell in enumerate(found) if cell is None or cell.failed]
+        self._compute(task, models, budget, [(keys[i], cells[i]) for i in missing])
+        for i in missing:
+            found[i] = self._read(keys[i], cells[i]) or cells[i]
+        facts = self._facts(task, models, weights, budget)
+        results = AttackResults(found, task.metric, task.greater_is_better, len(budget.test), original_metric, facts)
+        results.pictures = self._pictures(results, keys)
         if benign_dataset is not None:
             results.benign = self._benign_suite().run(
                 protected=models["protected"], original=models["original"], restricted_dataset=benign_dataset,
@@ -209,10 +206,11 @@ class AttackSuite:
         by_model = {name: self.strategies for name in models} | {"scratch": scratch(self.strategies)}
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
-    def _keys(self, task: Task, cells: list[Cell], models: dict[str, nn.Module], budget: _Budget) -> list[str]:
-        weights = {name: hash_state(model) for name, model in models.items()}
+    def _keys(
+        self, task: Task, cells: list[Cell], models: dict[str, nn.Module], weights: dict[str, str], budget: _Budget
+    ) -> list[str]:
         # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
-        weights["scratch"] = type(models["original"]).__name__ + str(_shapes(models["original"]))
+        weights = weights | {"scratch": type(models["original"]).__name__ + str(_shapes(models["original"]))}
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
         scheduler = getattr(task, "noise_scheduler", None)
         how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
@@ -232,8 +230,10 @@ class AttackSuite:
         if not path.exists():
             return None
         try:
-            # Models of equal weights share a file, so its name for the model may be the other one's.
-            return replace(Cell.from_dict(json.loads(path.read_text(encoding="utf-8"))), model=cell.model)
+            # Models of equal weights share a file, so its name for the model may be the other one's. The strategy is equal;
+            # one object of it for all cells is what a sweep of thousands has room for.
+            read = Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return replace(read, model=cell.model, strategy=cell.strategy)
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is torn or not a result: it is computed again.", path)
             return None
@@ -277,12 +277,12 @@ class AttackSuite:
     def _picture(self, key: str) -> Path:
         return self.output_dir / "cells" / f"{key}.png"
 
-    def _pictures(self, results: AttackResults, finished: dict[str, Cell]) -> dict[str, Path]:
+    def _pictures(self, results: AttackResults, keys: list[str]) -> dict[str, Path]:
         """Of each model: the restricted domain after its best attack with the first seed, and the original domain."""
         pictures = {}
         for model in dict.fromkeys(cell.model for cell in results.cells):
             best = results.best(model)
-            for key, cell in finished.items():
+            for key, cell in zip(keys, results.cells, strict=True):
                 if best and (cell.model, cell.strategy, cell.seed) == (model, best.strategy, self.seeds[0]):
                     pictures[f"restricted domain, {model} after its best attack"] = self._picture(key)
         for model in results.original_metric:
@@ -304,7 +304,9 @@ class AttackSuite:
             "images": seeds * sum(images),
         }
 
-    def _facts(self, task: Task, models: dict[str, nn.Module], budget: _Budget) -> dict[str, Any]:
+    def _facts(
+        self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: _Budget
+    ) -> dict[str, Any]:
         packages = ("torch", "transformers", "diffusers", "datasets", "peft")
         return {
             "sweep": self.name,
@@ -313,7 +315,7 @@ class AttackSuite:
             "flops_per_example": flops_per_example(task, models["original"], budget.training),
             "training_examples": len(budget.training),
             "validation_examples": len(budget.validation),
-            "weights": {name: hash_state(model) for name, model in models.items()},
+            "weights": weights,
             "data": {n: getattr(budget, n).fingerprint for n in ("training", "validation", "test")},
             "fingerprints": {n: asdict(fingerprint_domain(d)) for n, d in vars(budget).items() if d is not None},
             "versions": {package: version(package) for package in packages},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import nn
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.tasks.anatomy import Anatomy
+
+_REFUSAL = re.compile(
+    "not (yet )?(supported|implemented)|does not support|only .* supported|support is limited|unsupported layer", re.I
+)
 
 
 def add_adapter(
@@ -30,7 +35,8 @@ def add_adapter(
         The adapter's parameters, and what to call with the step number after each optimizer step.
 
     Raises:
-        NotApplicableError: The adapter has no layer to go to, or peft cannot put it there.
+        NotApplicableError: The adapter has no layer to go to, or peft does not support one of them. Any other error of
+            peft's comes through as it is.
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -41,11 +47,20 @@ def add_adapter(
     config = _config(strategy, "|".join(re.escape(name) for name in targets), steps)
     try:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name="default")
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if not _says_unsupported(error):
+            raise
         raise NotApplicableError(f"peft cannot put {strategy.adapter} on {type(model).__name__}: {error}") from error
     added = [p for p in model.parameters() if id(p) not in before and p.requires_grad]
     allocate = getattr(tuner, "update_and_allocate", None)
     return added, allocate or (lambda step: None)
+
+
+def _says_unsupported(error: Exception) -> bool:
+    """Whether peft itself refuses a layer, for which it has no error type of its own: its words must tell."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    from_peft = frame.f_globals["__name__"].split(".")[0] == "peft"
+    return from_peft and _REFUSAL.search(str(error)) is not None
 
 
 def _takes(strategy: FineTuningStrategy, module: nn.Module) -> bool:

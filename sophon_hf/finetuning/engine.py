@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,12 +106,17 @@ class FineTuning:
         with self.autocast():
             prediction = self.task.predict(self.model, batch)
         loss = weight * self.task.loss(prediction, self.task.target(batch))
-        found = gradients(loss, self.parameters, self.model)
+        self._assign(gradients(loss, self.parameters, self.model))
+        return loss.detach()
+
+    def _assign(self, found: Sequence[Tensor | None]) -> None:
         if all(gradient is None for gradient in found):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
         for parameter, gradient in zip(self.parameters, found, strict=True):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # A fused optimizer pairs values by their place in memory, whatever their strides say.
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
-        return loss.detach()
 
 
 def select_parameters(

@@ -30,7 +30,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: ri
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre { overflow-x: auto; }
 """
-COLUMNS = 12
+COLUMNS, ROWS = 12, 200
 _MEANING = "100% = the protection does nothing; 0% = pre-training is worth nothing to the adversary."
 
 
@@ -215,20 +215,27 @@ def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
+    """What each attack reached at its end on each model; of more than fit into a picture, the strongest on the first."""
     # Training from scratch shares no strategy with the models.
     models = [model for model in _models(results) if model != "scratch"]
-    attacks = list(dict.fromkeys(cell.strategy.name for cell in results.cells if cell.model in models))
-    values = np.full((len(attacks), len(models)), math.nan)
+    row = {name: i for i, name in enumerate(dict.fromkeys(c.strategy.name for c in results.cells if c.model in models))}
+    values = np.full((len(row), len(models)), math.nan)
     for column, model in enumerate(models):
         for strategy, cells in results.by_strategy(model):
-            values[attacks.index(strategy.name), column] = np.mean([cell.curve.test[-1] for cell in cells])
-    return attacks, models, values
+            values[row[strategy.name], column] = np.mean([cell.curve.test[-1] for cell in cells])
+    # NaN comes last.
+    order = np.argsort(-values[:, 0] if results.greater_is_better else values[:, 0])
+    kept = np.sort(order[:ROWS])
+    attacks = list(row)
+    return [attacks[i] for i in kept], models, values[kept]
 
 
 def _best_so_far(results: AttackResults) -> dict[str, list[float]]:
     lines = {}
     for model in _models(results):
-        strategies = [strategy for strategy, _ in results.by_strategy(model)]
-        bests = [results.best(model, strategies[: i + 1]) for i in range(len(strategies))]
-        lines[model] = [best.mean if best is not None else math.nan for best in bests]
+        stopped, best, lines[model] = results.stopped(model), None, []
+        for strategy, _ in results.by_strategy(model):
+            found = stopped.get(strategy)
+            best = max((a for a in (best, found) if a is not None), key=results.strength, default=None)
+            lines[model].append(math.nan if best is None else best.mean)
     return lines

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.data.streams import Batch
 from sophon_hf.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
-from sophon_hf.metrics import Accuracy
+from sophon_hf.metrics import accuracy
 from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
 from sophon_hf.tasks.models import as_integers, first_channels, forward_names, main_input, unwrap
 
@@ -88,7 +88,7 @@ class ClassificationTask:
 
     def compute_metric(self, scores: dict[str, list]) -> float:
         """ACC-k in [0, 1]."""
-        return Accuracy(keep_in_memory=True).compute(**scores)["accuracy"]
+        return accuracy(**scores)
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:

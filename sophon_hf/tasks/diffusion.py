@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.data.streams import Batch, derive_seed
 from sophon_hf.losses import at_least_float32, denial_of_service, negated_mse
-from sophon_hf.metrics import MeanSquaredError
+from sophon_hf.metrics import mean_squared_error
 from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
 from sophon_hf.tasks.models import as_integers, evaluation_mode, forward_names, unwrap
 
@@ -128,4 +128,4 @@ class DiffusionTask:
 
     def compute_metric(self, scores: dict[str, list]) -> float:
         """MSE-k."""
-        return MeanSquaredError(keep_in_memory=True).compute(**scores)["mse"]
+        return mean_squared_error(**scores)

@@ -58,21 +58,22 @@ def evaluate_model(
     device = next(model.parameters()).device
     scores: dict[str, list[torch.Tensor]] = {}
     losses = []
-    batches = torch.arange(rank, len(domain), world_size).split(batch_size)
-    for indices in batches:
-        batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
-        with evaluation_mode(model), autocast():
-            prediction = task.predict(model, batch)
-        target = task.target(batch)
-        loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
-        losses.append(loss.double() * len(indices))
-        for name, values in task.scores(prediction, target).items():
-            scores.setdefault(name, []).append(values)
-    if is_sharded(model):
-        # Its layers are gathered by all processes or by none, so those with fewer batches have to keep step.
-        for _ in range(math.ceil(len(domain) / (world_size * batch_size)) - len(batches)):
-            with evaluation_mode(model), autocast():
-                task.predict(model, first_rows(task, domain, device))
+    with evaluation_mode(model):
+        batches = torch.arange(rank, len(domain), world_size).split(batch_size)
+        for indices in batches:
+            batch = to_device(task.collate(domain.rows(indices), indices.tolist()), device)
+            with autocast():
+                prediction = task.predict(model, batch)
+            target = task.target(batch)
+            loss = task.loss(prediction, target) if with_loss else torch.full((), torch.nan)
+            losses.append(loss.double() * len(indices))
+            for name, values in task.scores(prediction, target).items():
+                scores.setdefault(name, []).append(values)
+        if is_sharded(model):
+            # Its layers are gathered by all processes or by none, so those with fewer batches have to keep step.
+            for _ in range(math.ceil(len(domain) / (world_size * batch_size)) - len(batches)):
+                with autocast():
+                    task.predict(model, first_rows(task, domain, device))
     gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:
