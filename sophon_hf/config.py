@@ -281,11 +281,15 @@ class SophonConfig(TrainingArguments):
             )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile compiles what the Trainer wraps, which no simulated adversary runs: leave it out, and call "
+                "`compile()` of the model's blocks before protection."
+            )
         for name in (
             "label_smoothing_factor",
             "neftune_noise_alpha",
             "auto_find_batch_size",
-            "torch_compile",
             "load_best_model_at_end",
         ):
             if getattr(self, name):

@@ -14,7 +14,8 @@ from sophon_hf.tasks import Task
 class StepLog:
     """Collects L_FTS, L_NTR, strategies, simulated scores and gradient norms between two log entries.
 
-    Scores and strategies are those of this process's adversaries; L_FTS and the norm are averaged over the processes.
+    Scores and strategies are those of this process's adversaries (of a sharded model, of its share of their batches); L_FTS and
+    the norm are averaged over the processes.
     """
 
     def __init__(self, task: Task):

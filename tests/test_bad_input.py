@@ -393,7 +393,10 @@ def test_a_class_conditional_unet_is_refused(build):
             "DeepSpeed shards.*not supported. Use `accelerate launch.*or FSDP2",
         ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no place in Algorithm 1.*leave it out"),
-        ({"torch_compile": True}, "torch_compile has no place in Algorithm 1"),
+        (
+            {"torch_compile": True},
+            "no simulated adversary runs: leave it out, and call `compile\\(\\)` of the model's blocks",
+        ),
         (
             {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20},
             "load_best_model_at_end has no place in Algorithm 1",
