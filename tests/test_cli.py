@@ -106,6 +106,10 @@ def test_bad_arguments_of_protect(arguments, message):
         ("l_NRT: 3", "no field 'l_NRT'. Did you mean 'l_NTR'"),
         ("- model", "must hold fields"),
         ("max_steps: many", "invalid int value: 'many'"),
+        (
+            "fsdp: true\nfsdp_config: {transformer_layer_cls_to_wrap: [ViTLayer]}",
+            "fsdp shards a model over several processes",
+        ),
     ],
 )
 def test_bad_files_of_protect(tmp_path, text, message):

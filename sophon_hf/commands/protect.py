@@ -111,6 +111,8 @@ def _as_flags(name: str, value: Any) -> list[str]:
     json_fields = ("gamma", "strategy_space")
     if isinstance(value, dict) or name in json_fields:
         return [f"--{name}", json.dumps(value)]
+    if name == "fsdp" and isinstance(value, bool):
+        return ["--fsdp"] if value else []  # What follows it would be read as a list of options.
     if value is False and name.endswith("_strategy"):
         return [f"--{name}", "no"]  # YAML reads an unquoted no as false.
     if isinstance(value, list):
