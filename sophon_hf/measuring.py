@@ -69,7 +69,7 @@ def simulated_metric(
         seed: The same adversaries for the same seed.
     """
     task, scores = suppression.task, {}
-    for number, start in enumerate(space.initializations):
+    for number, start in enumerate(dict.fromkeys(space.initializations)):
         strategy = FineTuningStrategy(initialization=start, learning_rate=PROBE_RATE, batch_size=PROBE_BATCH)
         own_seed = derive_seed(seed, "probe", number)
         environment = sample_environment(restricted, task, strategy, own_seed)
@@ -82,5 +82,5 @@ def simulated_metric(
 
 def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float:
     """The standard error of `simulated_metric`, at most, for an accuracy; for an MSE, whose spread is not known, 0."""
-    examples = min(len(held_out), MEASURED_EXAMPLES) * len(space.initializations)
+    examples = min(len(held_out), MEASURED_EXAMPLES) * len(set(space.initializations))
     return 0.5 / math.sqrt(examples) if task.metric == "accuracy" else 0.0

@@ -215,7 +215,8 @@ def try_strategies(
     Raises:
         ValueError: One of them cannot be carried out on this model.
     """
-    for start, blocks, transfer in product(space.initializations, space.reinitialized_blocks, space.transfers):
+    kinds = product(space.initializations, space.reinitialized_blocks, space.transfers)
+    for start, blocks, transfer in dict.fromkeys(kinds):
         blocks = blocks if start == "new_head" else 0
         strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
         with preserved(model, anatomy.head):

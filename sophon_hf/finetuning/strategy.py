@@ -192,6 +192,8 @@ class FineTuningStrategy:
 class StrategySpace:
     """Phi: each field lists what is drawn from, uniformly and independently; the default is the paper's (5.1.1).
 
+    What is listed twice is drawn twice as often.
+
     Attributes:
         initializations: Of "direct" and "new_head"; nothing of theta is left in "scratch", so it cannot be simulated.
         reinitialized_blocks: Drawn for new heads only.
