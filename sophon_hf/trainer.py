@@ -77,7 +77,8 @@ class SophonTrainer(Trainer):
 
     Raises:
         ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, a head that cannot be found, or a strategy space that leaves no strategy.
+            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, or a model or settings that
+            FSDP2 cannot shard here (docs/scaling.md).
     """
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
