@@ -15,7 +15,7 @@ from conftest import TinyNet, make_points
 from torch import nn
 
 from sophon_hf import AttackSuite, FineTuningStrategy
-from sophon_hf.attacks import AttackResults, run_attack, suite
+from sophon_hf.attacks import AttackResults, run_attack, run_attacks, suite
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep, scratch
 from sophon_hf.data import build_domain
 from sophon_hf.tasks import evaluate_model, infer_task
@@ -55,7 +55,7 @@ def make_suite(folder, sweep=(DIRECT, NEW_HEAD), **settings) -> AttackSuite:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """The strategies of all calls of `run_attack`; one that is put into `calls.failing` raises."""
+    """The strategies of all calls of `run_attacks`; one that is put into `calls.failing` raises."""
 
     class Calls(list):
         failing: tuple = ()
@@ -66,9 +66,9 @@ def calls(monkeypatch) -> list:
         calls.append(strategy)
         if strategy in calls.failing:
             raise RuntimeError("out of luck")
-        return run_attack(model, task, strategy, *args, **settings)
+        return run_attacks(model, task, strategy, *args, **settings)
 
-    monkeypatch.setattr(suite, "run_attack", counted)
+    monkeypatch.setattr(suite, "run_attacks", counted)
     return calls
 
 

@@ -107,6 +107,11 @@ class FineTuning:
         self._assign(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return loss.detach()
 
+    def gradient_norms(self) -> list[float]:
+        """Norm of the last gradient, one value a model; NaN before the first step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return [float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")]
+
     def _assign(self, gradients: Sequence[Tensor | None]) -> None:
         if all(gradient is None for gradient in gradients):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
