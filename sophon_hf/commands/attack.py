@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--stack_seeds",
         action="store_true",
-        help="train an attack's seeds together: for small models on a GPU of their own",
+        help="train an attack's seeds together: for models that leave a GPU idle",
     )
     add("--examples", type=int, help="the adversary's examples, stratified; all by default")
     add(
