@@ -32,11 +32,11 @@ SEEDS, MODELS = 2, 3
 EPOCHS = [0, 1, 5, 10, 15, 20]
 
 
-def fake_attack(model, task, strategy, training, test, *, seed, **settings) -> Curve:
+def fake_attacks(model, task, strategy, training, test, *, seeds, **settings) -> list[Curve]:
     """The result of an attack that was never run: numbers that follow from strategy and seed."""
-    generator = torch.Generator().manual_seed(derive_seed(repr(strategy), seed))
-    values = torch.rand(4, len(EPOCHS), generator=generator).tolist()
-    return Curve(list(EPOCHS), [10 * epoch for epoch in EPOCHS], *values)
+    generator = torch.Generator().manual_seed(derive_seed(repr(strategy), *seeds))
+    values = torch.rand(len(seeds), 4, len(EPOCHS), generator=generator).tolist()
+    return [Curve(list(EPOCHS), [10 * epoch for epoch in EPOCHS], *rows) for rows in values]
 
 
 def images(examples: int, seed: int):
@@ -68,7 +68,7 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     def run():
         return AttackSuite(sweep, folder, seeds=range(SEEDS)).run(protected=protected, original=original, **data)
 
-    with mock.patch.object(suite, "run_attack", fake_attack):
+    with mock.patch.object(suite, "run_attacks", fake_attacks):
         timed("first run", run)
         memory = growth_mib(lambda: timed("second run", run))
         results = run()

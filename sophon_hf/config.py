@@ -136,8 +136,8 @@ class SophonConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Distil on mixtures too: half of each batch of O is replaced by convex mixtures of two examples, images "
-            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation, and "
-            "continuous inputs."
+            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation; left out "
+            "where inputs are not continuous."
         },
     )
     keep_norms: bool = field(

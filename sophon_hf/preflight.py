@@ -311,8 +311,7 @@ def make_distillation(
 ) -> Distillation | None:
     """The distillation that the arguments ask for, from a copy of the model; None where they ask for none.
 
-    Raises:
-        ValueError: Examples of the original domain cannot be mixed.
+    Mixing is left out, and the arguments say so from then on, where examples cannot be mixed.
     """
     if not args.distillation:
         return None
@@ -321,7 +320,6 @@ def make_distillation(
         values = first_rows(task, original, args.device).get(main)
         if original.labels is None or not values.is_floating_point():
             what = "the task has no labels" if original.labels is None else f"{main!r} holds {values.dtype}"
-            raise ValueError(
-                f"mixing needs a classifier of continuous inputs, such as pixels, but {what}: leave it off."
-            )
+            logger.warning("mixing is for classifiers of continuous inputs, such as pixels, but %s: left out.", what)
+            args.mixing = False
     return Distillation(unprotected, task, args.distillation, args.mixing)

@@ -15,7 +15,7 @@ from conftest import TinyNet, make_points
 from torch import nn
 
 from sophon_hf import AttackSuite, FineTuningStrategy
-from sophon_hf.attacks import AttackResults, run_attack, suite
+from sophon_hf.attacks import AttackResults, run_attack, run_attacks, suite
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep, scratch
 from sophon_hf.data import build_domain
 from sophon_hf.tasks import evaluate_model, infer_task
@@ -55,7 +55,7 @@ def make_suite(folder, sweep=(DIRECT, NEW_HEAD), **settings) -> AttackSuite:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """The strategies of all calls of `run_attack`; one that is put into `calls.failing` raises."""
+    """The strategies of all calls of `run_attacks`; one that is put into `calls.failing` raises."""
 
     class Calls(list):
         failing: tuple = ()
@@ -66,9 +66,9 @@ def calls(monkeypatch) -> list:
         calls.append(strategy)
         if strategy in calls.failing:
             raise RuntimeError("out of luck")
-        return run_attack(model, task, strategy, *args, **settings)
+        return run_attacks(model, task, strategy, *args, **settings)
 
-    monkeypatch.setattr(suite, "run_attack", counted)
+    monkeypatch.setattr(suite, "run_attacks", counted)
     return calls
 
 
@@ -465,6 +465,83 @@ def test_overlapping_data_are_refused(tmp_path, data, validation, test, message)
 def test_bad_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_suite(tmp_path, **settings)
+
+
+# Seeds as one stack.
+
+STEADY = NEW_HEAD.with_changes(optimizer="momentum")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [STEADY, STEADY.with_changes(optimizer="sgd", transfer="head"), STEADY.with_changes(schedule="linear", warmup=0.2),
+     STEADY.with_changes(preparation="shrink_and_perturb", weight_decay=0.01), STEADY.with_changes(initialization="scratch")],
+    ids=["all", "head", "schedule", "prepared", "scratch"],
+)  # fmt: skip
+def test_a_stack_of_seeds_does_what_each_does_alone(model, parts, strategy):
+    """Weights, running statistics and what is measured on the way."""
+    ended, settings = {}, {"validation": parts["validation"], "epochs": (0, 1, 2)}
+    arguments = (model, infer_task(model), strategy, parts["training"], parts["test"])
+    together = run_attacks(
+        *arguments, seeds=[3, 4, 5], at_end=lambda s, m: ended.update({s: m.state_dict()}), **settings
+    )
+    for seed, curve in zip([3, 4, 5], together):
+        alone = {}
+        expected = run_attack(*arguments, seed=seed, at_end=lambda s, m: alone.update(m.state_dict()), **settings)
+        assert (curve.step, curve.epoch) == (expected.step, expected.epoch)
+        for name in ("loss", "gradient_norm", "test", "validation"):
+            assert getattr(curve, name) == pytest.approx(getattr(expected, name), rel=1e-3, nan_ok=True)
+        assert alone.keys() == ended[seed].keys()
+        torch.testing.assert_close(ended[seed], alone, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(ended[3]["head.weight"], ended[4]["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "strategy, dropout, reason",
+    [
+        (NEW_HEAD.with_changes(adapter="lora"), 0.0, "an adapter"),
+        (NEW_HEAD.with_changes(max_grad_norm=1.0), 0.0, "clipping of the gradient"),
+        (NEW_HEAD, 0.1, "Dropout"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused_with_its_reason(model, parts, strategy, dropout, reason):
+    model.norm = nn.Sequential(model.norm, nn.Dropout(dropout))
+    arguments = (model, infer_task(model), strategy, parts["training"], parts["test"])
+    with pytest.raises(ValueError, match=f"cannot be stacked, because of {reason}: run them one by one"):
+        run_attacks(*arguments, seeds=[0, 1])
+    assert len(run_attacks(*arguments, seeds=[0])) == 1
+
+
+class Noisy(TinyNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+
+def test_a_suite_stacks_seeds_and_runs_one_by_one_what_it_cannot(tmp_path, data, calls, caplog):
+    clipped = STEADY.with_changes(max_grad_norm=1.0)
+    single = make_suite(tmp_path / "single", [STEADY, clipped]).run(**data)
+    calls.clear()
+    with caplog.at_level(logging.WARNING):
+        stacked = make_suite(tmp_path / "stacked", [STEADY, clipped], stack_seeds=True).run(**data)
+    # On both models, and from scratch with both; a stack that was refused is followed by its two seeds.
+    assert calls.count(STEADY) == 2 and calls.count(clipped) == 2 * (1 + 2)
+    assert "run one by one: Seeds of" in caplog.text and "because of clipping" in caplog.text
+    names = [sorted(path.name for path in (tmp_path / f / "cells").iterdir()) for f in ("single", "stacked")]
+    assert names[0] == names[1]
+    for one, other in zip(single.cells, stacked.cells, strict=True):
+        assert (one.model, one.strategy, one.seed) == (other.model, other.strategy, other.seed) and not other.error
+        assert other.curve.loss == pytest.approx(one.curve.loss, rel=1e-3, nan_ok=True)
+        assert other.curve.test == pytest.approx(one.curve.test, abs=0.02)
+    calls.clear()
+    make_suite(tmp_path / "stacked", [STEADY], seeds=[0, 1, 2], stack_seeds=True).run(**data)
+    assert len(calls) == 3, "only the new seed"
+
+
+def test_random_numbers_in_a_forward_pass_are_not_stacked(tmp_path, data):
+    data |= {"protected": Noisy(), "original": Noisy()}
+    single = make_suite(tmp_path / "single", [STEADY]).run(**data)
+    stacked = make_suite(tmp_path / "stacked", [STEADY], stack_seeds=True).run(**data)
+    assert repr(stacked.cells) == repr(single.cells)
 
 
 # Two processes. The test reads `run` from the script too.

@@ -13,7 +13,7 @@ from torch import nn
 
 from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
-from sophon_hf.finetuning import FineTuning, FineTuningStrategy
+from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StackedFineTuning
 from sophon_hf.tasks import Task, evaluate_model, first_rows
 
 EVALUATION_BATCH = 128
@@ -52,16 +52,30 @@ def run_attack(
     training: Domain,
     test: Domain,
     *,
+    seed: int = 0,
+    **settings: Any,
+) -> Curve:
+    """Fine-tune a copy of `model` in the restricted domain: `run_attacks` with one seed, which takes the same settings."""
+    return run_attacks(model, task, strategy, training, test, seeds=[seed], **settings)[0]
+
+
+def run_attacks(
+    model: nn.Module,
+    task: Task,
+    strategy: FineTuningStrategy,
+    training: Domain,
+    test: Domain,
+    *,
+    seeds: Sequence[int],
     validation: Domain | None = None,
     original: Domain | None = None,
-    seed: int = 0,
     epochs: Sequence[float] = PAPER_EPOCHS,
     every: int | None = None,
     after_step: Callable[[int, int], Any] | None = None,
-    at_end: Callable[[nn.Module], Any] | None = None,
+    at_end: Callable[[int, nn.Module], Any] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> Curve:
-    """Fine-tune a copy of `model` in the restricted domain.
+) -> list[Curve]:
+    """Fine-tune copies of `model` in the restricted domain, one a seed, several of them together as one stack.
 
     Args:
         model: Left as it is.
@@ -69,54 +83,52 @@ def run_attack(
         strategy: How, and for how long.
         training: The adversary's data.
         test: What the result is reported on.
+        seeds: Each decides its new heads and the order of its data; a single one dropout too.
         validation: What attacks are chosen by; the test split is never used for that.
         original: Data of the original domain, for strategies that warm up on it.
-        seed: Decides new heads, the order of the data and dropout.
         epochs: When to measure; the end of the attack is always measured.
         every: Measure every so many optimizer steps instead, from step 0 on.
         after_step: Called with the step and the number of steps, for progress.
-        at_end: Called with the fine-tuned copy.
+        at_end: Called with each seed and its fine-tuned copy.
         autocast: Called for a context around each forward pass.
 
     Returns:
-        The curve. A point at epoch 0 is the model before the first step, with its new head where it gets one.
+        One curve a seed. A point at epoch 0 is the model before the first step, with its new head where it gets one.
+
+    Raises:
+        ValueError: Several seeds of what cannot be stacked (`StackedFineTuning`).
     """
-    model = copy.deepcopy(model)
+    copies = [copy.deepcopy(model) for _ in seeds]
     device = next(model.parameters()).device
-    anatomy = task.anatomy(model, first_rows(task, training, device))
+    anatomy = task.anatomy(copies[0], first_rows(task, training, device))
     steps = strategy.total_steps(len(training))
-    step_share = min(strategy.batch_size, len(training)) / len(training)
-    if every is None:
-        points = {strategy.step_of_epoch(epoch, len(training)): epoch for epoch in epochs}
-        points = {step: epoch for step, epoch in points.items() if step <= steps}
-    else:
-        points = {step: step * step_share for step in range(0, steps + 1, every)}
-    points.setdefault(steps, steps * step_share)
-    curve = Curve()
+    points = _points(strategy, len(training), steps, epochs, every)
+    curves = [Curve() for _ in seeds]
 
     def measure(step: int, losses: list[torch.Tensor]) -> None:
-        curve.epoch.append(points[step])
-        curve.step.append(step)
-        curve.loss.append(float(torch.stack(losses).mean()) if losses else float("nan"))
-        gradients = [p.grad for p in fine_tuning.parameters if p.grad is not None]
-        curve.gradient_norm.append(float(nn.utils.get_total_norm(gradients)) if gradients else float("nan"))
-        for values, domain in ((curve.test, test), (curve.validation, validation)):
-            if domain is not None:
-                values.append(evaluate_model(task, model, domain, EVALUATION_BATCH, autocast=autocast).metric)
+        means = torch.stack(losses).mean(dim=0).reshape(-1).tolist() if losses else [float("nan")] * len(curves)
+        for curve, copied, loss, norm in zip(curves, copies, means, fine_tuning.gradient_norms(), strict=True):
+            curve.epoch.append(points[step])
+            curve.step.append(step)
+            curve.loss.append(loss)
+            curve.gradient_norm.append(norm)
+            for values, domain in ((curve.test, test), (curve.validation, validation)):
+                if domain is not None:
+                    values.append(evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast).metric)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, "attack"))
-        prepare_model(model, task, strategy, training, original, seed)
-        fine_tuning = FineTuning(
-            model,
-            task,
-            strategy,
-            Stream(training, task, derive_seed(seed, "adversary's order")).batches(strategy.batch_size),
-            steps,
-            anatomy=anatomy,
-            num_classes=training.num_classes or None,
-            autocast=autocast,
-        )
+        runs = []
+        for seed, copied in zip(seeds, copies, strict=True):
+            torch.manual_seed(derive_seed(seed, "attack"))
+            prepare_model(copied, task, strategy, training, original, seed)
+            batches = Stream(training, task, derive_seed(seed, "adversary's order")).batches(strategy.batch_size)
+            classes = training.num_classes or None
+            runs.append(
+                FineTuning(
+                    copied, task, strategy, batches, steps, anatomy=anatomy, num_classes=classes, autocast=autocast
+                )
+            )
+        fine_tuning = runs[0] if len(runs) == 1 else StackedFineTuning(runs)
         losses: list[torch.Tensor] = []
         if 0 in points:
             measure(0, losses)
@@ -128,5 +140,20 @@ def run_attack(
                 measure(update.step, losses)
                 losses = []
         if at_end is not None:
-            at_end(model)
-    return curve
+            for seed, copied in zip(seeds, copies, strict=True):
+                at_end(seed, copied)
+    return curves
+
+
+def _points(
+    strategy: FineTuningStrategy, examples: int, steps: int, epochs: Sequence[float], every: int | None
+) -> dict[int, float]:
+    """Step -> epoch of each measurement."""
+    step_share = min(strategy.batch_size, examples) / examples
+    if every is None:
+        points = {strategy.step_of_epoch(epoch, examples): epoch for epoch in epochs}
+        points = {step: epoch for step, epoch in points.items() if step <= steps}
+    else:
+        points = {step: step * step_share for step in range(0, steps + 1, every)}
+    points.setdefault(steps, steps * step_share)
+    return points

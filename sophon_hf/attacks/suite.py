@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack
+from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attacks
+from sophon_hf.attacks.budget import (
+    Budget,
+    check_disjoint,
+    check_same_architecture,
+    flops_per_example,
+    head_fits,
+    shapes,
+)
 from sophon_hf.attacks.pictures import draw_denoised
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch
@@ -26,22 +34,11 @@ from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, first_rows, hash_state, infer_task, load_model, to_device
+from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_SHARE = 0.1
-
-
-@dataclass
-class _Budget:
-    """What the adversary has: data, and what it is measured on."""
-
-    training: Domain
-    validation: Domain
-    test: Domain
-    original: Domain | None = None
-    original_test: Domain | None = None
 
 
 class AttackSuite:
@@ -55,6 +52,9 @@ class AttackSuite:
             usual 20 keeps its proportion. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
+        stack_seeds: Train the seeds of an attack together, as one stack, which gives the same within rounding; for models so
+            small that one leaves the device idle. On a CPU it is slower. What cannot be stacked runs seed by seed, and
+            says so.
         examples: How many of the adversary's examples it uses, stratified; all where None.
         task: What is learned, where it cannot be inferred.
         processing_class: For raw columns.
@@ -71,6 +71,7 @@ class AttackSuite:
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
         measured_every: int | None = None,
+        stack_seeds: bool = False,
         examples: int | None = None,
         task: Task | None = None,
         processing_class: Any | None = None,
@@ -89,7 +90,7 @@ class AttackSuite:
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
-        self.measured_every = measured_every
+        self.measured_every, self.stack_seeds = measured_every, stack_seeds
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
         self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
@@ -130,7 +131,7 @@ class AttackSuite:
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
         models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
-        _check_same_architecture(models)
+        check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
         budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
         if original_dataset is not None:
@@ -138,7 +139,7 @@ class AttackSuite:
         original_metric = {}
         if original_eval_dataset is not None:
             test = self._domain(task, models["original"], load_domain(original_eval_dataset, "test"), "original")
-            if not _head_fits(task, models["original"], test):
+            if not head_fits(task, models["original"], test):
                 raise ValueError(
                     f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
                     "outputs: select the classes that the model knows, in its order (`select_classes`)."
@@ -147,7 +148,7 @@ class AttackSuite:
             original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
             for name, model in models.items():
                 draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
-        _check_disjoint(budget)
+        check_disjoint(budget)
         cells = self._cells(models)
         weights = {name: hash_state(model) for name, model in models.items()}
         keys = self._keys(task, cells, models, weights, budget)
@@ -176,7 +177,7 @@ class AttackSuite:
         )
         return suite
 
-    def _budget(self, task, model, restricted, test, validation) -> _Budget:
+    def _budget(self, task, model, restricted, test, validation) -> Budget:
         dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
         if carved:
             validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
@@ -194,7 +195,7 @@ class AttackSuite:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
                 held_out = self._domain(task, model, validation.select(kept), "restricted")
-        return _Budget(training, held_out, test)
+        return Budget(training, held_out, test)
 
     def _domain(self, task: Task, model: nn.Module, dataset: datasets.Dataset, name: str) -> Domain:
         return build_domain(
@@ -207,10 +208,10 @@ class AttackSuite:
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
     def _keys(
-        self, task: Task, cells: list[Cell], models: dict[str, nn.Module], weights: dict[str, str], budget: _Budget
+        self, task: Task, cells: list[Cell], models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
     ) -> list[str]:
         # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
-        weights = weights | {"scratch": type(models["original"]).__name__ + str(_shapes(models["original"]))}
+        weights = weights | {"scratch": type(models["original"]).__name__ + str(shapes(models["original"]))}
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
         scheduler = getattr(task, "noise_scheduler", None)
         how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
@@ -239,40 +240,63 @@ class AttackSuite:
             return None
 
     def _compute(
-        self, task: Task, models: dict[str, nn.Module], budget: _Budget, missing: list[tuple[str, Cell]]
+        self, task: Task, models: dict[str, nn.Module], budget: Budget, missing: list[tuple[str, Cell]]
     ) -> None:
         state = process_state()
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
-        mine = missing[state.process_index :: state.num_processes]
-        steps = sum(cell.strategy.total_steps(len(budget.training)) for _, cell in mine)
+        groups: dict[tuple, list[tuple[str, Cell]]] = {}
+        for key, cell in missing:
+            seed = None if self.stack_seeds else cell.seed
+            groups.setdefault((cell.model, cell.strategy, seed), []).append((key, cell))
+        mine = list(groups.values())[state.process_index :: state.num_processes]
+        steps = sum(cell.strategy.total_steps(len(budget.training)) for group in mine for _, cell in group)
         with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
-            for number, (key, cell) in enumerate(mine, 1):
-                bar.set_postfix_str(f"cell {number}/{len(mine)}: {cell.model}, {cell.strategy.name}")
-                victim = models["original" if cell.model == "scratch" else cell.model]
-                self._run_cell(task, victim, budget, cell, self._picture(key), lambda *_: bar.update(1))
-                write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
+            for number, group in enumerate(mine, 1):
+                cells = [cell for _, cell in group]
+                bar.set_postfix_str(f"attack {number}/{len(mine)}: {cells[0].model}, {cells[0].strategy.name}")
+                victim = models["original" if cells[0].model == "scratch" else cells[0].model]
+                pictures = {cell.seed: self._picture(key) for key, cell in group}
+                self._run_cells(task, victim, budget, cells, pictures, bar.update)
+                for key, cell in group:
+                    write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
         state.wait_for_everyone()
 
-    def _run_cell(
-        self, task: Task, victim: nn.Module, budget: _Budget, cell: Cell, picture: Path, after_step: Callable
+    def _run_cells(
+        self,
+        task: Task,
+        victim: nn.Module,
+        budget: Budget,
+        cells: Sequence[Cell],
+        pictures: dict[int, Path],
+        progress: Callable[[int], Any],
     ) -> None:
+        """Run the cells of one attack on one model, which differ in the seed."""
+        strategy, seeds = cells[0].strategy, [cell.seed for cell in cells]
         try:
-            if cell.strategy.needs_original_head and not _head_fits(task, victim, budget.training):
+            if strategy.needs_original_head and not head_fits(task, victim, budget.training):
                 raise NotApplicableError(
                     f"the head has fewer outputs than the {budget.training.num_classes} restricted classes"
                 )
-            cell.curve = run_attack(
-                victim, task, cell.strategy, budget.training, budget.test, validation=budget.validation,
-                original=budget.original, seed=cell.seed, epochs=self.measured_epochs, every=self.measured_every,
-                after_step=after_step,
-                at_end=lambda model: draw_denoised(task, model, budget.test, picture),
+            curves = run_attacks(
+                victim, task, strategy, budget.training, budget.test, seeds=seeds, validation=budget.validation,
+                original=budget.original, epochs=self.measured_epochs, every=self.measured_every,
+                after_step=lambda *_: progress(len(cells)),
+                at_end=lambda seed, model: draw_denoised(task, model, budget.test, pictures[seed]),
             )  # fmt: skip
+            for cell, curve in zip(cells, curves, strict=True):
+                cell.curve = curve
         except NotApplicableError as reason:
-            cell.error, cell.applicable = str(reason), False
+            for cell in cells:
+                cell.error, cell.applicable = str(reason), False
         except Exception as error:
-            cell.error = f"{type(error).__name__}: {error}"
-            logger.warning("%s on %s failed and is recorded: %s", cell.strategy.name, cell.model, cell.error)
+            if len(cells) > 1:
+                logger.warning("The seeds of %s on %s run one by one: %s", strategy.name, cells[0].model, error)
+                for cell in cells:
+                    self._run_cells(task, victim, budget, [cell], pictures, progress)
+                return
+            cells[0].error = f"{type(error).__name__}: {error}"
+            logger.warning("%s on %s failed and is recorded: %s", strategy.name, cells[0].model, cells[0].error)
 
     def _picture(self, key: str) -> Path:
         return self.output_dir / "cells" / f"{key}.png"
@@ -305,7 +329,7 @@ class AttackSuite:
         }
 
     def _facts(
-        self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: _Budget
+        self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
     ) -> dict[str, Any]:
         packages = ("torch", "transformers", "diffusers", "datasets", "peft")
         return {
@@ -322,21 +346,6 @@ class AttackSuite:
         }
 
 
-def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float:
-    """Floating-point operations of one forward and backward pass, for one example."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = copy.deepcopy(model).train()
-    count = min(8, len(domain))
-    device = next(model.parameters()).device
-    batch = to_device(task.collate(domain.rows(torch.arange(count)), list(range(count))), device)
-    model.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter:
-        prediction = task.predict(model, batch)
-        prediction.float().square().mean().backward()
-    return counter.get_total_flops() / count
-
-
 def _load(model: nn.Module | str) -> nn.Module:
     return model if isinstance(model, nn.Module) else load_model(model).to(process_state().device)
 
@@ -347,44 +356,6 @@ def process_state() -> Any:
 
     # Else accelerate would start every process of a machine without a GPU on its own.
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-
-
-def _check_same_architecture(models: dict[str, nn.Module]) -> None:
-    expected = _shapes(models["original"])
-    for name, model in models.items():
-        different = [(a, b) for a, b in zip(expected, _shapes(model), strict=False) if a != b]
-        if different or len(expected) != len(_shapes(model)):
-            where = f": {different[0][0]} against {different[0][1]}" if different else ""
-            raise ValueError(
-                f"The {name} model differs in architecture or head from the original one{where}. Compare a model with "
-                "its own unprotected version."
-            )
-
-
-def _check_disjoint(budget: _Budget) -> None:
-    training, validation, test = (set(d.example_hashes()) for d in (budget.training, budget.validation, budget.test))
-    for seen, name, other, measured in (
-        (training, "training", "validation", validation),
-        (training, "training", "test", test),
-        (validation, "validation", "test", test),
-    ):
-        shared = len(seen & measured)
-        if shared:
-            raise ValueError(
-                f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has seen the "
-                "answers measures nothing. Remove them, or split with `split_domain`."
-            )
-
-
-def _head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
-    if domain.labels is None:
-        return True
-    outputs = task.anatomy(model, first_rows(task, domain, next(model.parameters()).device)).outputs
-    return domain.num_classes <= outputs
 
 
 def _digest(parts: Any) -> str:

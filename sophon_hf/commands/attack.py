@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--measured_every", type=int, metavar="STEPS", help="measure every so many steps, not at epochs 0, 1, 5, ... 20"
     )
+    add(
+        "--stack_seeds",
+        action="store_true",
+        help="train an attack's seeds together: for models that leave a GPU idle",
+    )
     add("--examples", type=int, help="the adversary's examples, stratified; all by default")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
@@ -55,7 +60,7 @@ def main(arguments: list[str]) -> None:
     original = load_model(options.original)
     suite = AttackSuite(
         options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
-        examples=options.examples,
+        stack_seeds=options.stack_seeds, examples=options.examples,
         task=load_task(options.original, original), processing_class=load_processor(options.original, original),
         input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
     )  # fmt: skip

@@ -109,6 +109,11 @@ class FineTuning:
         self._assign(gradients(loss, self.parameters, self.model))
         return loss.detach()
 
+    def gradient_norms(self) -> list[float]:
+        """Norm of the last gradient, one value a model; NaN before the first step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return [float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")]
+
     def _assign(self, found: Sequence[Tensor | None]) -> None:
         if all(gradient is None for gradient in found):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
