@@ -26,9 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "representation": {
         "K": 4,
         "l_NTR": 4,
-        "alpha": 7e-3,
+        "alpha": 6e-3,
         "beta": 2e-3,
-        "max_steps": 1800,
+        "max_steps": 1200,
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "cosine",
         "probes": 2,
