@@ -98,7 +98,7 @@ def seed(record: dict) -> int:
 def details(record: dict) -> list[str]:
     """Every attack of a record, the strongest first: mean ± SD of the final test metric."""
     sign = -1 if is_accuracy(record) else 1
-    cell = percent_cell if is_accuracy(record) else number_cell
+    cell, digits = (percent_cell, ".3f") if is_accuracy(record) else (number_cell, ".4f")
     models = [m for m in ("protected", "original", "ntl", "scratch") if any(m in row for row in record["table"])]
     lines = [
         f"## {record['pair']}, {record['protection']}, seed {seed(record)}, `{record['sweep']}`, {record['examples']} images",
@@ -121,7 +121,7 @@ def details(record: dict) -> list[str]:
         "",
         "Chosen on validation data: "
         + "; ".join(
-            f"{m}: {b['strategy']} at epoch {b['epoch']:g}, test {sum(b['test']) / len(b['test']):.3f}"
+            f"{m}: {b['strategy']} at epoch {b['epoch']:g}, test {sum(b['test']) / len(b['test']):{digits}}"
             for m, b in best.items()
         )
         + ".",
