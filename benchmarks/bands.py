@@ -74,7 +74,7 @@ def main() -> None:
         start = strategy.with_changes(initialization="scratch" if name == "scratch" else "direct")
         run_attack(
             pair.model, task, start, training, test, epochs=(options.epochs,),
-            at_end=lambda model, row=row: row.update(fine_tuned=by_band(model, test)),
+            at_end=lambda _, model, row=row: row.update(fine_tuned=by_band(model, test)),
         )  # fmt: skip
         rows[name] = row
         for what, values in row.items():
