@@ -39,12 +39,12 @@ def over_seeds(records: list[dict]) -> list[str]:
     lines = [
         "Over protection seeds, mean ± SD:",
         "",
-        "| pair | protection | sweep | adversary's images | seeds | RT, worst case | worst seed | original accuracy lost, points |",
+        "| pair | protection | sweep | adversary's images | seeds | RT, worst case | worst seed | original domain: points of accuracy lost, or rise of the MSE in % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key, group in sorted(groups.items()):
         transfers = [r["recovered_transfer"]["value"] for r in group]
-        lost = [100 * (r["original_accuracy"]["before"] - r["original_accuracy"]["after"]) for r in group]
+        lost = [original_lost(r) for r in group]
         transfer = worst = "void in a seed"
         if None not in transfers:
             transfer = f"{mean(transfers):.0%} ± {100 * stdev(transfers):.0f}"
@@ -55,17 +55,37 @@ def over_seeds(records: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def is_accuracy(record: dict) -> bool:
+    """Whether a record's metric is an accuracy, and not the denoising MSE of a diffusion model."""
+    return record.get("metric", "accuracy") == "accuracy"
+
+
+def intactness(record: dict) -> str:
+    """The original domain's test metric before and after protection; an MSE also as a ratio."""
+    original = record["original_accuracy" if is_accuracy(record) else "original_mse"]
+    before, after = original["before"], original["after"]
+    if is_accuracy(record):
+        return f"{before:.1%} → {after:.1%}"
+    return f"MSE {before:.4f} → {after:.4f} ({after / before:.3f} times)"
+
+
+def original_lost(record: dict) -> float:
+    """Points of accuracy, or the rise of the MSE in percent."""
+    original = record["original_accuracy" if is_accuracy(record) else "original_mse"]
+    before, after = original["before"], original["after"]
+    return 100 * (before - after if is_accuracy(record) else after / before - 1)
+
+
 def overview(records: list[dict]) -> list[str]:
     """One row a record."""
     lines = [
-        "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original accuracy |",
+        "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original domain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(records, key=lambda r: -float(r["recovered_transfer"]["value"] or "inf")):
-        before, after = r["original_accuracy"]["before"], r["original_accuracy"]["after"]
         lines.append(
             f"| {r['pair']} | {r['protection']} | {seed(r)} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
-            f"| {percent(r['recovered_transfer_direct'])} | {before:.1%} → {after:.1%} |"
+            f"| {percent(r['recovered_transfer_direct'])} | {intactness(r)} |"
         )
     return lines
 
@@ -76,7 +96,9 @@ def seed(record: dict) -> int:
 
 
 def details(record: dict) -> list[str]:
-    """Every attack of a record: mean ± SD of the final test accuracy."""
+    """Every attack of a record, the strongest first: mean ± SD of the final test metric."""
+    sign = -1 if is_accuracy(record) else 1
+    cell, digits = (percent_cell, ".3f") if is_accuracy(record) else (number_cell, ".4f")
     models = [m for m in ("protected", "original", "ntl", "scratch") if any(m in row for row in record["table"])]
     lines = [
         f"## {record['pair']}, {record['protection']}, seed {seed(record)}, `{record['sweep']}`, {record['examples']} images",
@@ -91,7 +113,7 @@ def details(record: dict) -> list[str]:
         "| " + " | ".join(["attack", *models]) + " |",
         "|---" * (len(models) + 1) + "|",
     ]
-    rows = sorted(record["table"], key=lambda r: ("protected" not in r, -r.get("protected", r.get("scratch"))[0]))
+    rows = sorted(record["table"], key=lambda r: ("protected" not in r, sign * r.get("protected", r.get("scratch"))[0]))
     for row in rows:
         lines.append("| " + " | ".join([row["attack"], *(cell(row[m]) if m in row else "" for m in models)]) + " |")
     best = record["best"]
@@ -99,7 +121,7 @@ def details(record: dict) -> list[str]:
         "",
         "Chosen on validation data: "
         + "; ".join(
-            f"{m}: {b['strategy']} at epoch {b['epoch']:g}, test {sum(b['test']) / len(b['test']):.3f}"
+            f"{m}: {b['strategy']} at epoch {b['epoch']:g}, test {sum(b['test']) / len(b['test']):{digits}}"
             for m, b in best.items()
         )
         + ".",
@@ -108,9 +130,14 @@ def details(record: dict) -> list[str]:
     return lines
 
 
-def cell(value: list[float]) -> str:
+def percent_cell(value: list[float]) -> str:
     """Mean ± SD in percent."""
     return f"{value[0]:.1%} ± {value[1] * 100:.1f}"
+
+
+def number_cell(value: list[float]) -> str:
+    """Mean ± SD."""
+    return f"{value[0]:.4f} ± {value[1]:.4f}"
 
 
 def paper_table(record: dict) -> list[str]:

@@ -125,3 +125,19 @@ def test_a_classifier_has_none(tmp_path):
         eval_dataset=points.select(range(60, 120)), original_eval_dataset=points,
     )  # fmt: skip
     assert results.pictures == {} and not list(tmp_path.rglob("*.png"))
+
+
+def test_another_process_finds_the_cells_of_a_diffusion_model(tmp_path):
+    digits, cells = handwritten_digits(8)["train"], []
+    for order in (1, -1):
+        scheduler = DDPMScheduler()
+        # diffusers makes this list from a set, whose order changes with the process.
+        defaults = sorted(scheduler.config["_use_default_values"])[::order]
+        scheduler.register_to_config(_use_default_values=defaults)
+        assert scheduler.config["_use_default_values"] == defaults
+        AttackSuite([SHORT], tmp_path, seeds=[0], measured_epochs=[0], task=DiffusionTask(scheduler)).run(
+            protected=make_unet(1), original=make_unet(0), restricted_dataset=digits.select(range(60)),
+            eval_dataset=digits.select(range(60, 100)),
+        )  # fmt: skip
+        cells.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")})
+    assert len(cells[0]) == 3 and cells[1] == cells[0]

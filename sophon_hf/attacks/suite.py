@@ -214,7 +214,9 @@ class AttackSuite:
         weights = weights | {"scratch": type(models["original"]).__name__ + str(shapes(models["original"]))}
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
         scheduler = getattr(task, "noise_scheduler", None)
-        how = [type(task).__name__, getattr(task, "head", None), str(scheduler and dict(scheduler.config))]
+        # Private entries say which values were left to their defaults, in an order that no two processes share.
+        settings = scheduler and {n: v for n, v in scheduler.config.items() if not n.startswith("_")}
+        how = [type(task).__name__, getattr(task, "head", None), str(settings)]
         original = [] if budget.original is None else [budget.original.fingerprint]
         measured = self.measured_epochs if self.measured_every is None else f"every {self.measured_every} steps"
         return [
