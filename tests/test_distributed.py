@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import launch, results
 
 # The run as a user would write it. Each process saves what it ends with; the test reads `build` from it too.
 SCRIPT = """
@@ -94,27 +92,13 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     """The folder in which both processes left their results of every case."""
-    folder = tmp_path_factory.mktemp("distributed")
-    (folder / "run.py").write_text(SCRIPT)
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(folder / "run.py"), str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return folder
+    return launch(tmp_path_factory.mktemp("distributed"), SCRIPT, timeout=400)
 
 
 @pytest.fixture(scope="module")
 def script(launched) -> dict:
     """What the script defines, for the one process that the two are compared with."""
     return runpy.run_path(str(launched / "run.py"))
-
-
-def results(folder: Path, case: str) -> list[dict]:
-    return [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", ["paper", "loops", "batch_norm", "rollbacks", "evaluated"])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
+from two_processes import launch, results
 
 from sophon_hf.claim import Claim, hash_weights
 from sophon_hf.tasks import hash_state
@@ -190,29 +188,13 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     """The folder in which both processes left their results of every case."""
-    folder = tmp_path_factory.mktemp("sharded")
-    (folder / "run.py").write_text(SCRIPT)
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(folder / "run.py"), str(folder),
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu",
-    }  # fmt: skip
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return folder
+    return launch(tmp_path_factory.mktemp("sharded"), SCRIPT, timeout=1200, ACCELERATE_TORCH_DEVICE="cpu")
 
 
 @pytest.fixture(scope="module")
 def script(launched) -> dict:
     """What the script defines, for the one process that the two are compared with."""
     return runpy.run_path(str(launched / "run.py"))
-
-
-def results(folder: Path, case: str) -> list[dict]:
-    return [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 CASES = [
