@@ -24,7 +24,7 @@ _FP16 = (
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "representation": {
-        "K": 4,
+        "K": 2,
         "l_NTR": 4,
         "alpha": 6e-3,
         "beta": 2e-3,
@@ -121,7 +121,7 @@ class SophonConfig(TrainingArguments):
     probes: int = field(
         default=0,
         metadata={
-            "help": "Depths of the model at which a closed-form probe, the best new linear head, is suppressed too; 0: "
+            "help": "Depths of the model at which a closed-form probe, what a new head with a hidden layer could do, is suppressed too; 0: "
             "none, as published. For classifiers."
         },
     )

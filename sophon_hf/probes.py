@@ -1,7 +1,8 @@
-"""Closed-form probes: the best linear head that features allow, differentiated through its solution.
+"""Closed-form probes: what a new head could do with features, differentiated through its solution.
 
 What a new head can do with a representation does not show in the loss of the model's own head. A probe shows it without
-training one: ridge regression on the features of some examples, judged on others.
+training one: kernel ridge regression on the features of some examples, judged on others. The kernel is that of a new head with
+a hidden layer, which can use what a linear one cannot.
 """
 
 from __future__ import annotations
@@ -20,13 +21,36 @@ RIDGE = 0.1
 TEMPERATURE = 20.0
 GRID = 2
 SMALLEST_SPREAD = 1e-4
+LARGEST_COSINE = 1 - 1e-5
+
+
+def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """The neural tangent kernel of a network with one hidden layer of ReLUs, in the limit of infinite width.
+
+    k(x, x') = |x| |x'| / d (kappa_1(u) + u kappa_0(u)), where u is the cosine between them, t = arccos u its angle,
+    kappa_0 = (pi - t) / pi and kappa_1 = (sin t + u (pi - t)) / pi (Cho and Saul, 2009; Jacot et al., 2018). Ridge regression
+    with it predicts what such a network learns by gradient descent from both layers.
+
+    Args:
+        a: Shape (n, d).
+        b: Shape (m, d).
+
+    Returns:
+        Shape (n, m); about 2 for a standardised vector with itself.
+    """
+    lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)[None]
+    # The arc cosine has no finite slope at 1.
+    cosine = (a @ b.T / (lengths + 1e-6)).clamp(-LARGEST_COSINE, LARGEST_COSINE)
+    angle = cosine.acos()
+    active = (torch.pi - angle) / torch.pi
+    return lengths / a.shape[1] * (angle.sin() / torch.pi + 2 * cosine * active)
 
 
 def probe_logits(features: Tensor, labels: Tensor, unseen: Tensor, num_classes: int) -> Tensor:
-    """Logits of the ridge regression from features to one-hot labels, fitted on some examples, for others.
+    """Logits of the kernel ridge regression from features to one-hot labels, fitted on some examples, for others.
 
-    Features are standardised by those that it is fitted on. It is solved in its dual form, so that it costs the cube
-    of the examples and only the square of them a feature, and its gradient goes through the solution.
+    Features are standardised by those that it is fitted on. It costs the cube of the examples and their square times the
+    features, and its gradient goes through the solution.
 
     Args:
         features: Shape (n, d): what it is fitted on.
@@ -42,9 +66,9 @@ def probe_logits(features: Tensor, labels: Tensor, unseen: Tensor, num_classes: 
     features, unseen = (features - mean) / spread, (unseen - mean) / spread
     targets = F.one_hot(labels, num_classes).to(features.dtype)
     share = targets.mean(dim=0)
-    ridge = RIDGE * len(features) * torch.eye(len(features), dtype=features.dtype, device=features.device)
-    weights = torch.linalg.solve(features @ features.T + ridge, targets - share)
-    return TEMPERATURE * (unseen @ features.T @ weights + share)
+    ridge = RIDGE * torch.eye(len(features), dtype=features.dtype, device=features.device)
+    weights = torch.linalg.solve(tangent_kernel(features, features) + ridge, targets - share)
+    return TEMPERATURE * (tangent_kernel(unseen, features) @ weights + share)
 
 
 class Probes:

@@ -32,7 +32,7 @@ def fitted_vit(points: datasets.Dataset) -> ViTForImageClassification:
 
 def pictures(seed: int) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(120, 3, 8, 8, generator=generator)
+    x = torch.randn(600, 3, 8, 8, generator=generator)  # A tenth is T_i: a probe needs more than a handful.
     y = (x.flatten(1) @ torch.randn(192, 3, generator=generator)).argmax(dim=1)
     return datasets.Dataset.from_dict({"pixel_values": x.tolist(), "label": y.tolist()}).with_format("torch")
 

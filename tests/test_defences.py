@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import datasets
@@ -32,7 +33,7 @@ from sophon_hf.config import PRESETS
 from sophon_hf.data import Domain, build_domain
 from sophon_hf.finetuning import PersistentAdversary
 from sophon_hf.losses import inverse_cross_entropy
-from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits
+from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits, tangent_kernel
 from sophon_hf.reinforcement import mix_second_half
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
@@ -60,22 +61,56 @@ def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrai
 # ---- Probes ----
 
 
-def primal_ridge(features: np.ndarray, labels: np.ndarray, unseen: np.ndarray, num_classes: int) -> np.ndarray:
-    """Ridge regression as a textbook writes it: (X'X + lambda n I)^-1 X'Y, with centred targets."""
+def naive_kernel(x: np.ndarray, z: np.ndarray) -> float:
+    """The tangent kernel of one pair, by its definition: expectations over the angle of two Gaussians."""
+    angle = math.acos(np.clip(x @ z / np.linalg.norm(x) / np.linalg.norm(z), -1 + 1e-5, 1 - 1e-5))
+    both_active = (math.pi - angle) / (2 * math.pi)
+    product = (
+        np.linalg.norm(x) * np.linalg.norm(z) * (math.sin(angle) + (math.pi - angle) * math.cos(angle)) / (2 * math.pi)
+    )
+    return 2 * (product + both_active * (x @ z)) / len(x)
+
+
+def naive_probe(features: np.ndarray, labels: np.ndarray, unseen: np.ndarray, num_classes: int) -> np.ndarray:
+    """Kernel ridge regression pair by pair, with centred targets."""
     mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-4
     x, z = (features - mean) / spread, (unseen - mean) / spread
     y = np.eye(num_classes)[labels]
-    weights = np.linalg.inv(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])) @ x.T @ (y - y.mean(axis=0))
-    return TEMPERATURE * (z @ weights + y.mean(axis=0))
+    fitted_on = np.array([[naive_kernel(a, b) for b in x] for a in x])
+    weights = np.linalg.inv(fitted_on + RIDGE * np.eye(len(x))) @ (y - y.mean(axis=0))
+    return TEMPERATURE * (np.array([[naive_kernel(a, b) for b in x] for a in z]) @ weights + y.mean(axis=0))
 
 
 @pytest.mark.parametrize("width", (3, 40))
-def test_a_probe_is_the_ridge_regression_of_one_hot_labels(width):
+def test_a_probe_is_the_kernel_ridge_regression_of_one_hot_labels(width):
     generator = np.random.default_rng(0)
     features, unseen = generator.normal(size=(20, width)), generator.normal(size=(7, width))
     labels = generator.integers(0, 3, 20)
     actual = probe_logits(torch.tensor(features), torch.tensor(labels), torch.tensor(unseen), 3)
-    np.testing.assert_allclose(actual.numpy(), primal_ridge(features, labels, unseen, 3), rtol=1e-9)
+    np.testing.assert_allclose(actual.numpy(), naive_probe(features, labels, unseen, 3), atol=2e-3)
+
+
+def test_the_kernel_is_what_the_gradients_of_a_wide_network_have_in_common():
+    """The limit that gives the kernel its name, approached by a network of 100,000 hidden units and autograd."""
+    torch.manual_seed(0)
+    width, x = 100_000, torch.randn(5, 6, dtype=torch.float64)
+    inner = torch.randn(width, 6, dtype=torch.float64, requires_grad=True)
+    outer = torch.randn(width, dtype=torch.float64, requires_grad=True)
+    outputs = (x @ inner.T / 6**0.5).relu() @ outer * (2 / width) ** 0.5
+    slopes = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(out, (inner, outer), retain_graph=True)]) for out in outputs
+    ]
+    slopes = torch.stack(slopes)
+    torch.testing.assert_close(tangent_kernel(x, x), slopes.detach() @ slopes.detach().T, rtol=0.03, atol=0.03)
+
+
+def test_a_probe_sees_what_no_linear_head_could():
+    """Labels by the sign of a product: every linear head is at chance, a hidden layer is not."""
+    torch.manual_seed(0)
+    points = torch.randn(400, 2)
+    labels = (points[:, 0] * points[:, 1] > 0).long()
+    guesses = probe_logits(points[:200], labels[:200], points[200:], 2).argmax(dim=1)
+    assert (guesses == labels[200:]).float().mean() > 0.9
 
 
 def test_its_gradient_goes_through_the_solution():
