@@ -93,7 +93,8 @@ class Pair:
     """A domain pair.
 
     `original_validation` was not pre-trained on, so that the guard does not take memory for skill; `adversary` is the
-    half of the restricted training split that the defender never sees.
+    half of the restricted training split that the defender never sees. `allowed` is a third domain, which the protection should
+    not concern.
     """
 
     model: nn.Module
@@ -105,6 +106,8 @@ class Pair:
     adversary: datasets.Dataset
     validation: datasets.Dataset
     restricted_test: datasets.Dataset
+    allowed: datasets.Dataset | None = None
+    allowed_test: datasets.Dataset | None = None
 
     def adversary_dataset(self, examples: int | None, seed: int = 0) -> datasets.Dataset:
         """The adversary's first `examples`, stratified; all where None."""
@@ -130,15 +133,23 @@ def _small(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def animals(cache: Path, seed: int = 0) -> Pair:
-    """CIFAR-10's vehicles (and frog) are original, its other animals restricted; the model is pre-trained here."""
+    """CIFAR-10's vehicles (and frog) are original, its other animals restricted; the model is pre-trained here.
+
+    Five object classes of CIFAR-100 are allowed.
+    """
     original_classes = ("airplane", "automobile", "frog", "ship", "truck")
     restricted_classes = ("bird", "cat", "deer", "dog", "horse")
+    allowed_classes = ("pickup_truck", "rocket", "tank", "telephone", "tractor")
     source = {split: load_domain(str(DATA / "cifar10"), split) for split in ("train", "test")}
     parts = {
         (name, split): _small(select_classes(dataset, classes))
         for split, dataset in source.items()
         for name, classes in (("original", original_classes), ("restricted", restricted_classes))
     }
+    allowed, allowed_test = (
+        _small(select_classes(load_domain(str(DATA / "cifar100_20"), split), allowed_classes))
+        for split in ("train", "test")
+    )
     defender, adversary = split_domain(parts["restricted", "train"], seed=seed)
     validation, adversary = split_domain(adversary, seed=seed, share=0.1)
     original_validation, original = split_domain(parts["original", "train"], seed=seed, share=0.1)
@@ -156,6 +167,10 @@ def animals(cache: Path, seed: int = 0) -> Pair:
         adversary=adversary,
         validation=validation,
         restricted_test=parts["restricted", "test"],
+        allowed=split_domain(allowed, seed=seed, share=555 / len(allowed))[
+            0
+        ],  # 500 beside the suite's tenth for validation.
+        allowed_test=allowed_test,
     )
     weights = cache / f"animals-{seed}.pt"
     if weights.exists():

@@ -129,6 +129,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
     parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline; 0 leaves it out")
+    parser.add_argument(
+        "--benign", action="store_true", help="fine-tune in the pair's allowed domain too, by the same sweep"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
     parser.add_argument("--work", type=Path, default=Path("runs/protection"))
     options = parser.parse_args()
@@ -137,6 +140,8 @@ def main() -> None:
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     pair = getattr(pairs, options.pair)(options.work)
+    if options.benign and pair.allowed is None:
+        parser.error(f"--benign: the pair {options.pair} has no allowed domain; animals has one.")
     task = infer_task(pair.model)
     folder = options.work / f"{options.pair}-{options.name}-{options.seed}"
     protected, protection = protect(pair, folder, options)
@@ -144,10 +149,11 @@ def main() -> None:
     with_ntl = task.greater_is_better and options.ntl_steps
     baselines = {"ntl": ntl(pair, options.work, options)} if with_ntl else {}
     adversary = pair.adversary_dataset(options.examples or None)
+    allowed = {"benign_dataset": pair.allowed, "benign_eval_dataset": pair.allowed_test} if options.benign else {}
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation, baselines=baselines,
+        validation_dataset=pair.validation, baselines=baselines, original_dataset=pair.original, **allowed,
     )  # fmt: skip
     intact = {
         n: evaluate_model(task, m, pair.original_test, 500).metric
@@ -163,7 +169,7 @@ def main() -> None:
         "best": {m: vars(b) | {"strategy": b.strategy.name} for m in MODELS if (b := results.best(m))},
         "ntl_steps": options.ntl_steps if baselines else None,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
-        "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
+        "benign": results.benign, "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
         "commit": commit,
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

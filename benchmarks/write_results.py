@@ -6,6 +6,7 @@ python benchmarks/write_results.py
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -82,7 +83,8 @@ def overview(records: list[dict]) -> list[str]:
         "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original domain |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(records, key=lambda r: -float(r["recovered_transfer"]["value"] or "inf")):
+    void_first = [math.inf if (value := r["recovered_transfer"]["value"]) is None else value for r in records]
+    for _, r in sorted(zip(void_first, records, strict=True), key=lambda pair: -pair[0]):
         lines.append(
             f"| {r['pair']} | {r['protection']} | {seed(r)} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
             f"| {percent(r['recovered_transfer_direct'])} | {intactness(r)} |"
@@ -127,6 +129,12 @@ def details(record: dict) -> list[str]:
         + ".",
         "",
     ]
+    if benign := record.get("benign"):
+        models = ", ".join(f"{m} {benign[m]:{digits}}" for m in ("protected", "original", "scratch"))
+        lines += [
+            f"Fine-tuned to the pair's allowed domain by the same sweep, the attack chosen on validation data: {models}.",
+            "",
+        ]
     return lines
 
 
