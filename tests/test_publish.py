@@ -214,6 +214,7 @@ def test_a_report_about_another_model_is_refused(hub, folder, tmp_path):
     with pytest.raises(SystemExit, match=r"no results\.json"):
         main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "nothing")])
     assert Claim.read(folder).attacks is None
+    assert "alice/model" not in hub.repositories
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "alice/", "../x", "alice/mo del"])

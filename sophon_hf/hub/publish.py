@@ -65,9 +65,9 @@ def publish(
     """
     folder = Path(folder)
     claim = check_folder(folder)
-    repo_id = create_repository(repo_id, private)
     if report is not None:
         claim = add_report(folder, claim, report)
+    repo_id = create_repository(repo_id, private)
     if not update_card(folder, claim, repo_id):
         logger.warning(
             "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Without "
