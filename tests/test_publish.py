@@ -127,7 +127,9 @@ def test_a_public_repository_does_not_take_what_is_to_be_private(hub, folder):
 
 def test_publishing_again_replaces_the_weights_and_keeps_other_files(hub, folder):
     old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
-    hub.add_repository("alice/model", old)
+    # Left there, they are the model before protection.
+    formats = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "unet/model.ckpt")
+    hub.add_repository("alice/model", {**old, **dict.fromkeys(formats, b"unprotected")})
     publish(folder, "alice/model")
     assert files(hub) == CLASSIFIER - {".gitattributes"} | {"notes.txt"}
 

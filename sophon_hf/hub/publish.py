@@ -30,8 +30,11 @@ ALLOWED = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "unet/config.json", "scheduler/scheduler_config.json", "plots/*.png",
 )  # fmt: skip
-# Of an earlier commit's, so that the repository holds the weights of the claim and no others.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "plots/*"]
+# Of an earlier commit's, so that the repository holds the weights of the claim and no others, in whatever format.
+REPLACED = [
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5",
+    "*.h5.index.json", "*.msgpack", "*.msgpack.index.json", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "plots/*",
+]  # fmt: skip
 _LOG_IN = "Run `hf auth login` (or set HF_TOKEN) with a token that may write."
 
 
