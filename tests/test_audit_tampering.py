@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from audited import edit_claim, full_audit, perturbed, publish_folder, verdict_of, why_of
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sophon_hf import FineTuningStrategy
@@ -86,6 +87,16 @@ def test_a_card_that_says_something_else_is_found(folder, tmp_path, change):
     harmless = change[0] == "- sophon"
     assert verdict_of(audit, "card") == (REPRODUCED if harmless else TAMPERED)
     assert audit.exit_code == (0 if harmless else 1)
+
+
+def test_a_forged_figure_before_the_true_one_is_found(folder, tmp_path):
+    card = ModelCard.load(folder / "README.md")
+    forged = replace(card.data.eval_results[-1], metric_value=0.05)
+    card.data.eval_results.insert(0, forged)
+    card.save(folder / "README.md")
+    audit = audit_model(folder, tmp_path / "audit")
+    assert verdict_of(audit, "card") == TAMPERED and "it states 0.05 for 'Recovered transfer" in why_of(audit, "card")
+    assert audit.exit_code == 1
 
 
 def test_an_edited_text_is_told(folder, tmp_path):
