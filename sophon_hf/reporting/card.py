@@ -273,7 +273,8 @@ def _first_paragraph(claim: Claim) -> str:
 
 
 def _count(report: AttackReport) -> str:
-    count = len([a for a in report.attacks if a.model == "protected" and a.applicable])
+    """How many attacks on the protected model came to an end; one that did not has tried nothing."""
+    count = len([a for a in report.attacks if a.model == "protected" and a.applicable and a.seeds])
     return f"{count} attack{'s' * (count != 1)}"
 
 
