@@ -35,11 +35,10 @@ def measure_domains(trainer: SophonTrainer, sources: dict[str, Source | Domain],
     metrics: dict[str, float] = {}
     for name, source in sources.items():
         domain = source if isinstance(source, Domain) else _build(trainer, source, name)
-        most = max(trainer.domains["original"].num_classes, trainer.outputs or 0)
         result = evaluate_model(
             task, trainer.model, domain, args.per_device_eval_batch_size, rank=args.process_index,
             world_size=args.world_size, autocast=trainer.accelerator.autocast,
-            with_loss=domain.labels is None or domain.num_classes <= most,
+            with_loss=domain.labels is None or int(domain.labels.max()) < trainer.outputs,
         )  # fmt: skip
         metrics[f"{prefix}_{name}_{task.metric}"] = result.metric
         metrics[f"{prefix}_{name}_loss"] = result.loss

@@ -133,6 +133,18 @@ def test_a_restricted_domain_with_more_classes_can_be_evaluated(tmp_path, model)
     trainer.train()
 
 
+def test_labels_beyond_the_head_are_wrong_though_the_original_domain_names_as_many_classes(tmp_path, model):
+    """What counts is what the head has, 3 outputs, whatever the features of the original domain name."""
+    restricted = make_points(1, num_classes=5)
+    original = make_points(2).cast_column("label", restricted.features["label"])
+    held_out = {"original": original, "restricted": restricted}
+    trainer = SophonTrainer(model, restricted, original, config(tmp_path), eval_dataset=held_out)
+    metrics = trainer.evaluate()
+    x, y = torch.tensor(restricted["x"]), torch.tensor(restricted["label"])
+    assert metrics["eval_restricted_accuracy"] == pytest.approx(float((model.eval()(x).argmax(1) == y).float().mean()))
+    assert np.isnan(metrics["eval_restricted_loss"]) and np.isfinite(metrics["eval_original_loss"])
+
+
 def test_bfloat16_runs_on_the_cpu(tmp_path):
     states = []
     for bf16 in (False, True):
