@@ -72,13 +72,14 @@ class SophonTrainer(Trainer):
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
-        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default.
+        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It does
+            not go with `distillation`.
         callbacks: Further callbacks of the Trainer.
 
     Raises:
         ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, or a model or settings that
-            FSDP2 cannot shard here (docs/scaling.md).
+            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, a `reinforcement_loss`
+            beside distillation, or a model or settings that FSDP2 cannot shard here (docs/scaling.md).
     """
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
@@ -103,6 +104,11 @@ class SophonTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+            )
+        if reinforcement_loss is not None and args.distillation:
+            raise ValueError(
+                "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixing: leave "
+                "`distillation` 0, or add the distance to your own loss."
             )
         if not isinstance(model, (str, os.PathLike)) and is_sharded(model):
             raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")

@@ -349,6 +349,12 @@ def test_images_are_mirrored_before_they_are_mixed():
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+def test_a_reinforcement_loss_of_ones_own_does_not_go_with_distillation(tmp_path):
+    args = SophonConfig(str(tmp_path), distillation=1.0, use_cpu=True)
+    with pytest.raises(ValueError, match="takes the place of.*distillation"):
+        SophonTrainer(TinyNet(), make_points(1), make_points(2), args, reinforcement_loss=lambda *_: 0)
+
+
 def test_mixing_needs_distillation_and_continuous_inputs(tmp_path, caplog):
     with pytest.raises(ValueError, match="set `distillation` too"):
         SophonConfig(mixing=True)
