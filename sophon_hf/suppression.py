@@ -140,16 +140,22 @@ class Suppression:
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return SuppressionGradient(gradient, total, adversaries)
 
-    def measure(self, environment: Environment, steps: int) -> dict[str, Tensor]:
-        """Run one adversary for `steps` updates and return its scores on T_i; the model is put back."""
+    def measure(self, environment: Environment, steps: int, batch_size: int = MEASURED_EXAMPLES) -> dict[str, Tensor]:
+        """Run one adversary for `steps` updates and return its scores on T_i, measured `batch_size` examples at a time.
+
+        The model is put back.
+        """
         with preserved(self.model, self.anatomy.head):
             torch.manual_seed(environment.seed)
             for _ in self._fine_tuning(environment, steps):
                 pass
+            held_out, parts = environment.evaluation, []
+            examples = min(len(held_out.indices), MEASURED_EXAMPLES)
             with torch.no_grad():
-                size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
-                batch = environment.evaluation.batch(0, size)
-                return self.task.scores(*self._predict(self.model, batch, batch_statistics=False))
+                for start in range(0, examples, batch_size):
+                    batch = held_out.batch(start, min(batch_size, examples - start))
+                    parts.append(self.task.scores(*self._predict(self.model, batch, batch_statistics=False)))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _first_order(
         self, member: Environment | PersistentAdversary, weights: Sequence[float], gradient: dict[str, Tensor]

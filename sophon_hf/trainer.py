@@ -279,7 +279,9 @@ class SophonTrainer(Trainer):
         if self.is_in_train and eval_dataset is None:
             domains = (self.domains["restricted"], self.domains["eval_restricted"])
             steps = self.args.horizon if self.args.persistent else self.args.K
-            simulated = simulated_metric(self.suppression, self.space, *domains, steps, self.args.seed)
+            simulated = simulated_metric(
+                self.suppression, self.space, *domains, steps, self.args.seed, self.args.per_device_eval_batch_size
+            )
             metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
             # A resumed run measures its start again, which the guard saw before the checkpoint or not at all.
             if self.state.global_step != self._resumed_at:

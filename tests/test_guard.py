@@ -12,6 +12,7 @@ from observed import SPACE, Observer, assert_equal, config, guarded, state_of
 
 from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.guard import Guard
+from sophon_hf.measuring import PROBE_BATCH
 
 
 def train_guarded(tmp_path, **changes):
@@ -104,6 +105,17 @@ def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path, monkeyp
     safetensors.torch.load_model(saved, tmp_path / "output" / "model.safetensors")
     assert_equal(saved.state_dict(), best["model"])
     assert trainer.evaluate()["eval_original_accuracy"] == best["eval_original_accuracy"]
+
+
+def test_its_adversaries_are_measured_in_batches_of_the_evaluation(tmp_path):
+    """Else an evaluation of large images needs memory for all of them at once."""
+    model, sizes = fitted(), []
+    model.body.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    args = guarded(tmp_path, max_steps=1, tolerance=1.0, per_device_eval_batch_size=20)
+    held_out = {"original": make_points(3), "restricted": make_points(4)}
+    trainer = SophonTrainer(model, make_points(1), make_points(2), args, eval_dataset=held_out)
+    trainer.train()
+    assert max(sizes) == PROBE_BATCH, "an adversary's own batches are the largest"
 
 
 def test_ties_within_the_error_go_to_the_later_state(model):

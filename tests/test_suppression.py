@@ -1,6 +1,7 @@
 """The suppression gradient against a naive implementation, what it costs, and what it leaves behind."""
 
 import copy
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -294,3 +295,15 @@ def test_measuring_gives_the_scores_of_the_fine_tuned_adversary(float64_domain):
     batch = environment.evaluation.batch(0, len(environment.evaluation.indices))
     assert torch.equal(scores["predictions"], adversary.eval()(batch["x"]).argmax(1))
     assert torch.equal(scores["references"], batch["labels"])
+
+
+@pytest.mark.parametrize("batch_size", (1, 7, 50))
+def test_measuring_in_batches_gives_the_same_scores(float64_domain, batch_size):
+    model, environment = make_net(), make_environment(float64_domain, 1, learning_rate=0.05)
+    environment = replace(environment, evaluation=environment.fine_tuning)
+    suppression, sizes = Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy), []
+    expected = suppression.measure(environment, 3)
+    model.body.register_forward_pre_hook(lambda body, inputs: None if body.training else sizes.append(len(inputs[0])))
+    scores = suppression.measure(environment, 3, batch_size)
+    assert scores.keys() == expected.keys() and all(torch.equal(scores[n], expected[n]) for n in scores)
+    assert sum(sizes) == len(scores["references"]) == 90 and max(sizes) == batch_size
