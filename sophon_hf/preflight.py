@@ -296,12 +296,17 @@ def make_probes(
     """The probes that the arguments ask for; None where they ask for none.
 
     Raises:
-        ValueError: The task has no labels, or the model too few blocks.
+        ValueError: The task has no labels, T_i too few examples, or the model too few blocks.
     """
     if not args.probes:
         return None
     if restricted.labels is None:
         raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
+    if held_out_examples(len(restricted)) < 2:
+        raise ValueError(
+            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe is fitted "
+            "on one half of T_i and judged on the other, so T_i needs 2. Give at least 15, or leave `probes` 0."
+        )
     loss = choose_loss(task, args.suppression_loss)
     return Probes(model, anatomy, args.probes, restricted.num_classes, loss)
 

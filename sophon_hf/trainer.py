@@ -196,6 +196,7 @@ class SophonTrainer(Trainer):
                 parameter.grad = result.gradient.get(name)
             self.suppression_optimizer.step()
             self.suppression_optimizer.zero_grad()
+            self.guard.state.applied += 1
         else:
             self.guard.state.dropped += 1
             logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)

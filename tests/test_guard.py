@@ -11,6 +11,7 @@ from conftest import TinyNet, fitted, make_points
 from observed import SPACE, Observer, assert_equal, config, guarded, state_of
 
 from sophon_hf import SophonConfig, SophonTrainer
+from sophon_hf.claim import Claim
 from sophon_hf.guard import Guard
 from sophon_hf.measuring import PROBE_BATCH
 
@@ -151,3 +152,16 @@ def test_a_suppression_gradient_that_is_not_finite_is_dropped_and_counted(tmp_pa
         counts.append([entry["dropped_suppression_gradients"] for entry in observer.steps])
     assert counts == [[1, 2, 3], [0, 0, 0]]
     assert_equal(*states)
+
+
+def test_a_model_of_which_every_suppression_gradient_was_dropped_is_not_protected(tmp_path, caplog):
+    space = {"learning_rates": [1e38], "batch_sizes": [8]}
+    with caplog.at_level(logging.WARNING):
+        trainer, observer = train_guarded(tmp_path, tolerance=1.0, strategy_space=space, save_strategy="steps")
+    assert trainer.guard.state.best_step is None
+    assert "NOT protected: all 3 suppression gradients were not finite" in caplog.text
+    protection = Claim.read(tmp_path / "output").protection
+    assert (protection.status, protection.iteration, protection.dropped) == ("not protected", 3, 3)
+    card = " ".join((tmp_path / "output" / "README.md").read_text().split())
+    assert "NOT protected" in card and "not finite and were therefore left out: 3." in card
+    assert_equal(state_of(trainer.model), observer.evaluations[-1]["model"])

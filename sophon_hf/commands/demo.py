@@ -94,9 +94,7 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 90) -> dict[st
     trainer.train()
     trainer.save_model()
     if trainer.guard.state.best_step is None:
-        print(
-            "No evaluated state kept the original accuracy: the model is NOT protected, and the attacks will show it."
-        )
+        print(f"The model is NOT protected, and the attacks will show it: {trainer.guard.failure}")
 
     suite = AttackSuite(
         SWEEP, output_dir / "attacks", epochs=ADVERSARY_EPOCHS, measured_epochs=(0, 5, 10, 15, ADVERSARY_EPOCHS),
