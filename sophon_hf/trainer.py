@@ -24,7 +24,7 @@ from transformers.trainer_utils import HubStrategy
 from sophon_hf.adversaries import Adversaries
 from sophon_hf.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress
 from sophon_hf.checkpoints import checkpoint_to_resume, restore_state, save_state
-from sophon_hf.claim import Claim
+from sophon_hf.claim import FILE_NAME, Claim
 from sophon_hf.config import SophonConfig
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
@@ -408,6 +408,9 @@ class SophonTrainer(Trainer):
     ) -> CommitInfo | None:
         """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
 
+        A trainer that was made anew, after an attack of hours say, holds the model as it was before protection: where
+        `output_dir` holds a saved one, that is published as it is.
+
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
             commit_message: Of the commit.
@@ -422,7 +425,8 @@ class SophonTrainer(Trainer):
             PermissionError, ConnectionError, ValueError: As `sophon_hf.hub.publish.publish`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
+        if self.state.global_step > 0 or not os.path.exists(os.path.join(self.args.output_dir, FILE_NAME)):
+            self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         return publish(

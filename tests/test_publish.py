@@ -263,6 +263,17 @@ def test_the_trainer_pushes_the_same(hub, tmp_path):
     assert Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content).attacks is not None
 
 
+def test_a_trainer_made_anew_pushes_the_protected_model_and_not_its_own(hub, folder):
+    """In a session of its own, after the attacks."""
+    saved = Claim.read(folder)
+    make_trainer("classifier", folder).push_to_hub("alice/model", report=folder.parent / "attacks")
+    claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
+    assert claim == Claim.read(folder) and claim.attacks is not None
+    assert (claim.protection, claim.weights) == (saved.protection, saved.weights)
+    assert claim.protection.status == "protected"
+    assert claim.weights["model.safetensors"] == hub.repositories["alice/model"].files["model.safetensors"].sha256
+
+
 @pytest.mark.parametrize("strategy", ["every_save", "end"])
 def test_pushing_while_training(hub, tmp_path, strategy):
     protect("classifier", tmp_path / "out", push_to_hub=True, hub_model_id="alice/model", hub_strategy=strategy)
