@@ -13,12 +13,13 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.attacks import AttackResults
-from sophon_hf.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection, hash_weights
+from sophon_hf.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection
 from sophon_hf.data import Stream, build_domain
 from sophon_hf.finetuning import FineTuning, StrategySpace
 from sophon_hf.hub.audit import audit_model
 from sophon_hf.reporting.card import make_card
 from sophon_hf.tasks import hash_state, infer_task
+from sophon_hf.weights import hash_weights
 
 CLASSES, SIZE = 4, 8
 SWEEP = [FineTuningStrategy(start, learning_rate=1e-2, batch_size=12, epochs=8) for start in ("direct", "new_head")]

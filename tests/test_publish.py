@@ -18,11 +18,12 @@ from published import attack, classifier, make_trainer, protect
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from sophon_hf import SophonConfig
-from sophon_hf.claim import Claim, hash_weights
+from sophon_hf.claim import Claim
 from sophon_hf.cli import main
 from sophon_hf.hub.publish import publish
 from sophon_hf.saving import replaced_together
 from sophon_hf.tasks import load_model
+from sophon_hf.weights import hash_weights
 
 CLASSIFIER = {
     ".gitattributes",

@@ -16,9 +16,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.claim import FILE_NAME, AttackReport, Claim, hash_weights
+from sophon_hf.claim import FILE_NAME, AttackReport, Claim
 from sophon_hf.reporting.card import CARD, update_card
 from sophon_hf.reporting.report import write_plots
+from sophon_hf.weights import hash_weights
 
 logger = logging.getLogger(__name__)
 
