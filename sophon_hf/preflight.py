@@ -32,6 +32,25 @@ FEWEST_EXAMPLES = 4
 FEWEST_WITH_BATCH_NORM = 20
 
 
+def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any) -> None:
+    """What cannot be protected, or does not go together, whatever the data are.
+
+    Raises:
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, or a model that is sharded already.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+        )
+    if reinforcement_loss is not None and args.distillation:
+        raise ValueError(
+            "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixing: leave "
+            "`distillation` 0, or add the distance to your own loss."
+        )
+    if isinstance(model, nn.Module) and is_sharded(model):
+        raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
+
+
 def build_domains(
     model: nn.Module,
     task: Task,

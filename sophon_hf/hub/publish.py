@@ -89,6 +89,22 @@ def publish(
         )
 
 
+def publish_checkpoint(folder: str | os.PathLike, repo_id: str, iteration: int, revision: str | None = None) -> None:
+    """Publish the model of a checkpoint while the protection goes on; a push that fails is logged and does not end it.
+
+    Args:
+        folder: The checkpoint; its states stay on the machine.
+        repo_id: `user/name`.
+        iteration: Whose state it is.
+        revision: Branch to commit to.
+    """
+    message = f"Protection in progress, iteration {iteration}"
+    try:
+        publish(folder, repo_id, revision=revision, commit_message=message)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: it was not pushed, training goes on. %s", message, error)
+
+
 def check_folder(folder: Path) -> Claim:
     """The claim of a saved model, if the weights beside it are those that it speaks of.
 
