@@ -5,7 +5,6 @@ One that was downloaded is a stranger's file: it is read field by field, and not
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning import FineTuningStrategy, StrategySpace
 from sophon_hf.finetuning.strategy import check_choice
 from sophon_hf.schema import parse_json, read_dataclass
+from sophon_hf.weights import is_weight_file
 
 FILE_NAME = "sophon.json"
 SCHEMA = 1
@@ -53,8 +53,8 @@ class Protection:
     """What the guard saw, on data held out of the defender's.
 
     Attributes:
-        status: "protected" (a state inside the tolerance), "not protected" (there was none, and the last good state was
-            put back), "not measured" (no guard), "in progress" (a checkpoint).
+        status: "protected" (a state inside the tolerance), "not protected" (there was none, or every suppression gradient was
+            dropped, and the last good state was put back), "not measured" (no guard), "in progress" (a checkpoint).
         iteration: Whose state this is.
         original_before: The original metric before protection, where measured.
         original_after: The same of this state.
@@ -266,7 +266,7 @@ class Claim:
         if not self.weights:
             raise ValueError("weights is empty: there is nothing that the claim could be about.")
         for name, digest in self.weights.items():
-            if not _is_weight_file(name):
+            if not is_weight_file(name):
                 raise ValueError(f"weights names {name!r}, which is no safetensors file inside the folder.")
             if not re.fullmatch(r"[0-9a-f]{64}", digest):
                 raise ValueError(f"weights[{name!r}] is {digest!r}, but must be 64 hexadecimal digits.")
@@ -334,31 +334,6 @@ class Claim:
         """Write the file (or sophon.json in a folder) in full or not at all."""
         path = Path(path)
         write_atomically(path / FILE_NAME if path.is_dir() else path, self.to_json())
-
-
-def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
-    """SHA-256 of every safetensors file of a saved model, checkpoints and hidden folders left out.
-
-    Returns:
-        File name relative to the folder, with "/" -> 64 hexadecimal digits.
-    """
-    folder = Path(folder)
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")) if path.is_file())
-    return {name: _sha256(folder / name) for name in names if _is_weight_file(name)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _is_weight_file(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(not p or p.startswith((".", "checkpoint-")) for p in parts)
-    return name.endswith(".safetensors") and not hidden and "\\" not in name and ":" not in name
 
 
 def _attacks(results: AttackResults) -> list[AttackFigures]:

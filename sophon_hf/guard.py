@@ -20,12 +20,13 @@ class GuardState:
 
     Attributes:
         start: The original metric before protection.
-        best_step: Iteration of the best state, or None where no protected state was inside the tolerance yet.
+        best_step: Iteration of the best state, or None where no suppressed state was inside the tolerance yet.
         best_score: Its simulated metric in the restricted domain.
         least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
         rollbacks: How often the last good state was put back.
+        applied: Suppression gradients that were applied.
         dropped: Suppression gradients that were not finite and therefore not applied.
     """
 
@@ -36,7 +37,13 @@ class GuardState:
     best_original: float | None = None
     good_step: int = 0
     rollbacks: int = 0
+    applied: int = 0
     dropped: int = 0
+
+    @property
+    def suppressed(self) -> bool:
+        """False where every suppression gradient was dropped: such a state was reinforced, but not protected."""
+        return self.applied > 0 or self.dropped == 0
 
 
 class Guard:
@@ -79,7 +86,7 @@ class Guard:
         if not self.within(original):
             return False
         self.good, self.state.good_step = self._copy(), step
-        if step > 0 and self._is_as_good(simulated):
+        if step > 0 and self.state.suppressed and self._is_as_good(simulated):
             self.best = self.good
             self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
         return True
@@ -131,10 +138,21 @@ class Guard:
         else:
             self.restore_good()
             logger.warning(
-                "No state that was evaluated kept the original %s within the tolerance of %g: the model is put back to "
-                "iteration %d and is NOT protected. Lower alpha, raise beta or l_NTR, or allow more tolerance.",
-                metric, self.tolerance, state.good_step,
-            )  # fmt: skip
+                "The model is put back to iteration %d and is NOT protected: %s", state.good_step, self.failure
+            )
+
+    @property
+    def failure(self) -> str:
+        """Why no state is a protected one, and what to do about it."""
+        if not self.state.suppressed:
+            return (
+                f"all {self.state.dropped} suppression gradients were not finite and were dropped. Lower the learning rates of "
+                "the strategy space, or K."
+            )
+        return (
+            f"no evaluated state kept the original domain within the tolerance of {self.tolerance:g}. Lower alpha, raise beta "
+            "or l_NTR, or allow more tolerance."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -35,11 +35,10 @@ def measure_domains(trainer: SophonTrainer, sources: dict[str, Source | Domain],
     metrics: dict[str, float] = {}
     for name, source in sources.items():
         domain = source if isinstance(source, Domain) else _build(trainer, source, name)
-        most = max(trainer.domains["original"].num_classes, trainer.outputs or 0)
         result = evaluate_model(
             task, trainer.model, domain, args.per_device_eval_batch_size, rank=args.process_index,
             world_size=args.world_size, autocast=trainer.accelerator.autocast,
-            with_loss=domain.labels is None or domain.num_classes <= most,
+            with_loss=domain.labels is None or int(domain.labels.max()) < trainer.outputs,
         )  # fmt: skip
         metrics[f"{prefix}_{name}_{task.metric}"] = result.metric
         metrics[f"{prefix}_{name}_loss"] = result.loss
@@ -56,7 +55,13 @@ def _build(trainer: SophonTrainer, source: Source, name: str) -> Domain:
 
 
 def simulated_metric(
-    suppression: Suppression, space: StrategySpace, restricted: Domain, held_out: Domain, steps: int, seed: int
+    suppression: Suppression,
+    space: StrategySpace,
+    restricted: Domain,
+    held_out: Domain,
+    steps: int,
+    seed: int,
+    batch_size: int,
 ) -> float:
     """The task's metric on held-out restricted data, over one adversary for each initialization of Phi.
 
@@ -67,6 +72,7 @@ def simulated_metric(
         held_out: What they are measured on.
         steps: Updates of each.
         seed: The same adversaries for the same seed.
+        batch_size: Examples that are measured at a time.
     """
     task, scores = suppression.task, {}
     for number, start in enumerate(dict.fromkeys(space.initializations)):
@@ -74,7 +80,7 @@ def simulated_metric(
         own_seed = derive_seed(seed, "probe", number)
         environment = sample_environment(restricted, task, strategy, own_seed)
         environment = replace(environment, evaluation=Stream(held_out, task, own_seed))
-        for name, values in suppression.measure(environment, steps).items():
+        for name, values in suppression.measure(environment, steps, batch_size).items():
             scores.setdefault(name, []).extend(values.tolist())
     # One process decides for all: a kernel that is not deterministic must not make them choose differently.
     return broadcast_object_list([task.compute_metric(scores)])[0]

@@ -1,15 +1,12 @@
-"""Plots. Every function writes one PNG and returns its path."""
+"""Plots. Every function writes one PNG and returns its path; pyplot, and with it a notebook's backend, is left alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
@@ -39,7 +36,8 @@ def plot_curves(
     """
     columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
     rows = max(1, -(-len(panels) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4 * columns, 3.4 * rows))
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (name, models) in zip(axes.flat, panels.items(), strict=False):
@@ -71,7 +69,8 @@ def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarra
         path: Where the PNG goes.
         metric: Its name.
     """
-    figure, axis = plt.subplots(figsize=(4.5 + 1.2 * len(columns), 1.2 + 0.26 * len(rows)))
+    figure = Figure(figsize=(4.5 + 1.2 * len(columns), 1.2 + 0.26 * len(rows)))
+    axis = figure.subplots()
     axis.imshow(values, aspect="auto", cmap="cividis")
     axis.set_xticks(range(len(columns)), columns)
     # A name may hold a regular expression, whose dollar signs are no mathematics.
@@ -92,7 +91,8 @@ def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: s
         path: Where the PNG goes.
         metric: Its name.
     """
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
     for model, values in lines.items():
         axis.step(range(1, len(values) + 1), values, where="post", label=model, color=COLOURS.get(model))
     axis.set_xlabel("attacks tried")
@@ -110,7 +110,8 @@ def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str 
         path: Where the PNG goes.
         title: Above the plot.
     """
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
     for label, values in lines.items():
         axis.plot(np.where(np.isfinite(values), values, np.nan), label=label, linewidth=1)
     axis.set_xlabel("iteration")
@@ -140,9 +141,8 @@ def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
     return path
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
     return path

@@ -32,6 +32,25 @@ FEWEST_EXAMPLES = 4
 FEWEST_WITH_BATCH_NORM = 20
 
 
+def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any) -> None:
+    """What cannot be protected, or does not go together, whatever the data are.
+
+    Raises:
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, or a model that is sharded already.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+        )
+    if reinforcement_loss is not None and args.distillation:
+        raise ValueError(
+            "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixing: leave "
+            "`distillation` 0, or add the distance to your own loss."
+        )
+    if isinstance(model, nn.Module) and is_sharded(model):
+        raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
+
+
 def build_domains(
     model: nn.Module,
     task: Task,
@@ -296,12 +315,17 @@ def make_probes(
     """The probes that the arguments ask for; None where they ask for none.
 
     Raises:
-        ValueError: The task has no labels, or the model too few blocks.
+        ValueError: The task has no labels, T_i too few examples, or the model too few blocks.
     """
     if not args.probes:
         return None
     if restricted.labels is None:
         raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
+    if held_out_examples(len(restricted)) < 2:
+        raise ValueError(
+            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe is fitted "
+            "on one half of T_i and judged on the other, so T_i needs 2. Give at least 15, or leave `probes` 0."
+        )
     loss = choose_loss(task, args.suppression_loss)
     return Probes(model, anatomy, args.probes, restricted.num_classes, loss)
 

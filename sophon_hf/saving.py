@@ -27,13 +27,13 @@ from sophon_hf.claim import (
     Method,
     Protection,
     finite_or_none,
-    hash_weights,
 )
 from sophon_hf.data.fingerprint import is_base_name_or_hub_id
 from sophon_hf.reporting.card import CARD, update_card
 from sophon_hf.sharding import is_sharded
 from sophon_hf.suppression import last_evaluated
 from sophon_hf.tasks import DiffusionTask, Task, hash_state
+from sophon_hf.weights import hash_weights
 
 if TYPE_CHECKING:
     from sophon_hf.config import SophonConfig

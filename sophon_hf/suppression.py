@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import get_scheduler
 
 from sophon_hf.data.streams import Batch
 from sophon_hf.finetuning.engine import FineTuning, make_optimizer, make_scheduler
@@ -20,15 +19,12 @@ from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.probes import Probes
-from sophon_hf.sharding import gradients, is_sharded, local, share
+from sophon_hf.sharding import gradients, local, share
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from sophon_hf.config import SophonConfig
     from sophon_hf.tasks import Task
 
 MEASURED_EXAMPLES = 1000
@@ -140,16 +136,22 @@ class Suppression:
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return SuppressionGradient(gradient, total, adversaries)
 
-    def measure(self, environment: Environment, steps: int) -> dict[str, Tensor]:
-        """Run one adversary for `steps` updates and return its scores on T_i; the model is put back."""
+    def measure(self, environment: Environment, steps: int, batch_size: int = MEASURED_EXAMPLES) -> dict[str, Tensor]:
+        """Run one adversary for `steps` updates and return its scores on T_i, measured `batch_size` examples at a time.
+
+        The model is put back.
+        """
         with preserved(self.model, self.anatomy.head):
             torch.manual_seed(environment.seed)
             for _ in self._fine_tuning(environment, steps):
                 pass
+            held_out, parts = environment.evaluation, []
+            examples = min(len(held_out.indices), MEASURED_EXAMPLES)
             with torch.no_grad():
-                size = min(len(environment.evaluation.indices), MEASURED_EXAMPLES)
-                batch = environment.evaluation.batch(0, size)
-                return self.task.scores(*self._predict(self.model, batch, batch_statistics=False))
+                for start in range(0, examples, batch_size):
+                    batch = held_out.batch(start, min(batch_size, examples - start))
+                    parts.append(self.task.scores(*self._predict(self.model, batch, batch_statistics=False)))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _first_order(
         self, member: Environment | PersistentAdversary, weights: Sequence[float], gradient: dict[str, Tensor]
@@ -317,64 +319,3 @@ def _copy_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0:
                 state[name] = value.clone()
-
-
-@torch.no_grad()
-def average_and_clip(
-    gradients: dict[str, Tensor], loss: Tensor, model: nn.Module, accelerator: Accelerator, max_norm: float
-) -> tuple[Tensor, Tensor]:
-    """Average gradients and loss over the processes in one message, and clip the gradients, in place.
-
-    Those of a sharded model are means over the processes already.
-
-    Args:
-        gradients: By parameter name.
-        loss: A scalar that is averaged with them.
-        model: Whose parameters they belong to.
-        accelerator: Of the processes.
-        max_norm: What the norm of all gradients together is clipped to; 0 for never.
-
-    Returns:
-        The gradients' norm before clipping, and the loss.
-    """
-    tensors = [local(gradient) for gradient in gradients.values()]
-    if is_sharded(model):
-        squares = torch.stack([tensor.square().sum() for tensor in tensors]).sum()
-        squares, loss = accelerator.reduce(torch.stack([squares, loss.detach().to(squares.dtype)]), reduction="sum")
-        norm, loss = squares.sqrt(), loss / accelerator.num_processes
-        if max_norm > 0:
-            torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1))
-        return norm, loss
-    vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
-    vector = accelerator.reduce(vector, reduction="mean")
-    loss, vector = vector[-1], vector[:-1]
-    norm = vector.norm()
-    if max_norm > 0:
-        vector *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-    return norm, loss
-
-
-def make_suppression_optimizer(model: nn.Module, args: SophonConfig) -> torch.optim.Adam:
-    """Adam with alpha, beside the Trainer's own with beta."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(parameters, args.alpha, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
-
-
-def make_suppression_scheduler(
-    optimizer: torch.optim.Optimizer, args: SophonConfig, iterations: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule that beta has, over all suppression loops."""
-    loops = max(args.l_FTS, 1)
-    return get_scheduler(
-        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
-        num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )  # fmt: skip
-
-
-def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """Halve alpha, now and in what is left of its schedule."""
-    for group in optimizer.param_groups:
-        group["lr"] /= 2
-    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -24,12 +23,12 @@ from transformers.trainer_utils import HubStrategy
 from sophon_hf.adversaries import Adversaries
 from sophon_hf.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress
 from sophon_hf.checkpoints import checkpoint_to_resume, restore_state, save_state
-from sophon_hf.claim import Claim
+from sophon_hf.claim import FILE_NAME, Claim
 from sophon_hf.config import SophonConfig
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.guard import Guard
-from sophon_hf.hub.publish import create_repository, publish
+from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
 from sophon_hf.measuring import measure_domains, simulated_error, simulated_metric
 from sophon_hf.preflight import (
     build_domains,
@@ -37,6 +36,7 @@ from sophon_hf.preflight import (
     fit_strategies,
     make_distillation,
     make_probes,
+    refuse_arguments,
     refuse_launcher_settings,
 )
 from sophon_hf.reinforcement import ReinforcementBatches
@@ -44,16 +44,15 @@ from sophon_hf.reporting.card import update_card
 from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
-from sophon_hf.suppression import (
-    Suppression,
+from sophon_hf.suppression import Suppression
+from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_task
+from sophon_hf.updates import (
     average_and_clip,
-    halve_rate,
+    consult_guard,
     make_suppression_optimizer,
     make_suppression_scheduler,
+    suppression_loop,
 )
-from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_task
-
-logger = logging.getLogger(__name__)
 
 
 class SophonTrainer(Trainer):
@@ -72,13 +71,14 @@ class SophonTrainer(Trainer):
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
-        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default.
+        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It does
+            not go with `distillation`.
         callbacks: Further callbacks of the Trainer.
 
     Raises:
         ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, or a model or settings that
-            FSDP2 cannot shard here (docs/scaling.md).
+            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, a `reinforcement_loss`
+            beside distillation, or a model or settings that FSDP2 cannot shard here (docs/scaling.md).
     """
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
@@ -100,12 +100,7 @@ class SophonTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = SophonConfig() if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
-            )
-        if not isinstance(model, (str, os.PathLike)) and is_sharded(model):
-            raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
+        refuse_arguments(model, args, reinforcement_loss)
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
@@ -170,31 +165,13 @@ class SophonTrainer(Trainer):
             model.set_requires_gradient_sync(True)
         if self._micro_step == 0:
             for loop in range(self.args.l_FTS):
-                self._suppression_loop(loop)
+                suppression_loop(self, loop)
             for loop in range(self.args.l_NTR - 1):
                 self._reinforcement_loop(model, loop)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_log.add_reinforcement(loss, first_micro_batch=self._micro_step == 0)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         return loss
-
-    def _suppression_loop(self, loop: int) -> None:
-        """Lines 4 to 15: simulate N adversaries, update theta with Adam(alpha)."""
-        args, step = self.args, self.state.global_step
-        result = self.suppression(self.adversaries.draw(step, loop), args.step_weights)
-        norm, result.loss = average_and_clip(
-            result.gradient, result.loss, self.model, self.accelerator, args.max_grad_norm
-        )
-        if torch.isfinite(norm):
-            for name, parameter in self.model.named_parameters():
-                parameter.grad = result.gradient.get(name)
-            self.suppression_optimizer.step()
-            self.suppression_optimizer.zero_grad()
-        else:
-            self.guard.state.dropped += 1
-            logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
-        self.suppression_scheduler.step()
-        self.step_log.add_suppression(result, norm)
 
     def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
         """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
@@ -273,11 +250,13 @@ class SophonTrainer(Trainer):
         if self.is_in_train and eval_dataset is None:
             domains = (self.domains["restricted"], self.domains["eval_restricted"])
             steps = self.args.horizon if self.args.persistent else self.args.K
-            simulated = simulated_metric(self.suppression, self.space, *domains, steps, self.args.seed)
+            simulated = simulated_metric(
+                self.suppression, self.space, *domains, steps, self.args.seed, self.args.per_device_eval_batch_size
+            )
             metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
             # A resumed run measures its start again, which the guard saw before the checkpoint or not at all.
             if self.state.global_step != self._resumed_at:
-                self._guard(metrics[f"{metric_key_prefix}_original_{self.task.metric}"], simulated)
+                consult_guard(self, metrics[f"{metric_key_prefix}_original_{self.task.metric}"], simulated)
             metrics["rollbacks"] = float(self.guard.state.rollbacks)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -286,22 +265,6 @@ class SophonTrainer(Trainer):
     def _new_guard(self) -> Guard:
         error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
         return Guard(self.model, self.args.tolerance, self.task.greater_is_better, error)
-
-    def _guard(self, original: float, simulated: float) -> None:
-        step, start = self.state.global_step, self.guard.state.start
-        if self.guard.observe(step, original, simulated) or self.args.after_rollback == "no_rollback":
-            return
-        self.guard.roll_back(self.optimizer, self.suppression_optimizer)
-        self.adversaries.start_anew()
-        choice = self.args.after_rollback
-        if choice == "halve_alpha":
-            halve_rate(self.suppression_optimizer, self.suppression_scheduler)
-        self.control.should_training_stop |= choice == "stop"
-        logger.warning(
-            "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
-            "%d is put back; then: %s.", step, self.task.metric, original, self.args.tolerance, start,
-            self.guard.state.good_step, choice,
-        )  # fmt: skip
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add what the loops since the last entry showed."""
@@ -399,6 +362,9 @@ class SophonTrainer(Trainer):
     ) -> CommitInfo | None:
         """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
 
+        A trainer that was made anew, after an attack of hours say, holds the model as it was before protection: where
+        `output_dir` holds a saved one, that is published as it is.
+
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
             commit_message: Of the commit.
@@ -413,7 +379,8 @@ class SophonTrainer(Trainer):
             PermissionError, ConnectionError, ValueError: As `sophon_hf.hub.publish.publish`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
+        if self.state.global_step > 0 or not os.path.exists(os.path.join(self.args.output_dir, FILE_NAME)):
+            self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         return publish(
@@ -423,11 +390,7 @@ class SophonTrainer(Trainer):
         )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish a checkpoint's model, without its states. A push that fails does not end the training."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        message = f"Protection in progress, iteration {self.state.global_step}"
-        try:
-            publish(checkpoint_folder, self.repository_name, revision=self.args.hub_revision, commit_message=message)
-        except (OSError, ValueError) as error:
-            logger.warning("%s: it was not pushed, training goes on. %s", message, error)
+        """Publish a checkpoint's model, without its states."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            iteration, revision = self.state.global_step, self.args.hub_revision
+            publish_checkpoint(checkpoint_folder, self.repository_name, iteration, revision)

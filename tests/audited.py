@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,11 +13,13 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.attacks import AttackResults
-from sophon_hf.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection, hash_weights
+from sophon_hf.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection
 from sophon_hf.data import Stream, build_domain
 from sophon_hf.finetuning import FineTuning, StrategySpace
+from sophon_hf.hub.audit import audit_model
 from sophon_hf.reporting.card import make_card
 from sophon_hf.tasks import hash_state, infer_task
+from sophon_hf.weights import hash_weights
 
 CLASSES, SIZE = 4, 8
 SWEEP = [FineTuningStrategy(start, learning_rate=1e-2, batch_size=12, epochs=8) for start in ("direct", "new_head")]
@@ -105,6 +108,19 @@ def publish_folder(folder: Path, model: torch.nn.Module, results: AttackResults 
     return claim
 
 
+def publish_truth(root: Path) -> dict:
+    """Data, the model before protection, the published folder with a true claim, and where its attacks lie."""
+    data = make_data()
+    original = pretrained(data)
+    protected = perturbed(original)
+    results = run_attacks(root / "attacks", protected, original, data)
+    claim = publish_folder(root / "model", protected, results)
+    original.save_pretrained(root / "original")
+    return {
+        "data": data, "original": original, "folder": root / "model", "root": root, "claim": claim, "results": results,
+    }  # fmt: skip
+
+
 def edit_claim(folder: Path, **changes) -> None:
     """Change fields of sophon.json, as a forger would: "a.b" names a field inside another."""
     path = folder / "sophon.json"
@@ -124,3 +140,23 @@ def as_parts(data: dict[str, datasets.Dataset], folder: Path) -> dict[str, str]:
         for split, part in zip(("train", "test"), parts, strict=True):
             data[part].to_parquet(folder / name / f"{split}.parquet")
     return {name: str(folder / name) for name in ("restricted", "original")}
+
+
+def verdict_of(audit, claim: str) -> str:
+    return next(v.verdict for v in audit.verdicts if v.claim == claim)
+
+
+def why_of(audit, claim: str) -> str:
+    return next(v.why for v in audit.verdicts if v.claim == claim)
+
+
+def full_audit(truth, folder, output_dir, fresh: bool = False, **changes):
+    """An audit with all data; unless it is to be fresh, what its attacks share with those before is not run again."""
+    data = truth["data"]
+    if not fresh:
+        shutil.copytree(truth["root"] / "attacks" / "cells", output_dir / "cells", dirs_exist_ok=True)
+    arguments = {
+        "unprotected": truth["original"], "restricted_dataset": data["adversary"], "eval_dataset": data["test"],
+        "original_eval_dataset": data["original_test"], "sweep": SWEEP,
+    }  # fmt: skip
+    return audit_model(folder, output_dir, **{**arguments, **changes})

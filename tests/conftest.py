@@ -30,7 +30,7 @@ except RuntimeError:
         operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from sophon_hf.data import build_domain  # noqa: E402
-from sophon_hf.tasks import infer_task  # noqa: E402
+from sophon_hf.tasks import ClassificationTask, infer_task  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -89,6 +89,28 @@ def points() -> datasets.Dataset:
 @pytest.fixture
 def domain(model, points):
     return build_domain(points, infer_task(model).inputs(model), name="restricted")
+
+
+@pytest.fixture
+def float64_domain():
+    from naive_suppression import Net
+
+    torch.set_default_dtype(torch.float64)
+    return build_domain(make_points(1, 100), ClassificationTask().inputs(Net()))
+
+
+@pytest.fixture(scope="session")
+def truth(tmp_path_factory):
+    """A published model with a true claim, and what it was made from."""
+    from audited import publish_truth
+
+    return publish_truth(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def folder(truth, tmp_path):
+    """A copy of its folder that a test may spoil."""
+    return shutil.copytree(truth["folder"], tmp_path / "model")
 
 
 @pytest.fixture

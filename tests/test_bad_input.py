@@ -439,3 +439,14 @@ def test_an_output_folder_with_other_things_is_taken(build, tmp_path):
     (tmp_path / "output" / "notes.txt").write_text("mine")
     build().train()
     assert (tmp_path / "output" / "notes.txt").read_text() == "mine"
+
+
+def test_probes_need_two_held_out_examples_of_the_restricted_domain(tmp_path):
+    """A probe that is fitted on none of them has no finite gradient."""
+    model, args = TinyNet(batch_norm=False), config(tmp_path, probes=1)
+    domains = {"eval_dataset": {"original": make_points(3), "restricted": make_points(4)}}
+    with pytest.raises(ValueError, match="has 14 examples to protect with.*Give at least 15"):
+        SophonTrainer(model, make_points(1, examples=14), make_points(2), args, **domains)
+    trainer = SophonTrainer(model, make_points(1, examples=15), make_points(2), args, **domains)
+    trainer.train()
+    assert trainer.guard.state.dropped == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -80,6 +81,16 @@ def test_the_first_paragraph_has_the_strongest_attack_and_its_figure(saved):
     assert card.data.tags == ["sophon", "non-fine-tunable"]
     values = {r.metric_name: r.metric_value for r in card.data.eval_results}
     assert list(values.values()) == pytest.approx([results.original_metric["protected"], best.mean, 0.83])
+
+
+def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
+    folder, claim, results = saved
+    report = AttackReport.from_results(results)
+    first, *others = [a for a in report.attacks if a.model == "protected"]
+    failed = replace(first, seeds=[], epoch=None, validation=None, test=[], final=[], failed=3)
+    card = make_card(folder, with_attacks(claim, results, attacks=[failed, *others]), "alice/model")
+    assert f"The strongest of {len(others)} attack" in first_paragraph(card)
+    assert "3 failed" in card.text
 
 
 def test_a_void_score_is_no_score(saved):

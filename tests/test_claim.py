@@ -18,10 +18,11 @@ from published import attack, classifier, pixels, protect
 
 from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks import AttackResults
-from sophon_hf.claim import AttackReport, Claim, hash_weights
+from sophon_hf.claim import AttackReport, Claim
 from sophon_hf.data import build_domain
 from sophon_hf.data.fingerprint import fingerprint_domain, remember_source
 from sophon_hf.tasks import hash_state, infer_task
+from sophon_hf.weights import hash_weights
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,28 @@ def test_bad_files_of_protect(tmp_path, text, message):
         cli.main(["protect", str(tmp_path / "config.yaml"), *MODEL])
 
 
+def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_path, monkeypatch):
+    from sophon_hf.commands import demo
+
+    def stop():
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(demo, "printed_letters", stop)
+    mine, earlier = tmp_path / "mine" / "protected" / "model", tmp_path / "demo" / "protected" / "model"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(ValueError, match="holds 'protected', which no demo has made"):
+        demo.run(tmp_path / "mine")
+    assert mine.exists()
+    with pytest.raises(RuntimeError, match="stop"):
+        demo.run(tmp_path / "demo")
+    earlier.parent.mkdir()
+    earlier.touch()
+    with pytest.raises(RuntimeError, match="stop"):
+        demo.run(tmp_path / "demo")
+    assert not earlier.exists()
+
+
 # Files and flags.
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, fitted, make_points
+from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from test_models import images, unet
-from test_suppression import Net, assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -30,7 +30,6 @@ from sophon_hf.attacks.adaptive import rescale_weights
 from sophon_hf.claim import Claim
 from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
-from sophon_hf.data import Domain, build_domain
 from sophon_hf.finetuning import PersistentAdversary
 from sophon_hf.losses import inverse_cross_entropy
 from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits, tangent_kernel
@@ -40,12 +39,6 @@ from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
 HEAD_ONLY = Anatomy("head", ("body",), 3)
-
-
-@pytest.fixture
-def float64_domain() -> Domain:
-    torch.set_default_dtype(torch.float64)
-    return build_domain(make_points(1, 100), ClassificationTask().inputs(Net()))
 
 
 def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrainer:
@@ -389,6 +382,12 @@ def test_images_are_mirrored_before_they_are_mixed():
             if share.std() < 1e-2 * share.mean().abs().clamp_min(1e-2):
                 seen.add((own, other))
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_a_reinforcement_loss_of_ones_own_does_not_go_with_distillation(tmp_path):
+    args = SophonConfig(str(tmp_path), distillation=1.0, use_cpu=True)
+    with pytest.raises(ValueError, match="takes the place of.*distillation"):
+        SophonTrainer(TinyNet(), make_points(1), make_points(2), args, reinforcement_loss=lambda *_: 0)
 
 
 def test_mixing_needs_distillation_and_continuous_inputs(tmp_path, caplog):

@@ -18,11 +18,12 @@ from published import attack, classifier, make_trainer, protect
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from sophon_hf import SophonConfig
-from sophon_hf.claim import Claim, hash_weights
+from sophon_hf.claim import Claim
 from sophon_hf.cli import main
 from sophon_hf.hub.publish import publish
 from sophon_hf.saving import replaced_together
 from sophon_hf.tasks import load_model
+from sophon_hf.weights import hash_weights
 
 CLASSIFIER = {
     ".gitattributes",
@@ -127,7 +128,9 @@ def test_a_public_repository_does_not_take_what_is_to_be_private(hub, folder):
 
 def test_publishing_again_replaces_the_weights_and_keeps_other_files(hub, folder):
     old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
-    hub.add_repository("alice/model", old)
+    # Left there, they are the model before protection.
+    formats = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "unet/model.ckpt")
+    hub.add_repository("alice/model", {**old, **dict.fromkeys(formats, b"unprotected")})
     publish(folder, "alice/model")
     assert files(hub) == CLASSIFIER - {".gitattributes"} | {"notes.txt"}
 
@@ -214,6 +217,7 @@ def test_a_report_about_another_model_is_refused(hub, folder, tmp_path):
     with pytest.raises(SystemExit, match=r"no results\.json"):
         main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "nothing")])
     assert Claim.read(folder).attacks is None
+    assert "alice/model" not in hub.repositories
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "alice/", "../x", "alice/mo del"])
@@ -258,6 +262,17 @@ def test_the_trainer_pushes_the_same(hub, tmp_path):
     assert files(hub) == CLASSIFIER | PLOTS
     trainer.push_to_hub("alice/model")
     assert Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content).attacks is not None
+
+
+def test_a_trainer_made_anew_pushes_the_protected_model_and_not_its_own(hub, folder):
+    """In a session of its own, after the attacks."""
+    saved = Claim.read(folder)
+    make_trainer("classifier", folder).push_to_hub("alice/model", report=folder.parent / "attacks")
+    claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
+    assert claim == Claim.read(folder) and claim.attacks is not None
+    assert (claim.protection, claim.weights) == (saved.protection, saved.weights)
+    assert claim.protection.status == "protected"
+    assert claim.weights["model.safetensors"] == hub.repositories["alice/model"].files["model.safetensors"].sha256
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "end"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -177,6 +179,12 @@ def test_other_plots_take_what_is_not_finite(tmp_path):
         plot_stability({"ICE": [1.0, float("inf"), -5.0], "NaN": [nan, nan]}, tmp_path / "stability.png"),
     ):
         assert Image.open(path).size[0] > 100
+
+
+def test_plotting_leaves_the_backend_of_a_notebook_alone():
+    code = "import matplotlib; matplotlib.use('svg'); import sophon_hf.plots; print(matplotlib.get_backend())"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.stdout.split() == ["svg"], process.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 from two_processes import launch, results
 
-from sophon_hf.claim import Claim, hash_weights
+from sophon_hf.claim import Claim
 from sophon_hf.tasks import hash_state
+from sophon_hf.weights import hash_weights
 
 # The run as a user would write it. Each process saves what it ends with; the test reads `build` from it too.
 SCRIPT = """

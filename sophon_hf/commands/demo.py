@@ -17,6 +17,7 @@ from sophon_hf.reporting.report import write_report
 from sophon_hf.tasks import Task, infer_task
 from sophon_hf.trainer import SophonTrainer
 
+MARK = ".sophon-demo"
 ADVERSARY_EXAMPLES, ADVERSARY_EPOCHS = 50, 20
 SWEEP = [
     FineTuningStrategy(start, learning_rate=rate, batch_size=10)
@@ -93,9 +94,7 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 90) -> dict[st
     trainer.train()
     trainer.save_model()
     if trainer.guard.state.best_step is None:
-        print(
-            "No evaluated state kept the original accuracy: the model is NOT protected, and the attacks will show it."
-        )
+        print(f"The model is NOT protected, and the attacks will show it: {trainer.guard.failure}")
 
     suite = AttackSuite(
         SWEEP, output_dir / "attacks", epochs=ADVERSARY_EPOCHS, measured_epochs=(0, 5, 10, 15, ADVERSARY_EPOCHS),
@@ -111,12 +110,15 @@ def run(output_dir: str | Path = "demo-output", iterations: int = 90) -> dict[st
 
 
 def _make_room(output_dir: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
-    made = ("protected", "attacks", "report")
-    others = [path.name for path in output_dir.iterdir() if path.name not in made] if output_dir.exists() else []
+    """Remove an earlier demo, which its mark tells from work under the same names, and nothing else."""
+    found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    others = sorted(found - {"protected", "attacks", "report", MARK} if MARK in found else found)
     if others:
         raise ValueError(f"{output_dir} holds {others[0]!r}, which no demo has made: choose an empty or a new folder.")
-    shutil.rmtree(output_dir, ignore_errors=True)
+    for name in found - {MARK}:
+        shutil.rmtree(output_dir / name)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MARK).touch()
 
 
 def _table(results: AttackResults) -> str:

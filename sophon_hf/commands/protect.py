@@ -147,10 +147,7 @@ def main(arguments: list[str]) -> None:
         trainer.save_model()  # `save_strategy` is about checkpoints; the command is run for the model.
     state = trainer.guard.state
     if state.best_step is None and state.start is not None:
-        sys.exit(
-            f"sophon-hf protect: the model in {config.output_dir} is NOT protected, since no evaluated state kept the "
-            "original domain within the tolerance. Lower alpha, raise beta or l_NTR, or allow more tolerance."
-        )
+        sys.exit(f"sophon-hf protect: the model in {config.output_dir} is NOT protected: {trainer.guard.failure}")
     if trainer.is_world_process_zero():
         which = "not evaluated" if state.best_step is None else f"iteration {state.best_step}"
         print(f"Protected model ({which}) saved in {config.output_dir}.")

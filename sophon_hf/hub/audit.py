@@ -14,13 +14,14 @@ from typing import Any
 from torch import nn
 
 from sophon_hf.attacks.results import write_atomically
-from sophon_hf.claim import FILE_NAME, Claim, hash_weights, printable
+from sophon_hf.claim import FILE_NAME, Claim, printable
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.hub.download import Download, check_configurations, fetch
 from sophon_hf.hub.measurement import Measurement, load_models, measure
 from sophon_hf.hub.published_card import judge_card
 from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, Verdict, judge_consistency
+from sophon_hf.weights import hash_weights
 
 
 @dataclass

@@ -16,9 +16,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.claim import FILE_NAME, AttackReport, Claim, hash_weights
+from sophon_hf.claim import FILE_NAME, AttackReport, Claim
 from sophon_hf.reporting.card import CARD, update_card
 from sophon_hf.reporting.report import write_plots
+from sophon_hf.weights import hash_weights
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,11 @@ ALLOWED = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "unet/config.json", "scheduler/scheduler_config.json", "plots/*.png",
 )  # fmt: skip
-# Of an earlier commit's, so that the repository holds the weights of the claim and no others.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "plots/*"]
+# Of an earlier commit's, so that the repository holds the weights of the claim and no others, in whatever format.
+REPLACED = [
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5",
+    "*.h5.index.json", "*.msgpack", "*.msgpack.index.json", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "plots/*",
+]  # fmt: skip
 _LOG_IN = "Run `hf auth login` (or set HF_TOKEN) with a token that may write."
 
 
@@ -65,9 +69,9 @@ def publish(
     """
     folder = Path(folder)
     claim = check_folder(folder)
-    repo_id = create_repository(repo_id, private)
     if report is not None:
         claim = add_report(folder, claim, report)
+    repo_id = create_repository(repo_id, private)
     if not update_card(folder, claim, repo_id):
         logger.warning(
             "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Without "
@@ -83,6 +87,22 @@ def publish(
             commit_message=commit_message,
             revision=revision,
         )
+
+
+def publish_checkpoint(folder: str | os.PathLike, repo_id: str, iteration: int, revision: str | None = None) -> None:
+    """Publish the model of a checkpoint while the protection goes on; a push that fails is logged and does not end it.
+
+    Args:
+        folder: The checkpoint; its states stay on the machine.
+        repo_id: `user/name`.
+        iteration: Whose state it is.
+        revision: Branch to commit to.
+    """
+    message = f"Protection in progress, iteration {iteration}"
+    try:
+        publish(folder, repo_id, revision=revision, commit_message=message)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: it was not pushed, training goes on. %s", message, error)
 
 
 def check_folder(folder: Path) -> Claim:

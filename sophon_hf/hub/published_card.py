@@ -35,7 +35,7 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
         return Verdict("card", NOT_CHECKABLE, why=f"its metadata cannot be read: {error}"), []
     notes = [] if is_unedited(body) else ["The card's text was edited: what it says was not compared with the claim."]
     expected = {r.metric_name: float(r.metric_value) for r in evaluation_results(claim)}
-    for name, value in found.items():
+    for name, value in found:
         if name not in expected:
             return Verdict("card", TAMPERED, why=f"it states {name!r}, which the claim does not"), notes
         if not abs(value - expected[name]) <= 1e-6 * max(1.0, abs(value)):
@@ -45,7 +45,8 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
         r.metric_type == "recovered_transfer" for r in evaluation_results(claim)
     ):
         return Verdict("card", TAMPERED, why="it is tagged non-fine-tunable, and the claim holds no score"), notes
-    missing = f"; it leaves out {len(expected) - len(found)} of its figures" if len(found) < len(expected) else ""
+    missing = len(expected.keys() - dict(found))
+    missing = f"; it leaves out {missing} of its figures" if missing else ""
     return Verdict("card", REPRODUCED, why=f"its metadata state what the claim does{missing}"), notes
 
 
@@ -98,14 +99,14 @@ def _read(path: Path) -> str:
     return text
 
 
-def _figures(metadata: dict[str, Any]) -> dict[str, float]:
-    """The metrics of `model-index`, by their names."""
-    figures = {}
+def _figures(metadata: dict[str, Any]) -> list[tuple[str, float]]:
+    """The metrics of `model-index`, name and value: all that the Hub shows, also where two have one name."""
+    figures = []
     try:
         for model in metadata.get("model-index") or []:
             for result in model["results"]:
                 for metric in result["metrics"]:
-                    figures[str(metric.get("name", metric["type"]))] = float(metric["value"])
+                    figures.append((str(metric.get("name", metric["type"])), float(metric["value"])))
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"model-index is not of the Hub's form ({type(error).__name__})") from error
     return figures

@@ -32,8 +32,8 @@ _TASKS = {
     "UNet2DModel": "unconditional-image-generation",
 }
 _STATUS = {
-    "not protected": "This model is NOT protected: no evaluated state kept the original domain within the tolerance, and "
-    "the model was put back to an earlier state.",
+    "not protected": "This model is NOT protected: no evaluated state was suppressed and kept the original domain within the "
+    "tolerance. It is the last one that kept it.",
     "not measured": "Whether this model still works in its original domain was not measured while it was protected.",
     "in progress": "This is a checkpoint of a protection that has not ended: nothing was measured of this state.",
 }
@@ -273,7 +273,8 @@ def _first_paragraph(claim: Claim) -> str:
 
 
 def _count(report: AttackReport) -> str:
-    count = len([a for a in report.attacks if a.model == "protected" and a.applicable])
+    """How many attacks on the protected model came to an end; one that did not has tried nothing."""
+    count = len([a for a in report.attacks if a.model == "protected" and a.applicable and a.seeds])
     return f"{count} attack{'s' * (count != 1)}"
 
 

@@ -1,0 +1,129 @@
+"""How theta moves: the suppression loop and its Adam beside the Trainer's own, and the way back where the guard says so."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from sophon_hf.sharding import is_sharded, local
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sophon_hf.config import SophonConfig
+    from sophon_hf.trainer import SophonTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def suppression_loop(trainer: SophonTrainer, loop: int) -> None:
+    """Lines 4 to 15 of Algorithm 1: simulate N adversaries, update theta with Adam(alpha).
+
+    Args:
+        trainer: Inside an iteration.
+        loop: Which of its l_FTS loops.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    result = trainer.suppression(trainer.adversaries.draw(step, loop), args.step_weights)
+    norm, result.loss = average_and_clip(
+        result.gradient, result.loss, trainer.model, trainer.accelerator, args.max_grad_norm
+    )
+    if torch.isfinite(norm):
+        for name, parameter in trainer.model.named_parameters():
+            parameter.grad = result.gradient.get(name)
+        trainer.suppression_optimizer.step()
+        trainer.suppression_optimizer.zero_grad()
+        trainer.guard.state.applied += 1
+    else:
+        trainer.guard.state.dropped += 1
+        logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
+    trainer.suppression_scheduler.step()
+    trainer.step_log.add_suppression(result, norm)
+
+
+@torch.no_grad()
+def average_and_clip(
+    gradients: dict[str, Tensor], loss: Tensor, model: nn.Module, accelerator: Accelerator, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Average gradients and loss over the processes in one message, and clip the gradients, in place.
+
+    Those of a sharded model are means over the processes already.
+
+    Args:
+        gradients: By parameter name.
+        loss: A scalar that is averaged with them.
+        model: Whose parameters they belong to.
+        accelerator: Of the processes.
+        max_norm: What the norm of all gradients together is clipped to; 0 for never.
+
+    Returns:
+        The gradients' norm before clipping, and the loss.
+    """
+    tensors = [local(gradient) for gradient in gradients.values()]
+    if is_sharded(model):
+        squares = torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+        squares, loss = accelerator.reduce(torch.stack([squares, loss.detach().to(squares.dtype)]), reduction="sum")
+        norm, loss = squares.sqrt(), loss / accelerator.num_processes
+        if max_norm > 0:
+            torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1))
+        return norm, loss
+    vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
+    vector = accelerator.reduce(vector, reduction="mean")
+    loss, vector = vector[-1], vector[:-1]
+    norm = vector.norm()
+    if max_norm > 0:
+        vector *= (max_norm / (norm + 1e-6)).clamp(max=1)
+    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return norm, loss
+
+
+def make_suppression_optimizer(model: nn.Module, args: SophonConfig) -> torch.optim.Adam:
+    """Adam with alpha, beside the Trainer's own with beta."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, args.alpha, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+
+
+def make_suppression_scheduler(
+    optimizer: torch.optim.Optimizer, args: SophonConfig, iterations: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule that beta has, over all suppression loops."""
+    loops = max(args.l_FTS, 1)
+    return get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
+        num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )  # fmt: skip
+
+
+def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> None:
+    """Show an evaluation to the guard; where the original metric fell too far, do as `after_rollback` says.
+
+    Args:
+        trainer: After an evaluation of its own domains.
+        original: The original metric.
+        simulated: What fixed simulated adversaries reach.
+    """
+    guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
+    if guard.observe(step, original, simulated) or choice == "no_rollback":
+        return
+    guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
+    trainer.adversaries.start_anew()
+    if choice == "halve_alpha":
+        halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
+    trainer.control.should_training_stop |= choice == "stop"
+    logger.warning(
+        "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
+        "%d is put back; then: %s.", step, trainer.task.metric, original, guard.tolerance, guard.state.start,
+        guard.state.good_step, choice,
+    )  # fmt: skip
+
+
+def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Halve alpha, now and in what is left of its schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]

@@ -1,0 +1,167 @@
+"""The guard: it holds the tolerance of eq. 1, and keeps the best state inside it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TinyNet, fitted, make_points
+from observed import SPACE, Observer, assert_equal, config, guarded, state_of
+
+from sophon_hf import SophonConfig, SophonTrainer
+from sophon_hf.claim import Claim
+from sophon_hf.guard import Guard
+from sophon_hf.measuring import PROBE_BATCH
+
+
+def train_guarded(tmp_path, **changes):
+    observer = Observer()
+    args = guarded(tmp_path, **changes)
+    trainer = SophonTrainer(fitted(), make_points(1), make_points(2), args, callbacks=[observer])
+    trainer.train()
+    return trainer, observer
+
+
+def test_the_guard_puts_the_last_good_state_back(tmp_path):
+    trainer, observer = train_guarded(tmp_path, alpha=0.5, after_rollback="continue")
+    start, *later = observer.evaluations
+    assert later[0]["eval_original_accuracy"] < start["eval_original_accuracy"] - 0.05
+    assert [e["rollbacks"] for e in observer.evaluations] == [0, 1, 2, 3]
+    for evaluation in later:
+        assert_equal(evaluation["model"], start["model"])
+        assert evaluation["optimizer"] == 0, "Adam of the abandoned path must not steer the next steps"
+    assert_equal(state_of(trainer.model), start["model"])
+
+
+def test_the_rollbacks_that_are_counted_are_those_that_were_logged(tmp_path):
+    trainer, observer = train_guarded(tmp_path, alpha=0.5, after_rollback="continue")
+    assert trainer.guard.state.rollbacks == observer.evaluations[-1]["rollbacks"] == 3
+
+
+def test_a_rollback_goes_to_the_last_good_state_and_not_to_the_first(tmp_path):
+    _, observer = train_guarded(tmp_path, max_steps=8, alpha=0.03)
+    first = next(i for i, evaluation in enumerate(observer.evaluations) if evaluation["rollbacks"] > 0)
+    start, good, put_back = (observer.evaluations[i]["model"] for i in (0, first - 1, first))
+    assert first > 1, "the set-up needs a good state after the start"
+    assert_equal(put_back, good)
+    assert not torch.equal(put_back["body.weight"], start["body.weight"])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_after_a_rollback_alpha_is_halved_for_good(tmp_path, schedule):
+    trainer, observer = train_guarded(tmp_path, alpha=0.5, max_steps=4, lr_scheduler_type=schedule)
+    alphas, betas = ([e[name] for e in observer.steps] for name in ("alpha", "learning_rate"))
+    rollbacks = [e["rollbacks"] for e in observer.evaluations][: len(alphas)]
+    assert rollbacks[1:3] == [1, 2]
+    # The entry of an iteration is written after both schedules have moved on, alpha's being read then.
+    left = [1 - step / 4 for step in range(1, 5)] if schedule == "linear" else [1.0] * 4
+    assert alphas == pytest.approx([0.5 * share / 2**count for share, count in zip(left, rollbacks, strict=True)])
+    assert max(betas) == 5e-4, "beta is not halved"
+    # The last rollback follows the last entry, and counts at once.
+    assert trainer.suppression_optimizer.param_groups[0]["lr"] == pytest.approx(
+        left[-1] * 0.5 / 2**trainer.guard.state.rollbacks
+    )
+
+
+def test_after_a_rollback_it_can_go_on_unchanged(tmp_path):
+    _, observer = train_guarded(tmp_path, alpha=0.5, after_rollback="continue")
+    assert [entry["alpha"] for entry in observer.steps] == [0.5] * 3
+
+
+def test_after_a_rollback_it_can_stop(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer, observer = train_guarded(tmp_path, alpha=0.5, after_rollback="stop")
+    assert trainer.state.global_step == 1
+    assert_equal(state_of(trainer.model), observer.evaluations[0]["model"])
+    assert "NOT protected" in caplog.text
+
+
+def test_the_guard_catches_weights_that_are_no_numbers(tmp_path):
+    model = fitted()
+    start = state_of(model)
+
+    def broken(model, batch):
+        return model(batch["x"]).sum() * float("inf")
+
+    args = guarded(tmp_path, l_FTS=0)
+    SophonTrainer(model, make_points(1), make_points(2), args, reinforcement_loss=broken).train()
+    assert_equal(state_of(model), start)
+
+
+def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path, monkeypatch):
+    # On so few examples every difference is a tie.
+    monkeypatch.setattr("sophon_hf.trainer.simulated_error", lambda *_: 0.0)
+    trainer, observer = train_guarded(
+        tmp_path, max_steps=12, alpha=0.05, after_rollback="continue", save_strategy="steps"
+    )
+    start = observer.evaluations[0]["eval_original_accuracy"]
+    inside = [e for e in observer.evaluations[1:] if e["eval_original_accuracy"] >= start - 0.05]
+    best = min(reversed(inside), key=lambda e: e["eval_restricted_simulated_accuracy"])
+    assert len({e["eval_restricted_simulated_accuracy"] for e in inside}) > 1
+    assert best["step"] < 12, "the set-up needs a best state that is not the last one"
+    assert_equal(state_of(trainer.model), best["model"])
+    saved = TinyNet()
+    safetensors.torch.load_model(saved, tmp_path / "output" / "model.safetensors")
+    assert_equal(saved.state_dict(), best["model"])
+    assert trainer.evaluate()["eval_original_accuracy"] == best["eval_original_accuracy"]
+
+
+def test_its_adversaries_are_measured_in_batches_of_the_evaluation(tmp_path):
+    """Else an evaluation of large images needs memory for all of them at once."""
+    model, sizes = fitted(), []
+    model.body.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    args = guarded(tmp_path, max_steps=1, tolerance=1.0, per_device_eval_batch_size=20)
+    held_out = {"original": make_points(3), "restricted": make_points(4)}
+    trainer = SophonTrainer(model, make_points(1), make_points(2), args, eval_dataset=held_out)
+    trainer.train()
+    assert max(sizes) == PROBE_BATCH, "an adversary's own batches are the largest"
+
+
+def test_ties_within_the_error_go_to_the_later_state(model):
+    guard = Guard(model, tolerance=1.0, greater_is_better=True, error=0.1)
+    chosen = []
+    for step, simulated in enumerate((0.9, 0.5, 0.58, 0.45, 0.54, 0.56, float("nan"), 0.6)):
+        guard.observe(step, original=1.0, simulated=simulated)
+        chosen.append(guard.state.best_step)
+    # 0.56 is no tie with 0.45, though it is one with 0.54: ties do not add up.
+    assert chosen == [None, 1, 2, 3, 4, 4, 4, 4]
+
+
+def test_without_evaluation_the_last_state_is_kept(tmp_path, caplog):
+    """There is no guard then, so nothing may be put back to the start."""
+    model = fitted()
+    start, args = state_of(model), SophonConfig(
+        output_dir=str(tmp_path / "output"), max_steps=2, K=2, strategy_space=SPACE, eval_strategy="no",
+        per_device_train_batch_size=16, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    SophonTrainer(model, make_points(1), make_points(2), args).train()
+    assert any(not torch.equal(start[name], value) for name, value in state_of(model).items())
+    assert "has not been measured" in caplog.text
+
+
+def test_a_suppression_gradient_that_is_not_finite_is_dropped_and_counted(tmp_path):
+    """Adversaries that overflow teach nothing, so the run must equal one without suppression."""
+    states, counts = [], []
+    for changes in ({"strategy_space": {"learning_rates": [1e38], "batch_sizes": [8]}}, {"l_FTS": 0}):
+        model, observer = fitted(), Observer()
+        args = config(tmp_path, **changes)
+        SophonTrainer(model, make_points(1), make_points(2), args, callbacks=[observer]).train()
+        states.append(state_of(model))
+        counts.append([entry["dropped_suppression_gradients"] for entry in observer.steps])
+    assert counts == [[1, 2, 3], [0, 0, 0]]
+    assert_equal(*states)
+
+
+def test_a_model_of_which_every_suppression_gradient_was_dropped_is_not_protected(tmp_path, caplog):
+    space = {"learning_rates": [1e38], "batch_sizes": [8]}
+    with caplog.at_level(logging.WARNING):
+        trainer, observer = train_guarded(tmp_path, tolerance=1.0, strategy_space=space, save_strategy="steps")
+    assert trainer.guard.state.best_step is None
+    assert "NOT protected: all 3 suppression gradients were not finite" in caplog.text
+    protection = Claim.read(tmp_path / "output").protection
+    assert (protection.status, protection.iteration, protection.dropped) == ("not protected", 3, 3)
+    card = " ".join((tmp_path / "output" / "README.md").read_text().split())
+    assert "NOT protected" in card and "not finite and were therefore left out: 3." in card
+    assert_equal(state_of(trainer.model), observer.evaluations[-1]["model"])
