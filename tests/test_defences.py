@@ -1,18 +1,15 @@
-"""What goes beyond Algorithm 1: probes, adversaries that live on, distillation, kept norms, and presets."""
+"""What goes beyond Algorithm 1, beside probes: adversaries that live on, distillation, kept norms, and presets."""
 
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, fitted, make_points
-from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
-from test_models import images, unet
+from naive_suppression import assert_gradient, make_environment, make_net, suppress
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -32,7 +29,6 @@ from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
 from sophon_hf.finetuning import PersistentAdversary
 from sophon_hf.losses import inverse_cross_entropy
-from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits, tangent_kernel
 from sophon_hf.reinforcement import mix_second_half
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
@@ -49,105 +45,6 @@ def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrai
     }  # fmt: skip
     config = SophonConfig(str(output), **{**settings, **changes})
     return SophonTrainer(TinyNet() if model is None else model, make_points(1), make_points(2), config)
-
-
-# ---- Probes ----
-
-
-def naive_kernel(x: np.ndarray, z: np.ndarray) -> float:
-    """The tangent kernel of one pair, by its definition: expectations over the angle of two Gaussians."""
-    angle = math.acos(np.clip(x @ z / np.linalg.norm(x) / np.linalg.norm(z), -1 + 1e-5, 1 - 1e-5))
-    both_active = (math.pi - angle) / (2 * math.pi)
-    product = (
-        np.linalg.norm(x) * np.linalg.norm(z) * (math.sin(angle) + (math.pi - angle) * math.cos(angle)) / (2 * math.pi)
-    )
-    return 2 * (product + both_active * (x @ z)) / len(x)
-
-
-def naive_probe(features: np.ndarray, labels: np.ndarray, unseen: np.ndarray, num_classes: int) -> np.ndarray:
-    """Kernel ridge regression pair by pair, with centred targets."""
-    mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-4
-    x, z = (features - mean) / spread, (unseen - mean) / spread
-    y = np.eye(num_classes)[labels]
-    fitted_on = np.array([[naive_kernel(a, b) for b in x] for a in x])
-    weights = np.linalg.inv(fitted_on + RIDGE * np.eye(len(x))) @ (y - y.mean(axis=0))
-    return TEMPERATURE * (np.array([[naive_kernel(a, b) for b in x] for a in z]) @ weights + y.mean(axis=0))
-
-
-@pytest.mark.parametrize("width", (3, 40))
-def test_a_probe_is_the_kernel_ridge_regression_of_one_hot_labels(width):
-    generator = np.random.default_rng(0)
-    features, unseen = generator.normal(size=(20, width)), generator.normal(size=(7, width))
-    labels = generator.integers(0, 3, 20)
-    actual = probe_logits(torch.tensor(features), torch.tensor(labels), torch.tensor(unseen), 3)
-    np.testing.assert_allclose(actual.numpy(), naive_probe(features, labels, unseen, 3), atol=2e-3)
-
-
-def test_the_kernel_is_what_the_gradients_of_a_wide_network_have_in_common():
-    """The limit that gives the kernel its name, approached by a network of 100,000 hidden units and autograd."""
-    torch.manual_seed(0)
-    width, x = 100_000, torch.randn(5, 6, dtype=torch.float64)
-    inner = torch.randn(width, 6, dtype=torch.float64, requires_grad=True)
-    outer = torch.randn(width, dtype=torch.float64, requires_grad=True)
-    outputs = (x @ inner.T / 6**0.5).relu() @ outer * (2 / width) ** 0.5
-    slopes = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(out, (inner, outer), retain_graph=True)]) for out in outputs
-    ]
-    slopes = torch.stack(slopes)
-    torch.testing.assert_close(tangent_kernel(x, x), slopes.detach() @ slopes.detach().T, rtol=0.03, atol=0.03)
-
-
-def test_a_probe_sees_what_no_linear_head_could():
-    """Labels by the sign of a product: every linear head is at chance, a hidden layer is not."""
-    torch.manual_seed(0)
-    points = torch.randn(400, 2)
-    labels = (points[:, 0] * points[:, 1] > 0).long()
-    guesses = probe_logits(points[:200], labels[:200], points[200:], 2).argmax(dim=1)
-    assert (guesses == labels[200:]).float().mean() > 0.9
-
-
-def test_its_gradient_goes_through_the_solution():
-    torch.manual_seed(0)
-    features = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    unseen = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    labels = torch.arange(9) % 3
-    torch.autograd.gradcheck(lambda f, u: probe_logits(f, labels, u, 3), (features, unseen))
-
-
-def test_half_precision_and_constant_features_stay_finite():
-    features = torch.ones(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    logits = probe_logits(features, torch.arange(8) % 2, features, 2)
-    assert logits.dtype == torch.float32
-    (gradient,) = torch.autograd.grad(logits.sum(), features)
-    assert gradient.isfinite().all()
-
-
-def test_probes_add_their_suppression_at_every_step_to_that_of_the_head(float64_domain):
-    model = make_net(noisy=False)
-    environment = make_environment(float64_domain, 1, batch_size=5, learning_rate=0.01)
-    probes = Probes(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
-    result = suppress(model, [environment], [[0.5, 0.5]], anatomy=HEAD_ONLY, probes=probes)
-
-    adversary, total = copy.deepcopy(model), 0.0
-    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    optimizer = torch.optim.Adam(adversary.parameters(), lr=0.01)
-    batches, held_out = environment.fine_tuning.batches(5), environment.evaluation.batches(10)
-    for _ in range(2):
-        batch = next(batches)
-        adversary.train().zero_grad()
-        F.cross_entropy(adversary(batch["x"]), batch["labels"]).backward()
-        optimizer.step()
-        batch = next(held_out)
-        x, y = batch["x"], batch["labels"]
-        evaluation_mode(adversary).zero_grad()
-        features = torch.tanh(adversary.body(x))
-        loss = inverse_cross_entropy(adversary.head(features), y)
-        loss = loss + inverse_cross_entropy(probe_logits(features[:5], y[:5], features[5:], 3), y[5:])
-        loss.backward()
-        total += 0.5 * loss.item()
-        for name, parameter in adversary.named_parameters():
-            expected[name] += 0.5 * parameter.grad
-    assert_gradient(result, (total, expected))
 
 
 def small_resnet(blocks: int = 2) -> nn.Module:
@@ -168,31 +65,6 @@ def small_vit() -> nn.Module:
         num_labels=3,
     )  # fmt: skip
     return ViTForImageClassification(config)
-
-
-@pytest.mark.parametrize(("make", "shapes"), [(small_resnet, [(4, 32), (4, 16)]), (small_vit, [(4, 12), (4, 12)])])
-def test_depths_are_found_in_convolutional_networks_and_transformers(make, shapes):
-    model, task = make(), ClassificationTask()
-    batch = {"pixel_values": torch.randn(4, 3, 16, 16)}
-    anatomy = task.anatomy(model, batch)
-    probes = Probes(model, anatomy, 2, 3, inverse_cross_entropy)
-    with probes.watching() as features:
-        task.predict(model, batch)
-    assert [tuple(part.shape) for part in features] == shapes
-    assert probes.blocks == [anatomy.blocks[len(anatomy.blocks) // 2 - 1]]
-    task.predict(model, batch)
-    assert len(features) == 2, "the hooks are gone after the block"
-
-
-def test_more_depths_than_blocks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="probes is 3, but TinyNet has 0 blocks"):
-        build(tmp_path, probes=3)
-
-
-def test_a_task_without_labels_has_no_probes(tmp_path):
-    config = SophonConfig(str(tmp_path), probes=1, use_cpu=True)
-    with pytest.raises(ValueError, match="A probe predicts labels"):
-        SophonTrainer(unet(), images(1), images(2), config)
 
 
 # ---- Adversaries that live on ----
