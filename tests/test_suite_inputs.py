@@ -1,0 +1,112 @@
+"""What a suite is given: models, data and a budget, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attacked import DIRECT, make_data, make_model, make_suite
+from conftest import TinyNet, make_points
+from torch import nn
+
+from sophon_hf.attacks import AttackResults
+
+
+@pytest.fixture
+def data() -> dict:
+    return make_data()
+
+
+def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, data):
+    allowed = make_points(7)
+    benign, test = allowed.select(range(60)), allowed.select(range(60, 120))
+    results = make_suite(tmp_path / "both").run(**data, benign_dataset=benign, benign_eval_dataset=test)
+    changed = {"restricted_dataset": benign, "eval_dataset": test}
+    alone = make_suite(tmp_path / "alone").run(**{**data, **changed})
+    means = {name: alone.best(name).mean for name in ("protected", "original", "scratch")}
+    assert results.benign == {**means, "difference": means["protected"] - means["original"]}
+    assert AttackResults.load(tmp_path / "both" / "results.json").benign == results.benign
+    # The restricted domain's own result is what it is without.
+    assert results.best("protected") == make_suite(tmp_path / "both").run(**data).best("protected")
+    with pytest.raises(ValueError, match="go together"):
+        make_suite(tmp_path).run(**data, benign_dataset=benign)
+
+
+def test_original_metric_and_baselines(tmp_path, data):
+    held_out = make_points(3)
+    results = make_suite(tmp_path, [DIRECT], seeds=[0]).run(
+        **data, original_eval_dataset=held_out, baselines={"ntl": make_model(4)}
+    )
+    for name, model in (("protected", data["protected"]), ("original", data["original"]), ("ntl", make_model(4))):
+        x, labels = torch.tensor(held_out["x"]), torch.tensor(held_out["label"])
+        expected = (model.eval()(x).argmax(dim=1) == labels).float().mean().item()
+        assert results.original_metric[name] == pytest.approx(expected)
+    assert [c.model for c in results.cells] == ["protected", "original", "ntl", "scratch"]
+
+
+def test_an_original_domain_of_more_classes_than_the_head_is_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="original domain's test split has 5 classes, more than the model's head"):
+        make_suite(tmp_path).run(**data, original_eval_dataset=make_points(3, num_classes=5))
+
+
+def test_budget(tmp_path, data):
+    """A tenth for validation first, then as many of the rest as are asked for; epochs keep their proportion."""
+    long = DIRECT.with_changes(epochs=40, learning_rate=0.02)
+    suite = make_suite(tmp_path, [DIRECT.with_changes(epochs=20), long], seeds=[0], examples=25, epochs=2)
+    assert [s.epochs for s in suite.strategies] == [2, 4]
+    results = suite.run(**data)
+    assert results.facts["training_examples"] == 25
+    assert {c.curve.step[-1] for c in results.cells} == {3, 5}
+
+
+class Wider(TinyNet):
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(6, 17), nn.BatchNorm1d(17), nn.Linear(17, 3)
+
+
+class Deeper(TinyNet):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (Wider, r"protected model differs in architecture .*\('body.weight', \(16, 6\)\) against .*\(17, 6\)"),
+        (Deeper, "protected model differs in architecture or head from the original one. Compare"),
+        (lambda: TinyNet(4), "'head.weight'"),
+    ],
+)
+def test_models_of_other_architecture_are_refused(tmp_path, data, other, message):
+    with pytest.raises(ValueError, match=message):
+        make_suite(tmp_path).run(**{**data, "protected": other()})
+
+
+@pytest.mark.parametrize(
+    "validation, test, message",
+    [
+        (range(60, 80), range(55, 120), "training examples are in the test split too"),
+        (range(50, 70), range(70, 120), "10 of the adversary's training examples are in the validation split too"),
+        (range(60, 80), range(75, 120), "5 of the adversary's validation examples are in the test split too"),
+    ],
+)
+def test_overlapping_data_are_refused(tmp_path, data, validation, test, message):
+    points = make_points(1)
+    data |= {"validation_dataset": points.select(validation), "eval_dataset": points.select(test)}
+    with pytest.raises(ValueError, match=message):
+        make_suite(tmp_path).run(**data)
+    assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sweep": []}, "sweep is empty"),
+        ({"seeds": []}, "at least one, each once"),
+        ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_suite(tmp_path, **settings)
