@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import HEADS, MODELS, Plain, changed, make_batch, make_trained, named, prepare, state
+from tiny_models import CLASSES, HEADS, MODELS, Plain, changed, make_batch, make_trained, named, prepare, state
 from torch import nn
 
 from sophon_hf import ClassificationTask, FineTuningStrategy
 from sophon_hf.finetuning import FineTuning
+from sophon_hf.tasks.anatomy import Anatomy
 
 LAST_BLOCKS = {
     "plain": ("layers.1.", "layers.2."),
@@ -131,6 +132,30 @@ def test_blocks_can_be_new_although_another_part_cannot():
     prepare(model, initialization="new_head", reinitialized_blocks=1)
     assert changed(model, before) >= named(model, ("layers.2.first.", "classifier.1."))
     assert torch.equal(model.token, before["token"])
+
+
+class Named(nn.Module):
+    """Its blocks have a layer that is called as the head is."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"body": nn.Linear(6, 6), "fc": nn.Linear(6, 6)}) for _ in range(2)])
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["fc"](block["body"](x)))
+        return self.fc(x)
+
+
+def test_a_new_block_is_new_throughout_though_a_layer_of_it_is_called_like_the_head():
+    torch.manual_seed(0)
+    model = Named()
+    batch = {"x": torch.randn(4, 6), "labels": torch.arange(4) % CLASSES}
+    before, anatomy = state(model), Anatomy("fc", ("blocks.0", "blocks.1"))
+    strategy = FineTuningStrategy(initialization="new_head", reinitialized_blocks=1)
+    fine_tuning = FineTuning(model, ClassificationTask(), strategy, [batch], 1, anatomy=anatomy)
+    assert changed(model, before) == fine_tuning.reinitialized == named(model, ("blocks.1.", "fc."))
 
 
 class Attentive(nn.Module):
