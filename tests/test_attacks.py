@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 from attacked import DIRECT, NEW_HEAD, STEADY
@@ -78,6 +79,24 @@ def test_after_step_hears_of_every_step(model, parts):
         after_step=lambda *s: heard.append(s),
     )
     assert heard == [(step, 4) for step in range(1, 5)]
+
+
+def test_a_class_that_only_the_test_split_has_counts_as_wrong(model, parts):
+    """Plain integers name no classes, so a new head has outputs for those of the training split."""
+    points = make_points(1, num_classes=4)
+    points = points.cast_column("label", datasets.Value("int64"))
+    known = [i for i, label in enumerate(points["label"]) if label < 3]
+    needs = infer_task(model).inputs(model)
+    training = build_domain(points.select(known[:40]), needs)
+    test = build_domain(points.select([i for i in range(120) if i not in known[:40]]), needs)
+    ended = {}
+    curve = run_attack(
+        model, infer_task(model), NEW_HEAD, training, test, at_end=lambda seed, m: ended.update({seed: m})
+    )
+    x, labels = test.rows(torch.arange(len(test))).values()
+    right = ended[0].eval()(x).argmax(dim=1) == labels
+    assert (labels == 3).any() and ended[0].head.out_features == 3
+    assert curve.test[-1] == pytest.approx(right.float().mean().item())
 
 
 # Seeds as one stack.

@@ -114,7 +114,9 @@ def run_attacks(
             curve.gradient_norm.append(norm)
             for values, domain in ((curve.test, test), (curve.validation, validation)):
                 if domain is not None:
-                    values.append(evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast).metric)
+                    # Without the loss, so that a class that the adversary's data lack counts as wrong.
+                    found = evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast, with_loss=False)
+                    values.append(found.metric)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         runs = []
