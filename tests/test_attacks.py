@@ -81,6 +81,19 @@ def test_after_step_hears_of_every_step(model, parts):
     assert heard == [(step, 4) for step in range(1, 5)]
 
 
+def test_a_long_attack_is_measured_at_every_tenth_beyond_the_usual_epochs(model, parts):
+    task, usual = infer_task(model), [0, 1, 5, 10, 15, 20]
+    epochs = {}
+    for length, steps in ((20, None), (23, None), (60, None), (20, 100), (3, 100)):
+        strategy = NEW_HEAD.with_changes(epochs=length, steps=steps)
+        epochs[length, steps] = run_attack(model, task, strategy, parts["training"], parts["test"]).epoch
+    assert epochs[20, None] == usual
+    assert epochs[23, None] == [*usual, pytest.approx(20.7), 23]
+    assert epochs[60, None] == [*usual, 24, 30, 36, 42, 48, 54, 60]
+    # A hundred steps of 20 out of 40 examples are 50 epochs.
+    assert epochs[20, 100] == epochs[3, 100] == [*usual, 25, 30, 35, 40, 45, 50]
+
+
 def test_a_class_that_only_the_test_split_has_counts_as_wrong(model, parts):
     """Plain integers name no classes, so a new head has outputs for those of the training split."""
     points = make_points(1, num_classes=4)

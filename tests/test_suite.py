@@ -92,6 +92,16 @@ def test_cells_are_bound_to_weights_data_and_measured_epochs(tmp_path, data, cal
         assert len(calls) == 5
 
 
+def test_a_cell_of_a_long_attack_is_bound_to_its_points_and_others_keep_their_names(tmp_path, data, calls, monkeypatch):
+    """So that seeds that were measured at other points never stand in one mean."""
+    usual, long = DIRECT.with_changes(epochs=20), DIRECT.with_changes(epochs=40)
+    make_suite(tmp_path, [usual, long], seeds=[0]).run(**data)
+    calls.clear()
+    monkeypatch.setattr(suite, "measured_epochs", lambda strategy, examples, epochs: list(epochs))
+    make_suite(tmp_path, [usual, long], seeds=[0]).run(**data)
+    assert {s.epochs for s in calls} == {40}
+
+
 @pytest.mark.parametrize("content", ["", '{"model": "prot', "[1]", '{"model": "protected"}', "null"])
 def test_a_torn_file_is_computed_again_and_said(tmp_path, data, calls, caplog, content):
     first = make_suite(tmp_path, seeds=[0]).run(**data)

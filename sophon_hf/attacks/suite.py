@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attacks
+from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
 from sophon_hf.attacks.budget import (
     Budget,
     check_disjoint,
@@ -50,7 +50,8 @@ class AttackSuite:
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion. The strategies' own where None.
-        measured_epochs: When test and validation metrics are taken.
+        measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20 epochs
+            also at every tenth of its length beyond them.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
         stack_seeds: Train the seeds of an attack together, as one stack, which gives the same within rounding; for models so
             small that one leaves the device idle. On a CPU it is slower. What cannot be stacked runs seed by seed, and
@@ -218,10 +219,15 @@ class AttackSuite:
         settings = scheduler and {n: v for n, v in scheduler.config.items() if not n.startswith("_")}
         how = [type(task).__name__, getattr(task, "head", None), str(settings)]
         original = [] if budget.original is None else [budget.original.fingerprint]
-        measured = self.measured_epochs if self.measured_every is None else f"every {self.measured_every} steps"
+
+        def measured(strategy: FineTuningStrategy) -> list[float] | str:
+            if self.measured_every is not None:
+                return f"every {self.measured_every} steps"
+            return measured_epochs(strategy, len(budget.training), self.measured_epochs)
+
         return [
             _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured, how]
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured(c.strategy), how]
                 # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
                 + (original if c.strategy.preparation == "warm_up" else [])
             )
