@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
 from attacked import DIRECT, make_data, make_model, make_suite
 from conftest import TinyNet, make_points
+from diffusers import DDPMPipeline, DDPMScheduler
+from published import classifier, pixels, unet
+from raw_data import picture, pictures
 from torch import nn
+from transformers import ViTImageProcessor
 
-from sophon_hf.attacks import AttackResults
+from sophon_hf.attacks import AttackResults, suite
 
 
 @pytest.fixture
@@ -56,6 +64,11 @@ def test_budget(tmp_path, data):
     results = suite.run(**data)
     assert results.facts["training_examples"] == 25
     assert {c.curve.step[-1] for c in results.cells} == {3, 5}
+
+
+def test_a_length_in_steps_is_kept_whatever_the_epochs(tmp_path):
+    in_steps = DIRECT.with_changes(steps=500)
+    assert make_suite(tmp_path, [in_steps], epochs=5).strategies == [in_steps]
 
 
 class Wider(TinyNet):
@@ -110,3 +123,6 @@ def test_overlapping_data_are_refused(tmp_path, data, validation, test, message)
 def test_bad_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_suite(tmp_path, **settings)
+
+
+# Models by id or folder, and where they run.

@@ -49,7 +49,7 @@ class AttackSuite:
         output_dir: Each finished cell is a file there, so a second run computes what is missing only.
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
-            usual 20 keeps its proportion. The strategies' own where None.
+            usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20 epochs
             also at every tenth of its length beyond them.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
@@ -83,7 +83,9 @@ class AttackSuite:
         if not strategies:
             raise ValueError("The sweep is empty: name at least one strategy.")
         if epochs is not None:
-            strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
+            strategies = [
+                s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS) if s.steps is None else s for s in strategies
+            ]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
         if measured_every is not None and measured_every < 1:
