@@ -71,6 +71,18 @@ def test_a_length_in_steps_is_kept_whatever_the_epochs(tmp_path):
     assert make_suite(tmp_path, [in_steps], epochs=5).strategies == [in_steps]
 
 
+def test_fewer_examples_than_asked_for_are_said(tmp_path, data, caplog):
+    for examples in (0, -3):
+        with pytest.raises(ValueError, match=f"examples is {examples}, but must be 1 or more"):
+            make_suite(tmp_path, examples=examples)
+    with caplog.at_level(logging.WARNING):
+        results = make_suite(tmp_path, [DIRECT], seeds=[0], examples=54).run(**data)
+        assert results.facts["training_examples"] == 54 and not caplog.text
+        results = make_suite(tmp_path, [DIRECT], seeds=[0], examples=1000).run(**data)
+    assert results.facts["training_examples"] == 54
+    assert "1000 examples were asked for, but the adversary has 54" in caplog.text
+
+
 class Wider(TinyNet):
     def __init__(self):
         super().__init__()

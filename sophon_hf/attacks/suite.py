@@ -56,7 +56,8 @@ class AttackSuite:
         stack_seeds: Train the seeds of an attack together, as one stack, which gives the same within rounding; for models so
             small that one leaves the device idle. On a CPU it is slower. What cannot be stacked runs seed by seed, and
             says so.
-        examples: How many of the adversary's examples it uses, stratified; all where None.
+        examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where there
+            are fewer.
         task: What is learned, where it cannot be inferred.
         processing_class: For raw columns.
         input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
@@ -90,6 +91,8 @@ class AttackSuite:
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
         if measured_every is not None and measured_every < 1:
             raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
+        if examples is not None and examples < 1:
+            raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
@@ -186,6 +189,11 @@ class AttackSuite:
             validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
         if self.examples is not None and self.examples < len(dataset):
             dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
+        elif self.examples is not None and self.examples > len(dataset):
+            logger.warning(
+                "%d examples were asked for, but the adversary has %d%s: it uses them all.", self.examples, len(dataset),
+                " beside those for validation" if carved else "",
+            )  # fmt: skip
         training, held_out, test = (
             self._domain(task, model, part, "restricted")
             for part in (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
