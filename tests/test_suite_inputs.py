@@ -39,6 +39,30 @@ def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, d
         make_suite(tmp_path).run(**data, benign_dataset=benign)
 
 
+def test_a_benign_task_is_checked_before_anything_is_run(tmp_path, data):
+    allowed = make_points(7)
+    benign = {"benign_dataset": allowed.select(range(60)), "benign_eval_dataset": allowed.select(range(50, 120))}
+    with pytest.raises(ValueError, match="training examples are in the test split too"):
+        make_suite(tmp_path).run(**data, **benign)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_a_failure_on_the_benign_task_leaves_the_results(tmp_path, data, monkeypatch):
+    allowed, run = make_points(7), suite.run_attacks
+
+    def failing(*arguments, **settings):
+        if (tmp_path / "results.json").exists():
+            raise KeyboardInterrupt
+        return run(*arguments, **settings)
+
+    monkeypatch.setattr(suite, "run_attacks", failing)
+    benign = {"benign_dataset": allowed.select(range(60)), "benign_eval_dataset": allowed.select(range(60, 120))}
+    with pytest.raises(KeyboardInterrupt):
+        make_suite(tmp_path, [DIRECT], seeds=[0]).run(**data, **benign)
+    saved = AttackResults.load(tmp_path / "results.json")
+    assert saved.best("protected") and saved.benign is None
+
+
 def test_original_metric_and_baselines(tmp_path, data):
     held_out = make_points(3)
     results = make_suite(tmp_path, [DIRECT], seeds=[0]).run(

@@ -155,6 +155,21 @@ class AttackSuite:
             for name, model in models.items():
                 draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
         check_disjoint(budget)
+        if benign_dataset is not None:
+            benign = self._benign_suite()
+            allowed = benign._budget(task, models["original"], benign_dataset, benign_eval_dataset, None)
+            check_disjoint(allowed)
+        results = self._attack(task, models, budget, original_metric)
+        if benign_dataset is not None:
+            pair = {name: models[name] for name in ("protected", "original")}
+            results.benign = benign._attack(task, pair, allowed, {}).fine_tunability()
+            results.save(self.output_dir / "results.json")
+        return results
+
+    def _attack(
+        self, task: Task, models: dict[str, nn.Module], budget: Budget, original_metric: dict[str, float]
+    ) -> AttackResults:
+        """Compute the cells that are missing, and save all results."""
         cells = self._cells(models)
         weights = {name: hash_state(model) for name, model in models.items()}
         keys = self._keys(task, cells, models, weights, budget)
@@ -167,11 +182,6 @@ class AttackSuite:
         facts = self._facts(task, models, weights, budget)
         results = AttackResults(found, task.metric, task.greater_is_better, len(budget.test), original_metric, facts)
         results.pictures = self._pictures(results, keys)
-        if benign_dataset is not None:
-            results.benign = self._benign_suite().run(
-                protected=models["protected"], original=models["original"], restricted_dataset=benign_dataset,
-                eval_dataset=benign_eval_dataset,
-            ).fine_tunability()  # fmt: skip
         results.save(self.output_dir / "results.json")
         return results
 
