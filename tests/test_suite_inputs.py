@@ -162,3 +162,11 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
 
 
 # Models by id or folder, and where they run.
+
+
+def test_every_model_is_put_on_the_device_of_the_process(tmp_path, data, monkeypatch):
+    moved = {}
+    monkeypatch.setattr(TinyNet, "to", lambda model, device: moved.update({model: device}) or model)
+    baseline = make_model(4)
+    make_suite(tmp_path, [DIRECT], seeds=[0]).run(**data, baselines={"ntl": baseline})
+    assert moved == dict.fromkeys([data["protected"], data["original"], baseline], suite.process_state().device)

@@ -115,7 +115,7 @@ class AttackSuite:
         benign_dataset: Source | None = None,
         benign_eval_dataset: Source | None = None,
     ) -> AttackResults:
-        """Run what is missing and return all results.
+        """Run what is missing and return all results. All models are put on the device of the process.
 
         Args:
             protected: The protected model, or its Hub id or folder.
@@ -136,7 +136,8 @@ class AttackSuite:
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
-        models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
+        given = {"protected": protected, "original": original, **(baselines or {})}
+        models = {name: _load(model) for name, model in given.items()}
         check_same_architecture(models)
         task = infer_task(models["original"]) if self.task is None else self.task
         budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
@@ -375,7 +376,8 @@ class AttackSuite:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
-    return model if isinstance(model, nn.Module) else load_model(model).to(process_state().device)
+    model = model if isinstance(model, nn.Module) else load_model(model)
+    return model.to(process_state().device)
 
 
 def process_state() -> Any:
