@@ -164,6 +164,50 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
 # Models by id or folder, and where they run.
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A classifier and the processor that it was trained with."""
+    classifier(labels=2).save_pretrained(tmp_path / "original")
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.2, 0.2])
+    processor.save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
+
+
+def pictures_of(seeds: range) -> datasets.Dataset:
+    return pictures([picture("RGB", size=(8, 8), seed=seed) for seed in seeds])
+
+
+def test_a_model_by_its_folder_comes_with_its_processor(tmp_path, folder):
+    images = {"restricted_dataset": pictures_of(range(40)), "eval_dataset": pictures_of(range(40, 60))}
+
+    def data_of(protected, original, **settings) -> dict:
+        suite = make_suite(tmp_path / "attacks", [DIRECT], seeds=[0], **settings)
+        return suite.run(protected=protected, original=original, **images).facts["data"]
+
+    models = {"protected": classifier(labels=2), "original": classifier(labels=2)}
+    given = data_of(**models, processing_class=ViTImageProcessor.from_pretrained(folder))
+    assert data_of(folder, str(folder)) == given
+    assert data_of(folder, models["original"]) == given
+    assert data_of(models["protected"], folder) == given
+    assert data_of(**models) != given
+    other = ViTImageProcessor(size={"height": 8, "width": 8})
+    assert data_of(folder, folder, processing_class=other) not in (given, data_of(**models)), "a given one comes first"
+
+
+def test_a_diffusion_model_by_its_folder_comes_with_its_noise_scheduler(tmp_path, monkeypatch):
+    scheduler = DDPMScheduler(num_train_timesteps=20, prediction_type="v_prediction")
+    DDPMPipeline(unet(), scheduler).save_pretrained(tmp_path / "pipeline")
+    seen, run = [], suite.run_attacks
+    monkeypatch.setattr(
+        suite, "run_attacks", lambda model, task, *a, **s: seen.append(task) or run(model, task, *a, **s)
+    )
+    data = {"restricted_dataset": pixels(1, "sample"), "eval_dataset": pixels(2, "sample")}
+    pipeline = str(tmp_path / "pipeline")
+    attacks = make_suite(tmp_path / "attacks", [DIRECT.with_changes(steps=1)], seeds=[0])
+    attacks.run(protected=pipeline, original=pipeline, **data)
+    assert {task.noise_scheduler.config.prediction_type for task in seen} == {"v_prediction"}
+
+
 def test_every_model_is_put_on_the_device_of_the_process(tmp_path, data, monkeypatch):
     moved = {}
     monkeypatch.setattr(TinyNet, "to", lambda model, device: moved.update({model: device}) or model)

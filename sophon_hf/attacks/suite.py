@@ -32,9 +32,10 @@ from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import fingerprint_domain
+from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model
+from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model, load_processor, load_task
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ class AttackSuite:
             says so.
         examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where there
             are fewer.
-        task: What is learned, where it cannot be inferred.
-        processing_class: For raw columns.
+        task: What is learned, where it cannot be inferred. That of a pipeline by its id or folder has its noise scheduler.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is saved
+            with the original model, or else the protected one, where that is an id or a folder; modules bring none.
         input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
     """
@@ -139,13 +141,14 @@ class AttackSuite:
         given = {"protected": protected, "original": original, **(baselines or {})}
         models = {name: _load(model) for name, model in given.items()}
         check_same_architecture(models)
-        task = infer_task(models["original"]) if self.task is None else self.task
-        budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
+        task, processor = self._task_and_processor(models["original"], original, protected)
+        needs = task.inputs(models["original"])
+        budget = self._budget(needs, processor, restricted_dataset, eval_dataset, validation_dataset)
         if original_dataset is not None:
-            budget.original = self._domain(task, models["original"], load_domain(original_dataset), "original")
+            budget.original = self._domain(needs, processor, load_domain(original_dataset), "original")
         original_metric = {}
         if original_eval_dataset is not None:
-            test = self._domain(task, models["original"], load_domain(original_eval_dataset, "test"), "original")
+            test = self._domain(needs, processor, load_domain(original_eval_dataset, "test"), "original")
             if not head_fits(task, models["original"], test):
                 raise ValueError(
                     f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
@@ -158,7 +161,7 @@ class AttackSuite:
         check_disjoint(budget)
         if benign_dataset is not None:
             benign = self._benign_suite()
-            allowed = benign._budget(task, models["original"], benign_dataset, benign_eval_dataset, None)
+            allowed = benign._budget(needs, processor, benign_dataset, benign_eval_dataset, None)
             check_disjoint(allowed)
         results = self._attack(task, models, budget, original_metric)
         if benign_dataset is not None:
@@ -194,7 +197,17 @@ class AttackSuite:
         )
         return suite
 
-    def _budget(self, task, model, restricted, test, validation) -> Budget:
+    def _task_and_processor(self, model: nn.Module, *given: nn.Module | str) -> tuple[Task, Any | None]:
+        """The suite's own; else what is saved with the first of the given models that is an id or a folder."""
+        task, processor = self.task, self.processing_class
+        source = next((m for m in given if not isinstance(m, nn.Module)), None)
+        if task is None:
+            task = infer_task(model) if source is None else load_task(source, model)
+        if processor is None and source is not None:
+            processor = load_processor(source, model)
+        return task, processor
+
+    def _budget(self, needs: ModelInputs, processor: Any | None, restricted, test, validation) -> Budget:
         dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
         if carved:
             validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
@@ -206,7 +219,7 @@ class AttackSuite:
                 " beside those for validation" if carved else "",
             )  # fmt: skip
         training, held_out, test = (
-            self._domain(task, model, part, "restricted")
+            self._domain(needs, processor, part, "restricted")
             for part in (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
         )
         if carved:
@@ -216,12 +229,12 @@ class AttackSuite:
             if not kept:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
-                held_out = self._domain(task, model, validation.select(kept), "restricted")
+                held_out = self._domain(needs, processor, validation.select(kept), "restricted")
         return Budget(training, held_out, test)
 
-    def _domain(self, task: Task, model: nn.Module, dataset: datasets.Dataset, name: str) -> Domain:
+    def _domain(self, needs: ModelInputs, processor: Any | None, dataset: datasets.Dataset, name: str) -> Domain:
         return build_domain(
-            dataset, task.inputs(model), self.processing_class, name=name, input_column=self.input_columns.get(name),
+            dataset, needs, processor, name=name, input_column=self.input_columns.get(name),
             label=self.label_columns.get(name),
         )  # fmt: skip
 
@@ -344,18 +357,10 @@ class AttackSuite:
 
     def plan(self, examples: int, models: int = 2) -> dict[str, int]:
         """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
-        per_model = [s.total_steps(examples) for s in self.strategies]
-        from_scratch = [s.total_steps(examples) for s in scratch(self.strategies)]
-        images = [
-            s.total_steps(examples) * min(s.batch_size, examples)
-            for s in [*self.strategies * models, *scratch(self.strategies)]
-        ]
-        seeds = len(self.seeds)
-        return {
-            "cells": seeds * (models * len(per_model) + len(from_scratch)),
-            "steps": seeds * (models * sum(per_model) + sum(from_scratch)),
-            "images": seeds * sum(images),
-        }
+        attacks, seeds = [*self.strategies * models, *scratch(self.strategies)], len(self.seeds)
+        steps = [s.total_steps(examples) for s in attacks]
+        images = [n * min(s.batch_size, examples) for n, s in zip(steps, attacks, strict=True)]
+        return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
 
     def _facts(
         self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
