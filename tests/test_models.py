@@ -394,6 +394,21 @@ def test_frozen_model_and_missing_processing_are_refused(tmp_path, model):
         SophonTrainer(sound, sounds(1), sounds(2), settings(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["Bert", "T5", "Llama"])
+def test_a_text_model_that_was_saved_without_a_tokenizer_has_none(tmp_path, kind, caplog):
+    sizes = {"hidden_size": 8, "d_model": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "num_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=20, pad_token_id=0, num_labels=3, **sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    model.save_pretrained(tmp_path / "model")
+    with caplog.at_level("WARNING"):
+        assert load_processor(tmp_path / "model", model) is None
+    assert "No AutoTokenizer is saved with" in caplog.text
+    with pytest.raises(ValueError, match="pass the model's tokenizer as `processing_class`"):
+        SophonTrainer(str(tmp_path / "model"), sentences(1), sentences(2), settings(tmp_path))
+    tokenizer().save_pretrained(tmp_path / "model")
+    assert load_processor(tmp_path / "model", model)("red one")["input_ids"] == tokenizer()("red one")["input_ids"]
+
+
 def test_a_model_by_its_folder_comes_with_its_processor(tmp_path):
     model = next(case for case in CASES if case.data is images).build()
     processor = transformers.ViTImageProcessor(
