@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from raw_data import (
     ALL,
     AUDIO,
@@ -28,7 +30,7 @@ from raw_data import (
     write_images,
     write_sounds,
 )
-from transformers import Wav2Vec2FeatureExtractor
+from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
 from sophon_hf.data import Stream, build_domain, load_domain, select_classes, split_domain
@@ -233,6 +235,27 @@ def test_fingerprint_follows_the_content(memory_limit):
     assert mark(datasets.Dataset.from_dict(changed, points().features)) != mark(points())
     assert mark(points().select(range(19))) != mark(points())
     assert mark(points().select([1, 0, *range(2, 20)])) != mark(points())
+
+
+@pytest.mark.parametrize("transform", [None, lambda rows: rows], ids=["plain", "transformed"])
+def test_fingerprint_of_what_does_not_fit_in_memory_follows_the_processor(transform):
+    dataset = pictures([picture("RGB", seed=i) for i in range(8)])
+    dataset = dataset if transform is None else dataset.with_transform(transform)
+
+    def mark(**settings) -> str:
+        processor = ViTImageProcessor(size={"height": 5, "width": 5}, **settings)
+        return build_domain(dataset, IMAGES, processor, memory_limit=0).fingerprint
+
+    assert mark() == mark()
+    assert mark() != mark(image_mean=[0.1, 0.2, 0.3])
+
+
+def test_fingerprint_in_memory_is_a_hash_of_the_tensors_alone():
+    """Finished attacks are found again by it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(build_domain(points(), POINTS).rows(ALL(20)).items()):
+        digest.update(name.encode() + values.numpy().tobytes())
+    assert build_domain(points(), POINTS).fingerprint == digest.hexdigest()
 
 
 # ---- A transform of the user's ----

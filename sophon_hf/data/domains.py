@@ -133,7 +133,8 @@ class Domain:
         name: "original" or "restricted", for messages.
         labels: Shape (n,), int64, or None.
         class_names: One a class; empty without labels.
-        fingerprint: Changes with the content.
+        fingerprint: Changes with the content: that of all examples, or, where they are not kept in memory, that of the data set
+            and of its first examples as they are prepared.
     """
 
     def __init__(
@@ -235,12 +236,16 @@ class Domain:
         return hashes
 
     def _fingerprint(self) -> str:
+        digest, tensors = hashlib.blake2b(digest_size=16), [self._tensors]
         if self._tensors is None:
-            return self.dataset._fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for name, values in sorted(self._tensors.items()):
-            digest.update(name.encode())
-            digest.update(values.contiguous().numpy().data)
+            # The data set's own fingerprint knows nothing of how a processor prepares its rows.
+            digest.update(self.dataset._fingerprint.encode())
+            with _seeded(0):
+                tensors = self._prepare(list(range(min(_CHUNK, len(self)))))
+        for part in tensors:
+            for name, values in sorted(part.items()):
+                digest.update(name.encode())
+                digest.update(values.contiguous().numpy().data)
         return digest.hexdigest()
 
 
