@@ -302,3 +302,33 @@ def test_halves_of_a_transformed_domain_keep_the_transform():
     chosen = select_classes(points().with_transform(jitter), ["b"])
     assert chosen.format["type"] == "custom"
     assert build_domain(chosen, POINTS).labels.tolist() == [0] * 10
+
+
+def test_examples_are_recognised_under_a_random_transform():
+    plain = build_domain(points(), POINTS)
+    one, other = (build_domain(points().with_transform(jitter), POINTS) for _ in range(2))
+    hashes = one.example_hashes(raw=True)
+    assert hashes == other.example_hashes(raw=True) == plain.example_hashes(raw=True)
+    assert len(set(hashes)) == 20 and one.transformed and not plain.transformed
+    assert one.example_hashes() != other.example_hashes()
+
+
+def test_raw_examples_are_told_apart_by_their_inputs_alone():
+    def raw(images: list[Image.Image], **columns: list) -> list[str]:
+        dataset = pictures(images)
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values)
+        return build_domain(dataset, IMAGES).example_hashes(raw=True)
+
+    one, two = picture("RGB", seed=1), picture("RGB", seed=2)
+    first = raw([one, two, one])
+    assert first[0] == first[2] != first[1], "the label, which differs, is left out"
+    assert raw([one, two], number=[3, 4], file=["a.png", "b.png"]) == first[:2]
+    waves = [np.full(10, 0.1, dtype=np.float32), np.full(10, 0.2, dtype=np.float32)]
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+    heard = sounds([*waves, waves[0]]).cast_column("audio", datasets.Audio(decode=False))
+    renamed = heard.map(lambda row, i: {"audio": {**row["audio"], "path": f"{i}.wav"}}, with_indices=True)
+    for dataset in (heard, renamed):
+        assert len(set(build_domain(dataset, AUDIO, extractor).example_hashes(raw=True))) == 2
+    spoken = build_domain(sentences(), TEXT, tokenizer()).example_hashes(raw=True)
+    assert len(set(spoken)) == len(spoken)

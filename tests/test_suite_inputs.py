@@ -148,6 +148,33 @@ def test_overlapping_data_are_refused(tmp_path, data, validation, test, message)
     assert not (tmp_path / "cells").exists()
 
 
+def noisy(rows: dict) -> dict:
+    return {**rows, "x": torch.tensor(rows["x"]) + torch.rand(len(rows["x"]), 6)}
+
+
+@pytest.mark.parametrize(
+    "transformed", [("restricted_dataset", "eval_dataset"), ("restricted_dataset",), ("eval_dataset",)]
+)
+def test_overlapping_data_are_refused_under_a_random_transform(tmp_path, data, transformed):
+    points = make_points(1)
+    data |= {"restricted_dataset": points.select(range(60)), "eval_dataset": points.select(range(60))}
+    for name in transformed:
+        data[name] = data[name].with_transform(noisy)
+    with pytest.raises(ValueError, match="54 of the adversary's training examples are in the test split too"):
+        make_suite(tmp_path).run(**data)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_an_example_twice_under_a_random_transform_is_not_validated_on(tmp_path, data):
+    points = make_points(1).select(range(60))
+    twice = datasets.concatenate_datasets([points, points])
+    counts = [
+        make_suite(tmp_path, [DIRECT], seeds=[0]).run(**{**data, "restricted_dataset": dataset}).facts
+        for dataset in (twice.with_transform(noisy), twice)
+    ]
+    assert counts[0]["validation_examples"] == counts[1]["validation_examples"] < 12
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -224,7 +224,8 @@ class AttackSuite:
         )
         if carved:
             # Data that hold an example twice would otherwise have it on both sides.
-            seen, hashes = set(training.example_hashes()), held_out.example_hashes()
+            raw = training.transformed
+            seen, hashes = set(training.example_hashes(raw)), held_out.example_hashes(raw)
             kept = [i for i, digest in enumerate(hashes) if digest not in seen]
             if not kept:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")

@@ -133,6 +133,7 @@ class Domain:
         name: "original" or "restricted", for messages.
         labels: Shape (n,), int64, or None.
         class_names: One a class; empty without labels.
+        transformed: Whether the data set has a transform of the user's.
         fingerprint: Changes with the content: that of all examples, or, where they are not kept in memory, that of the data set
             and of its first examples as they are prepared.
     """
@@ -152,8 +153,8 @@ class Domain:
         self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
         self.class_names = [] if column is None else class_names(dataset, column)
         # A transform of the user's may be random, so its examples must not be frozen.
-        self._transformed = dataset.format["type"] == "custom"
-        self._tensors = None if self._transformed else self._materialize(memory_limit)
+        self.transformed = dataset.format["type"] == "custom"
+        self._tensors = None if self.transformed else self._materialize(memory_limit)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -176,7 +177,7 @@ class Domain:
         """
         if self._tensors is not None:
             return {name: self._select(name, indices) for name in self._tensors}
-        if self._transformed:
+        if self.transformed:
             examples = []
             for index, seed in zip(indices.tolist(), seeds or indices.tolist(), strict=True):
                 with _seeded(seed):
@@ -224,8 +225,14 @@ class Domain:
                     f"{int(self._row_numbers[int(indices[bad[0]])])}: drop or repair them."
                 )
 
-    def example_hashes(self) -> list[str]:
-        """A hash of each example's inputs (labels left out), to find examples that two domains share."""
+    def example_hashes(self, raw: bool = False) -> list[str]:
+        """A hash of each example's inputs (labels left out), to find examples that two domains share.
+
+        Args:
+            raw: Of the inputs as the data set holds them, before a transform, which may be random, or another one.
+        """
+        if raw:
+            return [_hash_raw(row, self.preparation.label_column) for row in self.dataset.with_format(None)]
         hashes = []
         for start in range(0, len(self), _CHUNK):
             for example in self._prepare(list(range(start, min(start + _CHUNK, len(self))))):
@@ -247,6 +254,20 @@ class Domain:
                 digest.update(name.encode())
                 digest.update(values.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _hash_raw(row: dict[str, Any], label: str | None) -> str:
+    """Of pictures and sounds, or, in a row without any, of all else but numbers: a file's name or number is no input."""
+    values = [value for column, value in row.items() if column != label]
+    inputs = [v for v in values if isinstance(v, (Image, dict))] or [v for v in values if isinstance(v, (str, list))]
+    digest = hashlib.blake2b(digest_size=16)
+    for value in inputs or values:
+        if isinstance(value, Image):
+            value = (value.mode, value.size, value.tobytes())
+        elif isinstance(value, dict):
+            value = value.get("bytes") or value
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
 class _seeded:
