@@ -20,7 +20,7 @@ from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning import FineTuningStrategy, StrategySpace
 from sophon_hf.finetuning.strategy import check_choice
-from sophon_hf.schema import parse_json, read_dataclass
+from sophon_hf.schema import finite_or_none, parse_json, read_dataclass
 from sophon_hf.weights import is_weight_file
 
 FILE_NAME = "sophon.json"
@@ -360,11 +360,6 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
             )
         )
     return found
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """A number that JSON knows, or None."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _mean(values: list[float | None]) -> float:

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from sophon_hf.config import SophonConfig
 from sophon_hf.data import Domain, build_domain, load_domain
-from sophon_hf.data.domains import Source, label_column, split_indices
+from sophon_hf.data.domains import Source
+from sophon_hf.data.labels import label_column, split_indices
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StrategySpace, held_out_examples, preserved
 from sophon_hf.probes import Probes
 from sophon_hf.reinforcement import Distillation

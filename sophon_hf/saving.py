@@ -26,10 +26,10 @@ from sophon_hf.claim import (
     Compute,
     Method,
     Protection,
-    finite_or_none,
 )
 from sophon_hf.data.fingerprint import is_base_name_or_hub_id
 from sophon_hf.reporting.card import CARD, update_card
+from sophon_hf.schema import finite_or_none
 from sophon_hf.sharding import is_sharded
 from sophon_hf.suppression import last_evaluated
 from sophon_hf.tasks import DiffusionTask, Task, hash_state

@@ -99,3 +99,8 @@ def _read_object(kind: type[T], value: Any, where: str) -> T:
         return kind(**read)
     except (ValueError, TypeError) as error:
         raise ValueError(f"in {where or 'the whole'}, {error}") from error
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """A number that JSON knows, or None."""
+    return float(value) if value is not None and math.isfinite(value) else None

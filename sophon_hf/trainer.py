@@ -45,7 +45,7 @@ from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import Suppression
-from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_task
+from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task
 from sophon_hf.updates import (
     average_and_clip,
     consult_guard,
@@ -67,7 +67,8 @@ class SophonTrainer(Trainer):
         args: Hyper-parameters; the paper's by default.
         eval_dataset: {"original": ..., "restricted": ...} to evaluate on. Left out, a seeded, stratified share of each
             domain is held out. The guard chooses by it, so a test set does not belong here.
-        processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left out,
+            it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
@@ -104,6 +105,7 @@ class SophonTrainer(Trainer):
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
+            processing_class = load_processor(source, model) if processing_class is None else processing_class
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
         self.task = infer_task(model) if task is None else task

@@ -28,7 +28,7 @@ from sophon_hf.config import PRESETS
 from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.finetuning.initialization import initialize
-from sophon_hf.tasks import evaluate_model, infer_task, load_model
+from sophon_hf.tasks import evaluate_model, infer_task, load_model, load_processor
 
 CLASSES, RATE, PIXELS = 3, 2000, 16
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five"]
@@ -392,3 +392,35 @@ def test_frozen_model_and_missing_processing_are_refused(tmp_path, model):
     sound = next(case for case in CASES if case.data is sounds).build()
     with pytest.raises(ValueError, match="pass the model's feature extractor as `processing_class`"):
         SophonTrainer(sound, sounds(1), sounds(2), settings(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "T5", "Llama"])
+def test_a_text_model_that_was_saved_without_a_tokenizer_has_none(tmp_path, kind, caplog):
+    sizes = {"hidden_size": 8, "d_model": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "num_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=20, pad_token_id=0, num_labels=3, **sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    model.save_pretrained(tmp_path / "model")
+    with caplog.at_level("WARNING"):
+        assert load_processor(tmp_path / "model", model) is None
+    assert "No AutoTokenizer is saved with" in caplog.text
+    with pytest.raises(ValueError, match="pass the model's tokenizer as `processing_class`"):
+        SophonTrainer(str(tmp_path / "model"), sentences(1), sentences(2), settings(tmp_path))
+    tokenizer().save_pretrained(tmp_path / "model")
+    assert load_processor(tmp_path / "model", model)("red one")["input_ids"] == tokenizer()("red one")["input_ids"]
+
+
+def test_a_model_by_its_folder_comes_with_its_processor(tmp_path):
+    model = next(case for case in CASES if case.data is images).build()
+    processor = transformers.ViTImageProcessor(
+        size={"height": PIXELS, "width": PIXELS}, image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.2, 0.2]
+    )
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path / "model")
+    given = SophonTrainer(model, images(1), images(2), settings(tmp_path), processing_class=processor)
+    found = SophonTrainer(tmp_path / "model", images(1), images(2), settings(tmp_path))
+    for name, domain in given.domains.items():
+        assert found.domains[name].fingerprint == domain.fingerprint
+    assert found.processing_class.to_dict() == processor.to_dict()
+    other = transformers.ViTImageProcessor(size={"height": PIXELS, "width": PIXELS})
+    trainer = SophonTrainer(tmp_path / "model", images(1), images(2), settings(tmp_path), processing_class=other)
+    assert trainer.processing_class is other

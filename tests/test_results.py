@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,21 @@ def make_results(protected, original, scratch, **settings) -> AttackResults:
         "facts": {"seeds": [0, 1, 2], "training_examples": 500, "data": DISJOINT},
     }  # fmt: skip
     return AttackResults(made, **{**defaults, **settings})
+
+
+def test_results_with_infinities_are_saved_and_read_as_not_a_number(tmp_path):
+    results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
+    results.cells[0].curve.loss[2], results.cells[1].curve.test[0] = math.inf, -math.inf
+    results.original_metric = {"original": math.inf, "protected": math.nan}
+    results.benign = {"protected": math.inf, "original": 0.1, "scratch": math.nan, "difference": math.nan}
+    results.save(tmp_path / "results.json")
+    assert not {"NaN", "Infinity"} & set(re.findall("[A-Z][A-Za-z]+", (tmp_path / "results.json").read_text()))
+    loaded = AttackResults.load(tmp_path / "results.json")
+    assert math.isnan(loaded.cells[0].curve.loss[2]) and math.isnan(loaded.cells[1].curve.test[0])
+    assert loaded.cells[2].curve.test == results.cells[2].curve.test
+    assert all(map(math.isnan, loaded.original_metric.values()))
+    assert loaded.benign["original"] == 0.1 and math.isnan(loaded.benign["protected"])
+    assert "original domain collapsed" in [found.name for found in check(loaded)]
 
 
 # Recovered transfer.

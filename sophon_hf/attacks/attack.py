@@ -14,6 +14,7 @@ from torch import nn
 from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StackedFineTuning
+from sophon_hf.finetuning.strategy import USUAL_EPOCHS
 from sophon_hf.tasks import Task, evaluate_model, first_rows
 
 EVALUATION_BATCH = 128
@@ -86,7 +87,7 @@ def run_attacks(
         seeds: Each decides its new heads and the order of its data; a single one dropout too.
         validation: What attacks are chosen by; the test split is never used for that.
         original: Data of the original domain, for strategies that warm up on it.
-        epochs: When to measure; the end of the attack is always measured.
+        epochs: When to measure, as far as the attack goes (`measured_epochs`); its end is always measured.
         every: Measure every so many optimizer steps instead, from step 0 on.
         after_step: Called with the step and the number of steps, for progress.
         at_end: Called with each seed and its fine-tuned copy.
@@ -114,7 +115,9 @@ def run_attacks(
             curve.gradient_norm.append(norm)
             for values, domain in ((curve.test, test), (curve.validation, validation)):
                 if domain is not None:
-                    values.append(evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast).metric)
+                    # Without the loss, so that a class that the adversary's data lack counts as wrong.
+                    found = evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast, with_loss=False)
+                    values.append(found.metric)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         runs = []
@@ -145,12 +148,22 @@ def run_attacks(
     return curves
 
 
+def measured_epochs(strategy: FineTuningStrategy, examples: int, epochs: Sequence[float]) -> list[float]:
+    """`epochs`, and beyond the usual 20 every tenth of the attack: one that overfits is at its best before its end."""
+    length = strategy.epochs
+    if strategy.steps is not None:
+        length = strategy.steps * min(strategy.batch_size, examples) / examples
+    tenths = (length * tenth / 10 for tenth in range(1, 10))
+    return [*epochs, *(epoch for epoch in tenths if epoch > USUAL_EPOCHS and epoch not in epochs)]
+
+
 def _points(
     strategy: FineTuningStrategy, examples: int, steps: int, epochs: Sequence[float], every: int | None
 ) -> dict[int, float]:
     """Step -> epoch of each measurement."""
     step_share = min(strategy.batch_size, examples) / examples
     if every is None:
+        epochs = measured_epochs(strategy, examples, epochs)
         points = {strategy.step_of_epoch(epoch, examples): epoch for epoch in epochs}
         points = {step: epoch for step, epoch in points.items() if step <= steps}
     else:

@@ -57,8 +57,10 @@ def check_same_architecture(models: dict[str, nn.Module]) -> None:
 
 
 def check_disjoint(budget: Budget) -> None:
-    """Raise a ValueError where training, validation and test share an example."""
-    training, validation, test = (set(d.example_hashes()) for d in (budget.training, budget.validation, budget.test))
+    """Raise a ValueError where training, validation and test share an example, before a transform where one has it."""
+    domains = (budget.training, budget.validation, budget.test)
+    raw = any(domain.transformed for domain in domains)
+    training, validation, test = (set(domain.example_hashes(raw)) for domain in domains)
     for seen, name, other, measured in (
         (training, "training", "validation", validation),
         (training, "training", "test", test),

@@ -15,6 +15,7 @@ import numpy as np
 from sophon_hf.attacks.attack import Curve
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.plots import plot_curves
+from sophon_hf.schema import finite_or_none
 
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0
@@ -50,8 +51,7 @@ class Cell:
         """Plain values, for JSON."""
         values = {**asdict(self), "strategy": self.strategy.to_dict()}
         if self.curve is not None:
-            # JSON knows no NaN.
-            values["curve"] = {n: [v if v == v else None for v in points] for n, points in values["curve"].items()}
+            values["curve"] = {n: [finite_or_none(v) for v in points] for n, points in values["curve"].items()}
         return values
 
     @classmethod
@@ -59,8 +59,7 @@ class Cell:
         """The inverse of `to_dict`."""
         curve = None
         if values["curve"] is not None:
-            points = {n: [math.nan if v is None else v for v in p] for n, p in values["curve"].items()}
-            curve = Curve(**points)
+            curve = Curve(**{n: [_number_or_nan(v) for v in points] for n, points in values["curve"].items()})
         return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
 
 
@@ -289,18 +288,18 @@ class AttackResults:
         return curves[0].step if by_step else curves[0].epoch, [curve.test for curve in curves]
 
     def save(self, path: Path) -> None:
-        """Write everything as JSON, atomically."""
+        """Write everything as JSON, atomically; what is not finite is read back as NaN."""
         write_atomically(
             path,
             json.dumps(
                 {
                     "facts": self.facts,
-                    "benign": self.benign,
+                    "benign": self.benign and {n: finite_or_none(v) for n, v in self.benign.items()},
                     "pictures": {t: os.path.relpath(p, path.parent) for t, p in self.pictures.items()},
                     "metric": self.metric,
                     "greater_is_better": self.greater_is_better,
                     "test_examples": self.test_examples,
-                    "original_metric": self.original_metric,
+                    "original_metric": {n: finite_or_none(v) for n, v in self.original_metric.items()},
                     "cells": [cell.to_dict() for cell in self.cells],
                 },
                 indent=1,
@@ -314,7 +313,14 @@ class AttackResults:
         path = Path(path)
         values = json.loads(path.read_text(encoding="utf-8"))
         pictures = {title: path.parent / name for title, name in values.get("pictures", {}).items()}
+        for name in ("original_metric", "benign"):
+            if values.get(name):
+                values[name] = {n: _number_or_nan(v) for n, v in values[name].items()}
         return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]], "pictures": pictures})
+
+
+def _number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _start(strategy: FineTuningStrategy) -> str:

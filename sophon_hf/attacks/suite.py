@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attacks
+from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
 from sophon_hf.attacks.budget import (
     Budget,
     check_disjoint,
@@ -32,9 +32,10 @@ from sophon_hf.attacks.sweeps import load_sweep, scratch
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import fingerprint_domain
+from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model
+from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model, load_processor, load_task
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,18 @@ class AttackSuite:
         output_dir: Each finished cell is a file there, so a second run computes what is missing only.
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
-            usual 20 keeps its proportion. The strategies' own where None.
-        measured_epochs: When test and validation metrics are taken.
+            usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
+        measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20 epochs
+            also at every tenth of its length beyond them.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
         stack_seeds: Train the seeds of an attack together, as one stack, which gives the same within rounding; for models so
             small that one leaves the device idle. On a CPU it is slower. What cannot be stacked runs seed by seed, and
             says so.
-        examples: How many of the adversary's examples it uses, stratified; all where None.
-        task: What is learned, where it cannot be inferred.
-        processing_class: For raw columns.
+        examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where there
+            are fewer.
+        task: What is learned, where it cannot be inferred. That of a pipeline by its id or folder has its noise scheduler.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is saved
+            with the original model, or else the protected one, where that is an id or a folder; modules bring none.
         input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
     """
@@ -82,11 +86,15 @@ class AttackSuite:
         if not strategies:
             raise ValueError("The sweep is empty: name at least one strategy.")
         if epochs is not None:
-            strategies = [s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS, steps=None) for s in strategies]
+            strategies = [
+                s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS) if s.steps is None else s for s in strategies
+            ]
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
         if measured_every is not None and measured_every < 1:
             raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
+        if examples is not None and examples < 1:
+            raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
@@ -109,7 +117,7 @@ class AttackSuite:
         benign_dataset: Source | None = None,
         benign_eval_dataset: Source | None = None,
     ) -> AttackResults:
-        """Run what is missing and return all results.
+        """Run what is missing and return all results. All models are put on the device of the process.
 
         Args:
             protected: The protected model, or its Hub id or folder.
@@ -130,15 +138,17 @@ class AttackSuite:
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
-        models = {"protected": _load(protected), "original": _load(original), **(baselines or {})}
+        given = {"protected": protected, "original": original, **(baselines or {})}
+        models = {name: _load(model) for name, model in given.items()}
         check_same_architecture(models)
-        task = infer_task(models["original"]) if self.task is None else self.task
-        budget = self._budget(task, models["original"], restricted_dataset, eval_dataset, validation_dataset)
+        task, processor = self._task_and_processor(models["original"], original, protected)
+        needs = task.inputs(models["original"])
+        budget = self._budget(needs, processor, restricted_dataset, eval_dataset, validation_dataset)
         if original_dataset is not None:
-            budget.original = self._domain(task, models["original"], load_domain(original_dataset), "original")
+            budget.original = self._domain(needs, processor, load_domain(original_dataset), "original")
         original_metric = {}
         if original_eval_dataset is not None:
-            test = self._domain(task, models["original"], load_domain(original_eval_dataset, "test"), "original")
+            test = self._domain(needs, processor, load_domain(original_eval_dataset, "test"), "original")
             if not head_fits(task, models["original"], test):
                 raise ValueError(
                     f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
@@ -149,6 +159,21 @@ class AttackSuite:
             for name, model in models.items():
                 draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
         check_disjoint(budget)
+        if benign_dataset is not None:
+            benign = self._benign_suite()
+            allowed = benign._budget(needs, processor, benign_dataset, benign_eval_dataset, None)
+            check_disjoint(allowed)
+        results = self._attack(task, models, budget, original_metric)
+        if benign_dataset is not None:
+            pair = {name: models[name] for name in ("protected", "original")}
+            results.benign = benign._attack(task, pair, allowed, {}).fine_tunability()
+            results.save(self.output_dir / "results.json")
+        return results
+
+    def _attack(
+        self, task: Task, models: dict[str, nn.Module], budget: Budget, original_metric: dict[str, float]
+    ) -> AttackResults:
+        """Compute the cells that are missing, and save all results."""
         cells = self._cells(models)
         weights = {name: hash_state(model) for name, model in models.items()}
         keys = self._keys(task, cells, models, weights, budget)
@@ -161,11 +186,6 @@ class AttackSuite:
         facts = self._facts(task, models, weights, budget)
         results = AttackResults(found, task.metric, task.greater_is_better, len(budget.test), original_metric, facts)
         results.pictures = self._pictures(results, keys)
-        if benign_dataset is not None:
-            results.benign = self._benign_suite().run(
-                protected=models["protected"], original=models["original"], restricted_dataset=benign_dataset,
-                eval_dataset=benign_eval_dataset,
-            ).fine_tunability()  # fmt: skip
         results.save(self.output_dir / "results.json")
         return results
 
@@ -177,29 +197,45 @@ class AttackSuite:
         )
         return suite
 
-    def _budget(self, task, model, restricted, test, validation) -> Budget:
+    def _task_and_processor(self, model: nn.Module, *given: nn.Module | str) -> tuple[Task, Any | None]:
+        """The suite's own; else what is saved with the first of the given models that is an id or a folder."""
+        task, processor = self.task, self.processing_class
+        source = next((m for m in given if not isinstance(m, nn.Module)), None)
+        if task is None:
+            task = infer_task(model) if source is None else load_task(source, model)
+        if processor is None and source is not None:
+            processor = load_processor(source, model)
+        return task, processor
+
+    def _budget(self, needs: ModelInputs, processor: Any | None, restricted, test, validation) -> Budget:
         dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
         if carved:
             validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
         if self.examples is not None and self.examples < len(dataset):
             dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
+        elif self.examples is not None and self.examples > len(dataset):
+            logger.warning(
+                "%d examples were asked for, but the adversary has %d%s: it uses them all.", self.examples, len(dataset),
+                " beside those for validation" if carved else "",
+            )  # fmt: skip
         training, held_out, test = (
-            self._domain(task, model, part, "restricted")
+            self._domain(needs, processor, part, "restricted")
             for part in (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
         )
         if carved:
             # Data that hold an example twice would otherwise have it on both sides.
-            seen, hashes = set(training.example_hashes()), held_out.example_hashes()
+            raw = training.transformed
+            seen, hashes = set(training.example_hashes(raw)), held_out.example_hashes(raw)
             kept = [i for i, digest in enumerate(hashes) if digest not in seen]
             if not kept:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
-                held_out = self._domain(task, model, validation.select(kept), "restricted")
+                held_out = self._domain(needs, processor, validation.select(kept), "restricted")
         return Budget(training, held_out, test)
 
-    def _domain(self, task: Task, model: nn.Module, dataset: datasets.Dataset, name: str) -> Domain:
+    def _domain(self, needs: ModelInputs, processor: Any | None, dataset: datasets.Dataset, name: str) -> Domain:
         return build_domain(
-            dataset, task.inputs(model), self.processing_class, name=name, input_column=self.input_columns.get(name),
+            dataset, needs, processor, name=name, input_column=self.input_columns.get(name),
             label=self.label_columns.get(name),
         )  # fmt: skip
 
@@ -218,10 +254,15 @@ class AttackSuite:
         settings = scheduler and {n: v for n, v in scheduler.config.items() if not n.startswith("_")}
         how = [type(task).__name__, getattr(task, "head", None), str(settings)]
         original = [] if budget.original is None else [budget.original.fingerprint]
-        measured = self.measured_epochs if self.measured_every is None else f"every {self.measured_every} steps"
+
+        def measured(strategy: FineTuningStrategy) -> list[float] | str:
+            if self.measured_every is not None:
+                return f"every {self.measured_every} steps"
+            return measured_epochs(strategy, len(budget.training), self.measured_epochs)
+
         return [
             _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured, how]
+                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured(c.strategy), how]
                 # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
                 + (original if c.strategy.preparation == "warm_up" else [])
             )
@@ -317,18 +358,10 @@ class AttackSuite:
 
     def plan(self, examples: int, models: int = 2) -> dict[str, int]:
         """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
-        per_model = [s.total_steps(examples) for s in self.strategies]
-        from_scratch = [s.total_steps(examples) for s in scratch(self.strategies)]
-        images = [
-            s.total_steps(examples) * min(s.batch_size, examples)
-            for s in [*self.strategies * models, *scratch(self.strategies)]
-        ]
-        seeds = len(self.seeds)
-        return {
-            "cells": seeds * (models * len(per_model) + len(from_scratch)),
-            "steps": seeds * (models * sum(per_model) + sum(from_scratch)),
-            "images": seeds * sum(images),
-        }
+        attacks, seeds = [*self.strategies * models, *scratch(self.strategies)], len(self.seeds)
+        steps = [s.total_steps(examples) for s in attacks]
+        images = [n * min(s.batch_size, examples) for n, s in zip(steps, attacks, strict=True)]
+        return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
 
     def _facts(
         self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
@@ -349,7 +382,8 @@ class AttackSuite:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
-    return model if isinstance(model, nn.Module) else load_model(model).to(process_state().device)
+    model = model if isinstance(model, nn.Module) else load_model(model)
+    return model.to(process_state().device)
 
 
 def process_state() -> Any:

@@ -15,7 +15,6 @@ from sophon_hf.commands.domains import (
     load_restricted,
 )
 from sophon_hf.reporting.report import to_markdown, write_report
-from sophon_hf.tasks import load_model, load_processor, load_task
 
 DOMAINS = ("original", "restricted", "benign")
 
@@ -57,11 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     """Run a sweep as the arguments say, and write its report to `output_dir/report`."""
     options = _parser().parse_args(arguments)
-    original = load_model(options.original)
     suite = AttackSuite(
         options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
         stack_seeds=options.stack_seeds, examples=options.examples,
-        task=load_task(options.original, original), processing_class=load_processor(options.original, original),
         input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
     )  # fmt: skip
     training, test = load_restricted(options, options.restricted)
@@ -76,7 +73,7 @@ def main(arguments: list[str]) -> None:
     benign, benign_test = (None, None) if options.benign is None else load_benign(options, options.benign)
     results = suite.run(
         protected=options.protected,
-        original=original,
+        original=options.original,
         restricted_dataset=training,
         eval_dataset=test,
         original_dataset=warm_up,

@@ -34,7 +34,7 @@ def add_attack_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
-    add("--epochs", type=float, help="of an ordinary attack")
+    add("--epochs", type=float, help="of an ordinary attack; one that sets its steps keeps them")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
 
 

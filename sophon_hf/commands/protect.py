@@ -16,7 +16,6 @@ from sophon_hf.closest import hint
 from sophon_hf.config import PRESETS, SophonConfig
 from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.finetuning.strategy import check_choice
-from sophon_hf.tasks import load_model, load_processor, load_task
 from sophon_hf.trainer import SophonTrainer
 
 
@@ -131,14 +130,11 @@ def main(arguments: list[str]) -> None:
         domains[name] = select_classes(dataset, classes, label) if classes else dataset
     if options.adversary_half:
         domains["restricted"], _ = split_domain(domains["restricted"], column=options.restricted_label)
-    model = load_model(options.model)
     trainer = SophonTrainer(
-        model,
+        options.model,
         domains["restricted"],
         domains["original"],
         config,
-        task=load_task(options.model, model),
-        processing_class=load_processor(options.model, model),
         input_columns={"original": options.original_input, "restricted": options.restricted_input},
         label_columns={"original": options.original_label, "restricted": options.restricted_label},
     )

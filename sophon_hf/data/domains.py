@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sophon_hf.data.fingerprint import remember_source
+from sophon_hf.data.labels import class_names, label_column, read_labels
 from sophon_hf.data.preparation import (
     Example,
     ModelInputs,
@@ -25,13 +26,11 @@ from sophon_hf.data.preparation import (
     prepare_ready,
     prepare_text,
 )
-from sophon_hf.data.streams import derive_seed
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict
 
-LABEL_COLUMNS = ("labels", "label")
 MEMORY_LIMIT = 4 * 2**30
 STREAM_LIMIT = 100_000
 _CHUNK = 256
@@ -127,109 +126,6 @@ def _undecoded(dataset: Any, sounds: list[str]) -> Any:
     return dataset
 
 
-def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
-    """The column with the class labels: the chosen one, `labels` or `label`, or the only `ClassLabel`; else None.
-
-    Raises:
-        ValueError: The chosen column does not exist, or several could be meant.
-    """
-    if chosen is not None:
-        if chosen not in dataset.column_names:
-            raise ValueError(f"There is no column {chosen!r}; the data set has {dataset.column_names}.")
-        return chosen
-    for name in LABEL_COLUMNS:
-        if name in dataset.column_names:
-            return name
-    class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(class_labels) > 1:
-        raise ValueError(f"The data set has several label columns, {class_labels}: name the one that is meant.")
-    return class_labels[0] if class_labels else None
-
-
-def read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """All labels as int64.
-
-    Raises:
-        ValueError: Some are missing, or they are not class indices.
-    """
-    values = list(dataset.with_format(None)[column])
-    missing = [i for i, value in enumerate(values) if value is None]
-    if missing:
-        raise ValueError(f"{len(missing)} examples have no label in column {column!r}, the first at row {missing[0]}.")
-    labels = np.asarray(values)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"Column {column!r} holds {labels.dtype} values of shape {labels.shape[1:]}, not one class index an "
-            "example. `dataset.class_encode_column` turns names into indices."
-        )
-    if (labels < 0).any():
-        raise ValueError(f"Column {column!r} holds negative labels, as test sets without labels do: drop those rows.")
-    return labels.astype(np.int64)
-
-
-def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """Class names from the features, or `class 0`, `class 1`, ... where they name none."""
-    feature = dataset.features.get(column)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [f"class {i}" for i in range(int(read_labels(dataset, column).max()) + 1)]
-
-
-def select_classes(dataset: datasets.Dataset, names: Sequence[str], column: str | None = None) -> datasets.Dataset:
-    """Keep some classes and number them 0, 1, ... in the order given.
-
-    Raises:
-        ValueError: A name that is no class of the data set.
-    """
-    column = label_column(dataset, column)
-    if column is None:
-        raise ValueError(f"The data set has no label column among {dataset.column_names}: classes cannot be selected.")
-    # A transform of the user's must neither run here nor be lost.
-    form, dataset = dataset.format, dataset.with_format(None)
-    known = class_names(dataset, column)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"{unknown} are no classes of the data set, which has {known}.")
-    old = [known.index(name) for name in names]
-    labels = read_labels(dataset, column)
-    kept = dataset.select(np.flatnonzero(np.isin(labels, old)))
-    new = [old.index(label) for label in read_labels(kept, column)]
-    kept = kept.remove_columns(column).add_column(column, new)
-    kept = kept.cast_column(column, datasets.ClassLabel(names=list(names)))
-    columns = None if form["type"] == "custom" else form["columns"]
-    return kept.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
-
-
-def split_domain(
-    dataset: datasets.Dataset, seed: int = 0, share: float = 0.5, column: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split into the defender's and the adversary's part (section 5.1.4): equal, seeded, stratified by label.
-
-    Args:
-        dataset: A restricted domain's training split (or anything else that is to be halved fairly).
-        seed: Decides the split.
-        share: What the first part gets.
-        column: The label column, where it is not found by itself. Without labels the split is plainly random.
-
-    Returns:
-        The defender's part and the adversary's part, disjoint, in the data set's order.
-    """
-    first, second = split_indices(dataset, seed, share, label_column(dataset, column))
-    return dataset.select(first), dataset.select(second)
-
-
-def split_indices(
-    dataset: datasets.Dataset, seed: int, share: float, column: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of both parts of `split_domain`; not stratified where `column` is None."""
-    generator = np.random.default_rng(derive_seed("split", seed))
-    labels = np.zeros(len(dataset), dtype=np.int64) if column is None else read_labels(dataset, column)
-    # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.
-    order = np.lexsort((generator.random(len(labels)), labels))
-    dealt = np.floor(np.arange(1, len(order) + 1) * share) > np.floor(np.arange(len(order)) * share)
-    return np.sort(order[dealt]), np.sort(order[~dealt])
-
-
 class Domain:
     """Examples ready for a model, kept as tensors where they fit in memory and prepared on the fly where not.
 
@@ -237,7 +133,9 @@ class Domain:
         name: "original" or "restricted", for messages.
         labels: Shape (n,), int64, or None.
         class_names: One a class; empty without labels.
-        fingerprint: Changes with the content.
+        transformed: Whether the data set has a transform of the user's.
+        fingerprint: Changes with the content: that of all examples, or, where they are not kept in memory, that of the data set
+            and of its first examples as they are prepared.
     """
 
     def __init__(
@@ -255,8 +153,8 @@ class Domain:
         self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
         self.class_names = [] if column is None else class_names(dataset, column)
         # A transform of the user's may be random, so its examples must not be frozen.
-        self._transformed = dataset.format["type"] == "custom"
-        self._tensors = None if self._transformed else self._materialize(memory_limit)
+        self.transformed = dataset.format["type"] == "custom"
+        self._tensors = None if self.transformed else self._materialize(memory_limit)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -279,7 +177,7 @@ class Domain:
         """
         if self._tensors is not None:
             return {name: self._select(name, indices) for name in self._tensors}
-        if self._transformed:
+        if self.transformed:
             examples = []
             for index, seed in zip(indices.tolist(), seeds or indices.tolist(), strict=True):
                 with _seeded(seed):
@@ -327,8 +225,14 @@ class Domain:
                     f"{int(self._row_numbers[int(indices[bad[0]])])}: drop or repair them."
                 )
 
-    def example_hashes(self) -> list[str]:
-        """A hash of each example's inputs (labels left out), to find examples that two domains share."""
+    def example_hashes(self, raw: bool = False) -> list[str]:
+        """A hash of each example's inputs (labels left out), to find examples that two domains share.
+
+        Args:
+            raw: Of the inputs as the data set holds them, before a transform, which may be random, or another one.
+        """
+        if raw:
+            return [_hash_raw(row, self.preparation.label_column) for row in self.dataset.with_format(None)]
         hashes = []
         for start in range(0, len(self), _CHUNK):
             for example in self._prepare(list(range(start, min(start + _CHUNK, len(self))))):
@@ -339,13 +243,31 @@ class Domain:
         return hashes
 
     def _fingerprint(self) -> str:
+        digest, tensors = hashlib.blake2b(digest_size=16), [self._tensors]
         if self._tensors is None:
-            return self.dataset._fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for name, values in sorted(self._tensors.items()):
-            digest.update(name.encode())
-            digest.update(values.contiguous().numpy().data)
+            # The data set's own fingerprint knows nothing of how a processor prepares its rows.
+            digest.update(self.dataset._fingerprint.encode())
+            with _seeded(0):
+                tensors = self._prepare(list(range(min(_CHUNK, len(self)))))
+        for part in tensors:
+            for name, values in sorted(part.items()):
+                digest.update(name.encode())
+                digest.update(values.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _hash_raw(row: dict[str, Any], label: str | None) -> str:
+    """Of pictures and sounds, or, in a row without any, of all else but numbers: a file's name or number is no input."""
+    values = [value for column, value in row.items() if column != label]
+    inputs = [v for v in values if isinstance(v, (Image, dict))] or [v for v in values if isinstance(v, (str, list))]
+    digest = hashlib.blake2b(digest_size=16)
+    for value in inputs or values:
+        if isinstance(value, Image):
+            value = (value.mode, value.size, value.tobytes())
+        elif isinstance(value, dict):
+            value = value.get("bytes") or value
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
 class _seeded:

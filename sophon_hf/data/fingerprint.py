@@ -81,7 +81,7 @@ def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) 
 
 
 def _content_hash(domain: Domain) -> str:
-    # Batch by batch, since Domain.fingerprint is that of a cache file where the examples do not fit in memory.
+    # Batch by batch, since Domain.fingerprint has seen the first examples only where they do not fit in memory.
     digest = hashlib.sha256()
     for indices in torch.arange(len(domain)).split(_CHUNK):
         for name, values in sorted(domain.rows(indices).items()):

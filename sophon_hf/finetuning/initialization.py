@@ -40,7 +40,8 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
     if strategy.initialization == "scratch":
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
-        _copy_state(fresh, model.get_submodule(name), skip=anatomy.head.removeprefix(f"{name}." if name else ""))
+        # The head comes anew below, and may lie in the whole model, never in a block.
+        _copy_state(fresh, model.get_submodule(name), skip="" if name else anatomy.head)
     model.set_submodule(anatomy.head, shard_part(_new_head(model, anatomy, num_classes), model))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}

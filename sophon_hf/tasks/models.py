@@ -138,7 +138,11 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
 
 
 def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
-    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved."""
+    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved.
+
+    Raises:
+        ValueError: An image processor is saved, but cannot be made out. (Without one, images would be scaled only.)
+    """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
@@ -146,11 +150,24 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
     )
     if cls is None or not hasattr(model, "config"):
         return None
+    absent = OSError if cls is AutoImageProcessor else (OSError, ValueError)
     try:
-        return cls.from_pretrained(source)
-    except OSError as error:
-        logger.warning("No %s is saved with %s, so raw columns are only scaled: %s", cls.__name__, source, error)
+        processor, why = cls.from_pretrained(source), "what is there has no vocabulary"
+    except absent as error:
+        processor, why = None, error
+    if processor is None or (cls is AutoTokenizer and not _has_words(processor)):
+        logger.warning(
+            "No %s is saved with %s, so raw images are only scaled, and raw text or audio cannot be used: %s",
+            cls.__name__, source, why,
+        )  # fmt: skip
         return None
+    return processor
+
+
+def _has_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a vocabulary: transformers makes up an empty one where no file holds it."""
+    # The mark of a space is in every empty vocabulary of T5's kind.
+    return not set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}
 
 
 def noise_scheduler_of(source: str | os.PathLike) -> Any | None:

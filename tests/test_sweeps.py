@@ -1,0 +1,101 @@
+"""The sweeps by name, and those from files."""
+
+from __future__ import annotations
+
+import pytest
+
+from sophon_hf import AttackSuite, FineTuningStrategy
+from sophon_hf.attacks.sweeps import SWEEPS, load_sweep, scratch
+
+
+def test_paper_sweeps():
+    default = {"optimizer": "momentum", "learning_rate": 1e-4, "weight_decay": 1e-4, "batch_size": 200}
+    paper = load_sweep("paper")
+    assert all(s.to_dict()[name] == value for s in paper for name, value in default.items())
+    assert [(s.initialization, s.transfer) for s in paper] == [
+        ("direct", "all"), ("new_head", "head"), ("new_head", "all"),
+    ]  # fmt: skip
+    assert [s.optimizer for s in load_sweep("paper-optimizers")] == [
+        "momentum", "nesterov", "adagrad", "adadelta", "adam",
+    ]  # fmt: skip
+    assert [s.learning_rate for s in load_sweep("paper-rates")] == [5e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+    assert [s.batch_size for s in load_sweep("paper-batches")] == [50, 100, 150, 200, 250]
+
+
+def test_strong_sweep():
+    strong = load_sweep("strong")
+    whole = {
+        (s.optimizer, s.learning_rate, s.initialization, s.reinitialized_blocks) for s in strong if s.transfer == "all"
+    }
+    assert whole == {
+        (*optimizer, *start)
+        for optimizer in (("adam", 3e-4), ("adam", 1e-3), ("adam", 3e-3), ("momentum", 1e-2), ("momentum", 1e-1))
+        for start in (("direct", 0), ("new_head", 0), ("new_head", 1))
+    }
+    assert sorted(s.transfer for s in strong if s.transfer != "all") == ["head", "norm"]
+    assert len(strong) == 17
+
+
+def test_peft_and_adaptive_sweeps():
+    peft = load_sweep("peft")
+    assert {s.initialization for s in peft} == {"new_head"}
+    assert {s.rank for s in peft if s.adapter == "lora"} == {1, 8, 64}
+    assert {"lora", "dora", "adalora", "ia3", "loha", "lokr"} <= {s.adapter for s in peft}
+    adaptive = load_sweep("adaptive")
+    assert {s.preparation for s in adaptive} == {None, "batch_norm", "rescale", "shrink_and_perturb", "warm_up"}
+    assert {s.initialization for s in adaptive if s.epochs == 200} == {"direct", "new_head"}
+
+
+def test_the_full_sweep_holds_every_attack_once():
+    full = load_sweep("full")
+    assert len(set(full)) == len(full)
+    assert set(full) == {s for name in SWEEPS if name != "full" for s in load_sweep(name)}
+    assert len({s.name for s in full}) == len(full), "tables and heat maps tell attacks apart by name"
+
+
+def test_scratch_is_tuned_over_optimizers_and_rates():
+    tuned = scratch(load_sweep("strong"))
+    assert all((s.initialization, s.transfer, s.reinitialized_blocks) == ("scratch", "all", 0) for s in tuned)
+    assert {(s.optimizer, s.learning_rate) for s in tuned} == {
+        (s.optimizer, s.learning_rate) for s in load_sweep("strong")
+    }
+    assert len(tuned) == 5
+    informed = scratch([*load_sweep("peft"), *load_sweep("adaptive")])
+    assert all(s.adapter is None and s.preparation is None for s in informed)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("own.json", '[{"optimizer": "sgd", "learning_rate": 0.1}, {"initialization": "new_head"}]'),
+        ("own.yaml", "- {optimizer: sgd, learning_rate: 1e-1}\n- initialization: new_head\n"),
+    ],
+)
+def test_a_sweep_from_a_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert load_sweep(tmp_path / name) == [
+        FineTuningStrategy(optimizer="sgd", learning_rate=0.1),
+        FineTuningStrategy("new_head"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- optimiser: sgd", "no field 'optimiser'. Did you mean 'optimizer'"),
+        ("- optimizer: adamm", "Did you mean 'adam'"),
+        ("optimizer: sgd", "must hold a list of strategies"),
+        ("- sgd", "must hold a list of strategies"),
+    ],
+)
+def test_a_bad_sweep_file_is_refused(tmp_path, text, message):
+    (tmp_path / "own.yml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_sweep(tmp_path / "own.yml")
+
+
+def test_an_unknown_sweep_names_the_closest():
+    with pytest.raises(ValueError, match="no sweep 'storng'. Did you mean 'strong'"):
+        load_sweep("storng")
+    with pytest.raises(ValueError, match="There are paper, .*json or .yaml"):
+        AttackSuite("zzz")
