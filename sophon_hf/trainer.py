@@ -45,7 +45,7 @@ from sophon_hf.saving import load_weights, save_protected
 from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import Suppression
-from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task
+from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task, restore_precision
 from sophon_hf.updates import (
     average_and_clip,
     consult_guard,
@@ -296,6 +296,7 @@ class SophonTrainer(Trainer):
         self.adversaries.start_anew()
         self._started, self._seconds = time.monotonic(), 0.0
         output = super().train(checkpoint, **kwargs)
+        restore_precision(self.model)
         self._started, self._seconds = None, self.seconds()
         self.guard.finish(self.task.metric)
         if self.args.save_strategy != "no":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import datasets
 import pytest
 import torch
@@ -9,7 +11,9 @@ from conftest import TinyNet, make_points
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-from sophon_hf import SophonConfig, SophonTrainer
+from sophon_hf import FineTuningStrategy, SophonConfig, SophonTrainer
+from sophon_hf.attacks.attack import run_attack
+from sophon_hf.data import build_domain
 
 ADDITIONS = {"probes": 1, "persistent": 2, "horizon": 8, "distillation": 1.0, "max_grad_norm": 1.0}
 
@@ -97,3 +101,27 @@ def test_protection_works_as_in_float32(tmp_path, changes):
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert min(fallen) > 0.1
     assert fallen[0] == pytest.approx(fallen[1], abs=0.15)  # Of 12 examples.
+
+
+def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp_path):
+    """accelerate runs bf16 by replacing `forward`, which must not go on in what the model is used for afterwards."""
+    args = SophonConfig(
+        str(tmp_path), max_steps=1, K=1, bf16=True, use_cpu=True, save_strategy="no", disable_tqdm=True, eval_strategy="no",
+        strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]},
+    )  # fmt: skip
+    model, batch = fitted_vit(pictures(2)), {"pixel_values": torch.randn(4, 3, 8, 8)}
+    plain = copy.deepcopy(model)
+    trainer = SophonTrainer(model, pictures(1), pictures(2), args)
+    trainer.train()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain.eval()(**batch).logits)
+
+    wrapped = SophonTrainer(copy.deepcopy(plain), pictures(1), pictures(2), args).accelerator.prepare(
+        copy.deepcopy(plain)
+    )
+    training, test = (build_domain(pictures(s), trainer.task.inputs(plain), name="restricted") for s in (1, 3))
+    strategy = FineTuningStrategy("new_head", steps=4)
+    curves = [run_attack(m, trainer.task, strategy, training, test) for m in (wrapped, plain)]
+    assert curves[0].loss == pytest.approx(curves[1].loss, nan_ok=True, abs=0)
+    assert not torch.equal(wrapped(**batch).logits, plain(**batch).logits), "the model given keeps its bf16"

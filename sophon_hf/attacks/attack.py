@@ -15,7 +15,7 @@ from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StackedFineTuning
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, first_rows
+from sophon_hf.tasks import Task, evaluate_model, first_rows, restore_precision
 
 EVALUATION_BATCH = 128
 PAPER_EPOCHS = (0, 1, 5, 10, 15, 20)
@@ -100,6 +100,8 @@ def run_attacks(
         ValueError: Several seeds of what cannot be stacked (`StackedFineTuning`).
     """
     copies = [copy.deepcopy(model) for _ in seeds]
+    for copied in copies:
+        restore_precision(copied)  # A model fresh from a bf16 training would be attacked in bf16, and others not.
     device = next(model.parameters()).device
     anatomy = task.anatomy(copies[0], first_rows(task, training, device))
     steps = strategy.total_steps(len(training))

@@ -21,6 +21,7 @@ from sophon_hf.tasks.models import (
     load_model,
     load_processor,
     noise_scheduler_of,
+    restore_precision,
     unwrap,
 )
 
@@ -78,6 +79,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "load_task",
+    "restore_precision",
     "to_device",
     "unwrap",
 ]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def unwrap(model: Callable[..., Any]) -> nn.Module:
     """The model itself, without a distributed or functional wrapper."""
     return model.module if isinstance(model, (DistributedDataParallel, WithTensors)) else model
+
+
+def restore_precision(model: nn.Module) -> None:
+    """Undo what accelerate does to a model for bf16: it replaces `forward`, for whatever the model is used for afterwards."""
+    if "_original_forward" in model.__dict__:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:
