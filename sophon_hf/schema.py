@@ -103,4 +103,4 @@ def _read_object(kind: type[T], value: Any, where: str) -> T:
 
 def finite_or_none(value: float | None) -> float | None:
     """A number that JSON knows, or None."""
-    return float(value) if value is not None and math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
