@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import TinyNet
+from naive_suppression import make_optimizer
 from tiny_models import CLASSES, HEADS, MODELS, changed, make_batch, make_trained, prepare, state
 from torch import nn
 
@@ -37,19 +38,6 @@ def naive_fine_tuning(model, batches, optimizer, rates, max_grad_norm=0.0):
     return losses
 
 
-def make_naive(name: str, parameters, **common):
-    common["foreach"] = False
-    return {
-        "sgd": lambda: torch.optim.SGD(parameters, **common),
-        "momentum": lambda: torch.optim.SGD(parameters, momentum=0.9, **common),
-        "nesterov": lambda: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common),
-        "adagrad": lambda: torch.optim.Adagrad(parameters, **common),
-        "adadelta": lambda: torch.optim.Adadelta(parameters, **common),
-        "adam": lambda: torch.optim.Adam(parameters, **common),
-        "adamw": lambda: torch.optim.AdamW(parameters, **common),
-    }[name]()
-
-
 RATES = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adagrad": 0.03, "adadelta": 1.0, "adam": 0.01, "adamw": 0.01}
 
 
@@ -69,7 +57,7 @@ def run_both(domain, steps: int, rates: list[float], **fields) -> tuple[float, f
     for update in fine_tuning:
         updates.append(update)
         model.eval()  # As one who measures between two steps would.
-    optimizer = make_naive(strategy.optimizer, naive.parameters(), lr=1.0, weight_decay=strategy.weight_decay)
+    optimizer = make_optimizer(strategy.optimizer, naive.parameters(), 1.0, strategy.weight_decay)
     losses = naive_fine_tuning(naive, batches, optimizer, rates, strategy.max_grad_norm)
     assert [update.step for update in updates] == list(range(1, steps + 1))
     assert [float(update.loss) for update in updates] == pytest.approx(losses, rel=1e-12)
@@ -152,9 +140,7 @@ def test_a_step_does_not_depend_on_how_gradients_lie_in_memory(optimizer):
     strategy = FineTuningStrategy(optimizer=optimizer, learning_rate=rate)
     for _ in FineTuning(model, ClassificationTask(), strategy, [batch] * 3, 3, anatomy=Anatomy("head", ())):
         pass
-    naive_fine_tuning(
-        naive, [batch] * 3, make_naive(optimizer, naive.parameters(), lr=1.0, weight_decay=0.0), [rate] * 3
-    )
+    naive_fine_tuning(naive, [batch] * 3, make_optimizer(optimizer, naive.parameters(), 1.0), [rate] * 3)
     torch.testing.assert_close(dict(model.state_dict()), dict(naive.state_dict()), rtol=1e-9, atol=1e-12)
 
 

@@ -152,9 +152,7 @@ def run_attacks(
 
 def measured_epochs(strategy: FineTuningStrategy, examples: int, epochs: Sequence[float]) -> list[float]:
     """`epochs`, and beyond the usual 20 every tenth of the attack: one that overfits is at its best before its end."""
-    length = strategy.epochs
-    if strategy.steps is not None:
-        length = strategy.steps * min(strategy.batch_size, examples) / examples
+    length = strategy.epochs if strategy.steps is None else strategy.epoch_of_step(strategy.steps, examples)
     tenths = (length * tenth / 10 for tenth in range(1, 10))
     return [*epochs, *(epoch for epoch in tenths if epoch > USUAL_EPOCHS and epoch not in epochs)]
 
@@ -163,12 +161,11 @@ def _points(
     strategy: FineTuningStrategy, examples: int, steps: int, epochs: Sequence[float], every: int | None
 ) -> dict[int, float]:
     """Step -> epoch of each measurement."""
-    step_share = min(strategy.batch_size, examples) / examples
     if every is None:
         epochs = measured_epochs(strategy, examples, epochs)
         points = {strategy.step_of_epoch(epoch, examples): epoch for epoch in epochs}
         points = {step: epoch for step, epoch in points.items() if step <= steps}
     else:
-        points = {step: step * step_share for step in range(0, steps + 1, every)}
-    points.setdefault(steps, steps * step_share)
+        points = {step: strategy.epoch_of_step(step, examples) for step in range(0, steps + 1, every)}
+    points.setdefault(steps, strategy.epoch_of_step(steps, examples))
     return points

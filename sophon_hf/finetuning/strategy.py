@@ -168,6 +168,10 @@ class FineTuningStrategy:
         # Rounded first, since 1.1 epochs of 10 steps are 11.000000000000002 steps in floating point.
         return math.ceil(round(epoch * examples / min(self.batch_size, examples), 9))
 
+    def epoch_of_step(self, step: int, examples: int) -> float:
+        """How many passes over `examples` a step completes: the inverse of `step_of_epoch`."""
+        return step * (min(self.batch_size, examples) / examples)
+
     def with_changes(self, **changes: Any) -> FineTuningStrategy:
         """A copy with some fields changed."""
         _check_fields(type(self), changes)
