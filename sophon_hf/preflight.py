@@ -324,8 +324,8 @@ def make_probes(
         raise ValueError("A probe predicts labels, and this task has none: leave `probes` 0.")
     if held_out_examples(len(restricted)) < 2:
         raise ValueError(
-            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe is fitted "
-            "on one half of T_i and judged on the other, so T_i needs 2. Give at least 15, or leave `probes` 0."
+            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe predicts "
+            "each example of T_i from the others, so T_i needs 2. Give at least 15, or leave `probes` 0."
         )
     loss = choose_loss(task, args.suppression_loss)
     return Probes(model, anatomy, args.probes, restricted.num_classes, loss)

@@ -1,8 +1,8 @@
 """Closed-form probes: what a new head could do with features, differentiated through its solution.
 
 What a new head can do with a representation does not show in the loss of the model's own head. A probe shows it without
-training one: kernel ridge regression on the features of some examples, judged on others. The kernel is that of a new head with
-a hidden layer, which can use what a linear one cannot.
+training one: kernel ridge regression on the features of a batch, judged on each example by the regression on all others. The
+kernel is that of a new head with a hidden layer, which can use what a linear one cannot.
 """
 
 from __future__ import annotations
@@ -46,29 +46,31 @@ def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
     return lengths / a.shape[1] * (angle.sin() / torch.pi + 2 * cosine * active)
 
 
-def probe_logits(features: Tensor, labels: Tensor, unseen: Tensor, num_classes: int) -> Tensor:
-    """Logits of the kernel ridge regression from features to one-hot labels, fitted on some examples, for others.
+def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Logits of the kernel ridge regression from features to one-hot labels, for each example fitted on all others.
 
-    Features are standardised by those that it is fitted on. It costs the cube of the examples and their square times the
-    features, and its gradient goes through the solution.
+    With C = G^-1 - G^-1 1 1' G^-1 / (1' G^-1 1), G = k(H, H) + ridge I, the regression with a free intercept that has not seen
+    example i predicts y_i - (C Y)_i / C_ii for it (Golub et al., 1979): n regressions for the price of one. Features are
+    standardised by all examples. It costs the cube of the examples and their square times the features, and its gradient
+    goes through the solution.
 
     Args:
-        features: Shape (n, d): what it is fitted on.
+        features: Shape (n, d), n at least 2.
         labels: Shape (n,), int64.
-        unseen: Shape (m, d).
         num_classes: c.
 
     Returns:
-        Shape (m, c), float32 or float64: the predictions times the temperature.
+        Shape (n, c), float32 or float64: the predictions times the temperature.
     """
-    features, unseen = at_least_float32(features), at_least_float32(unseen)
-    mean, spread = features.mean(dim=0), features.std(dim=0, correction=0) + SMALLEST_SPREAD
-    features, unseen = (features - mean) / spread, (unseen - mean) / spread
+    features = at_least_float32(features)
+    features = (features - features.mean(dim=0)) / (features.std(dim=0, correction=0) + SMALLEST_SPREAD)
     targets = F.one_hot(labels, num_classes).to(features.dtype)
-    share = targets.mean(dim=0)
     ridge = RIDGE * torch.eye(len(features), dtype=features.dtype, device=features.device)
-    weights = torch.linalg.solve(tangent_kernel(features, features) + ridge, targets - share)
-    return TEMPERATURE * (tangent_kernel(unseen, features) @ weights + share)
+    inverse = torch.linalg.inv(tangent_kernel(features, features) + ridge)
+    sums = inverse.sum(dim=1, keepdim=True)
+    without_intercept = inverse - sums @ sums.T / sums.sum()
+    residuals = without_intercept @ targets / without_intercept.diagonal()[:, None]
+    return TEMPERATURE * (targets - residuals)
 
 
 class Probes:
@@ -117,14 +119,9 @@ class Probes:
                 handle.remove()
 
     def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
-        """L_alpha of probes that are fitted on the first half of a batch and judged on the second, summed over depths."""
-        half = len(labels) // 2
-        return torch.stack(
-            [
-                self.suppress(probe_logits(part[:half], labels[:half], part[half:], self.num_classes), labels[half:])
-                for part in features
-            ]
-        ).sum()
+        """L_alpha of probes that are fitted on a batch and judged on each example without it, summed over depths."""
+        logits = (leave_one_out_logits(part, labels, self.num_classes) for part in features)
+        return torch.stack([self.suppress(part, labels) for part in logits]).sum()
 
 
 def _after(features: list[Tensor]) -> Callable:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
 from sophon_hf.losses import inverse_cross_entropy
-from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, probe_logits, tangent_kernel
+from sophon_hf.probes import RIDGE, TEMPERATURE, Probes, leave_one_out_logits, tangent_kernel
 
 
 def naive_kernel(x: np.ndarray, z: np.ndarray) -> float:
@@ -28,23 +28,26 @@ def naive_kernel(x: np.ndarray, z: np.ndarray) -> float:
     return 2 * (product + both_active * (x @ z)) / len(x)
 
 
-def naive_probe(features: np.ndarray, labels: np.ndarray, unseen: np.ndarray, num_classes: int) -> np.ndarray:
-    """Kernel ridge regression pair by pair, with centred targets."""
-    mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-4
-    x, z = (features - mean) / spread, (unseen - mean) / spread
-    y = np.eye(num_classes)[labels]
-    fitted_on = np.array([[naive_kernel(a, b) for b in x] for a in x])
-    weights = np.linalg.inv(fitted_on + RIDGE * np.eye(len(x))) @ (y - y.mean(axis=0))
-    return TEMPERATURE * (np.array([[naive_kernel(a, b) for b in x] for a in z]) @ weights + y.mean(axis=0))
+def naive_probe(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """One regression an example, which has not seen it: the kernel pair by pair, an intercept that costs nothing."""
+    x = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-4)
+    y, logits = np.eye(num_classes)[labels], []
+    for left_out in range(len(x)):
+        others = [i for i in range(len(x)) if i != left_out]
+        system = np.ones((len(others) + 1, len(others) + 1))
+        system[:-1, :-1] = [[naive_kernel(x[i], x[j]) + RIDGE * (i == j) for j in others] for i in others]
+        system[-1, -1] = 0
+        weights = np.linalg.solve(system, np.vstack([y[others], np.zeros(num_classes)]))
+        logits.append(np.array([naive_kernel(x[left_out], x[j]) for j in others]) @ weights[:-1] + weights[-1])
+    return TEMPERATURE * np.array(logits)
 
 
 @pytest.mark.parametrize("width", (3, 40))
-def test_a_probe_is_the_kernel_ridge_regression_of_one_hot_labels(width):
+def test_a_probe_predicts_each_example_from_all_others(width):
     generator = np.random.default_rng(0)
-    features, unseen = generator.normal(size=(20, width)), generator.normal(size=(7, width))
-    labels = generator.integers(0, 3, 20)
-    actual = probe_logits(torch.tensor(features), torch.tensor(labels), torch.tensor(unseen), 3)
-    np.testing.assert_allclose(actual.numpy(), naive_probe(features, labels, unseen, 3), atol=2e-3)
+    features, labels = generator.normal(size=(20, width)), generator.integers(0, 3, 20)
+    actual = leave_one_out_logits(torch.tensor(features), torch.tensor(labels), 3)
+    np.testing.assert_allclose(actual.numpy(), naive_probe(features, labels, 3), atol=2e-3)
 
 
 def test_the_kernel_is_what_the_gradients_of_a_wide_network_have_in_common():
@@ -66,21 +69,28 @@ def test_a_probe_sees_what_no_linear_head_could():
     torch.manual_seed(0)
     points = torch.randn(400, 2)
     labels = (points[:, 0] * points[:, 1] > 0).long()
-    guesses = probe_logits(points[:200], labels[:200], points[200:], 2).argmax(dim=1)
-    assert (guesses == labels[200:]).float().mean() > 0.9
+    guesses = leave_one_out_logits(points, labels, 2).argmax(dim=1)
+    assert (guesses == labels).float().mean() > 0.9
+
+
+def test_a_probe_learns_nothing_from_an_example_about_itself():
+    """Labels drawn by chance: what fits its own examples would be right, what leaves them out is not."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (400,))
+    guesses = leave_one_out_logits(torch.randn(400, 50), labels, 2).argmax(dim=1)
+    assert 0.4 < (guesses == labels).float().mean() < 0.6
 
 
 def test_its_gradient_goes_through_the_solution():
     torch.manual_seed(0)
     features = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    unseen = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(9) % 3
-    torch.autograd.gradcheck(lambda f, u: probe_logits(f, labels, u, 3), (features, unseen))
+    torch.autograd.gradcheck(lambda f: leave_one_out_logits(f, labels, 3), features)
 
 
 def test_half_precision_and_constant_features_stay_finite():
     features = torch.ones(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    logits = probe_logits(features, torch.arange(8) % 2, features, 2)
+    logits = leave_one_out_logits(features, torch.arange(8) % 2, 2)
     assert logits.dtype == torch.float32
     (gradient,) = torch.autograd.grad(logits.sum(), features)
     assert gradient.isfinite().all()
@@ -106,7 +116,7 @@ def test_probes_add_their_suppression_at_every_step_to_that_of_the_head(float64_
         evaluation_mode(adversary).zero_grad()
         features = torch.tanh(adversary.body(x))
         loss = inverse_cross_entropy(adversary.head(features), y)
-        loss = loss + inverse_cross_entropy(probe_logits(features[:5], y[:5], features[5:], 3), y[5:])
+        loss = loss + inverse_cross_entropy(leave_one_out_logits(features, y, 3), y)
         loss.backward()
         total += 0.5 * loss.item()
         for name, parameter in adversary.named_parameters():
