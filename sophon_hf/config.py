@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "representation": {
         "K": 2,
         "l_NTR": 4,
-        "alpha": 6e-3,
+        "alpha": 5e-3,
         "beta": 2e-3,
         "max_steps": 1200,
         "max_grad_norm": 1.0,
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "learning_rates": [3e-4, 1e-3, 3e-3, 3e-3],
             "batch_sizes": [50, 128],
         },
-        "tolerance": 0.015,
+        "tolerance": 0.02,
         "after_rollback": "no_rollback",
         "eval_steps": 50,
         "save_steps": 200,
