@@ -26,6 +26,8 @@ def percent(transfer: dict) -> str:
     if transfer["value"] is None:
         return f"void: {transfer['void']}"
     low, high = transfer["interval"]
+    if low == high:  # An MSE measured once: nothing tells how far off it may be.
+        return f"{transfer['value']:.0%} (one attack seed, no interval)"
     return f"{transfer['value']:.0%} [{low:.0%}, {high:.0%}]"
 
 
