@@ -13,14 +13,17 @@ class Adversaries:
 
     Args:
         domain: The restricted domain.
+        original: The original domain, for those who warm up on it.
         task: What is learned.
         space: Phi.
         args: N, K, l_FTS, persistent, horizon and the seed.
         shared: Whether all processes simulate the same ones, each on its share of every batch.
     """
 
-    def __init__(self, domain: Domain, task: Task, space: StrategySpace, args: SophonConfig, shared: bool):
-        self.domain, self.task, self.space, self.args = domain, task, space, args
+    def __init__(
+        self, domain: Domain, original: Domain, task: Task, space: StrategySpace, args: SophonConfig, shared: bool
+    ):
+        self.domain, self.original, self.task, self.space, self.args = domain, original, task, space, args
         self.process = 0 if shared else args.process_index
         self._alive: dict[int, PersistentAdversary] = {}
 
@@ -41,7 +44,7 @@ class Adversaries:
 
     def _environment(self, seed: int) -> Environment:
         strategy = self.space.sample(derive_seed(seed, "strategy"))
-        return sample_environment(self.domain, self.task, strategy, seed)
+        return sample_environment(self.domain, self.task, strategy, seed, self.original)
 
     def _in_turn(self, place: int, seed: int) -> PersistentAdversary:
         alive = self._alive.get(place)

@@ -231,6 +231,10 @@ class SophonConfig(TrainingArguments):
             self.strategy_space = self.strategy_space.to_dict()
         elif self.strategy_space is not None:
             self.strategy_space = StrategySpace.from_dict(_from_json(self.strategy_space, "strategy_space")).to_dict()
+        if self.second_order and "warm_up" in self.space.preparations:
+            raise ValueError(
+                "The exact gradient does not reach through a warm-up: leave `second_order` off, or 'warm_up' out."
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SophonConfig:

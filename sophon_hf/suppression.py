@@ -163,19 +163,21 @@ class Suppression:
         adversary.before = self._scores_before(environment)
         last = last_evaluated(weights)
         updates = persistent.resume(self.model, self._fine_tuning)
-        fine_tuning, live = persistent.fine_tuning, dict(self.model.named_parameters())
-        names = [name for name in gradient if name not in fine_tuning.reinitialized]
-        taken_over, sums = [live[name] for name in names], [gradient[name] for name in names]
         for step, update in enumerate(islice(updates, last), 1):
             weight = weights[step - 1]
-            if not weight:
+            # The head that it warms up with is not one it attacks with: then only what probes see counts.
+            if not weight or (persistent.warming_up and not self.probes):
                 continue
-            for parameter in fine_tuning.parameters:
+            for parameter in persistent.fine_tuning.parameters:
                 parameter.grad = None  # The update is made, so that one gradient at a time is held beside the sum.
-            loss, scores = self._evaluate(self.model, *self._held_out(environment, update.step))
-            _add(sums, gradients(loss, taken_over, self.model), weight)
+            live = dict(self.model.named_parameters())
+            names = [name for name in gradient if name not in persistent.fine_tuning.reinitialized]
+            batch = self._held_out(environment, update.step)
+            loss, scores = self._evaluate(self.model, *batch, head=not persistent.warming_up)
+            found = gradients(loss, [live[name] for name in names], self.model)
+            _add([gradient[name] for name in names], found, weight)
             adversary.losses[step] = loss.detach()
-            if step == last:
+            if step == last and not persistent.warming_up:
                 adversary.after = scores()
         return adversary
 
@@ -238,13 +240,16 @@ class Suppression:
             autocast=self.autocast,
         )
 
-    def _evaluate(self, model: Callable, batch: Batch, weight: float) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
-        """L_alpha on a batch of T_i, times the weight of the batch, and what gives the scores."""
+    def _evaluate(
+        self, model: Callable, batch: Batch, weight: float, head: bool = True
+    ) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        """L_alpha on a batch of T_i, of head and probes, times the weight of the batch, and what gives the scores."""
         with self.probes.watching() if self.probes else nullcontext() as features:
             prediction, target = self._predict(model, batch)
-        loss = self.loss(prediction, target)
+        losses = [self.loss(prediction, target)] if head else []
         if self.probes:
-            loss = loss + self.probes.loss(features, target)
+            losses.append(self.probes.loss(features, target))
+        loss = sum(losses)
         return weight * loss, lambda: self.task.scores(prediction.detach(), target)
 
     def _predict(self, model: Callable, batch: Batch, batch_statistics: bool = True) -> tuple[Tensor, Tensor]:

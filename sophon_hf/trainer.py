@@ -143,7 +143,8 @@ class SophonTrainer(Trainer):
             second_order=args.second_order,
         )  # fmt: skip
         shared = is_sharded(self.model)
-        self.adversaries = Adversaries(self.domains["restricted"], self.task, self.space, args, shared)
+        restricted, original = self.domains["restricted"], self.domains["original"]
+        self.adversaries = Adversaries(restricted, original, self.task, self.space, args, shared)
         self.distillation = make_distillation(unprotected, self.task, self.domains["original"], args)
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from conftest import TinyNet, fitted, make_points
-from naive_suppression import assert_gradient, make_environment, make_net, suppress
+from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -22,13 +22,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf import ClassificationTask, FineTuningStrategy, SophonConfig, SophonTrainer
 from sophon_hf.attacks.adaptive import rescale_weights
 from sophon_hf.claim import Claim
 from sophon_hf.commands.protect import read_arguments
 from sophon_hf.config import PRESETS
-from sophon_hf.finetuning import PersistentAdversary
+from sophon_hf.data import build_domain
+from sophon_hf.finetuning import PersistentAdversary, sample_environment
 from sophon_hf.losses import inverse_cross_entropy
+from sophon_hf.probes import Probes, leave_one_out_logits
 from sophon_hf.reinforcement import mix_second_half
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
@@ -183,6 +185,7 @@ def test_a_resumed_run_with_persistent_adversaries_ends_as_an_uninterrupted_one(
     ("fields", "message"),
     [
         ({"persistent": 2, "second_order": True}, "leave `persistent` 0"),
+        ({"second_order": True, "strategy_space": {"preparations": ["warm_up"]}}, "through a warm-up"),
         ({"persistent": 1, "N": 2}, "persistent is 1, but an iteration simulates N x l_FTS = 2"),
         ({"persistent": -1}, "persistent is -1"),
         ({"horizon": 0}, "horizon is 0"),
@@ -193,6 +196,100 @@ def test_a_resumed_run_with_persistent_adversaries_ends_as_an_uninterrupted_one(
 def test_settings_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SophonConfig(**fields)
+
+
+# ---- Adversaries that warm up on original data ----
+
+
+def warming_up(domain, seed: int, **fields):
+    original = build_domain(make_points(2, 100), ClassificationTask().inputs(make_net()))
+    strategy = FineTuningStrategy(preparation="warm_up", optimizer="momentum", batch_size=5, **fields)
+    return sample_environment(domain, ClassificationTask(), strategy, seed, original)
+
+
+def warm_up_and_fine_tune(model, environment, updates: int, learning_rate: float, head_seed: int = 0):
+    """As one would write it: half of the updates on 50 original examples each, then a new head on restricted ones.
+
+    Yields the number of each update, while the model stands there.
+    """
+    for stage, (stream, size) in enumerate(((environment.warm_up, 50), (environment.fine_tuning, 5))):
+        if stage:
+            torch.manual_seed(head_seed)
+            model.head.reset_parameters()
+        optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+        for step, batch in zip(range(updates // 2), stream.batches(size)):
+            model.zero_grad()
+            F.cross_entropy(model(batch["x"]), batch["labels"]).backward()
+            optimizer.step()
+            yield stage * (updates // 2) + step + 1
+
+
+@pytest.mark.parametrize("visits", (1, 4))
+def test_an_adversary_warms_up_on_original_data_before_its_new_head(float64_domain, visits):
+    model = make_net(noisy=False)
+    environment = warming_up(float64_domain, 1, initialization="new_head", learning_rate=0.1)
+    gamma = [0.1, 0.2, 0.3, 0.4]
+    if visits == 1:
+        result = suppress(model, [environment], [gamma], anatomy=HEAD_ONLY)
+    else:
+        adversary = PersistentAdversary(environment, 4)
+        parts = [suppress(model, [adversary], [[weight]], anatomy=HEAD_ONLY) for weight in gamma]
+        assert adversary.finished
+        result = parts[-1]
+        result.loss = sum(part.loss for part in parts)
+        for name, gradient in result.gradient.items():
+            gradient += sum(part.gradient[name] for part in parts[:-1])
+
+    reference, total = copy.deepcopy(model), 0.0
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    head_seed = environment.seed + (0 if visits == 1 else 2)  # Each visit seeds its own random state by its age.
+    for step in warm_up_and_fine_tune(reference, environment, 4, 0.1, head_seed):
+        if step > 2:  # The head it warms up with says nothing of the one it attacks with.
+            batch = environment.evaluation.batch((step - 1) * 5, 5)
+            reference.zero_grad()
+            loss = gamma[step - 1] * inverse_cross_entropy(reference(batch["x"]), batch["labels"])
+            loss.backward()
+            total += loss.item()
+            for name, parameter in reference.body.named_parameters():
+                expected[f"body.{name}"] += parameter.grad
+    assert_gradient(result, (total, expected))
+
+
+def test_probes_see_the_features_of_an_adversary_who_still_warms_up(float64_domain):
+    model = make_net(noisy=False)
+    environment = warming_up(float64_domain, 1, learning_rate=0.1)
+    probes = Probes(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
+    result = suppress(model, [environment], [[0.0, 1.0, 0.0, 0.0]], anatomy=HEAD_ONLY, probes=probes)
+
+    reference = copy.deepcopy(model)
+    running = warm_up_and_fine_tune(reference, environment, 4, 0.1)
+    assert [next(running), next(running)] == [1, 2]
+    batch = environment.evaluation.batch(10, 10)
+    evaluation_mode(reference).zero_grad()
+    features = torch.tanh(reference.body(batch["x"]))
+    loss = inverse_cross_entropy(leave_one_out_logits(features, batch["labels"], 3), batch["labels"])
+    loss.backward()
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in reference.named_parameters()}
+    assert_gradient(result, (loss.item(), expected))
+    assert not result.adversaries[0].after
+
+
+def test_a_trainer_whose_adversaries_warm_up_protects_and_resumes(tmp_path):
+    space = {"preparations": ["warm_up"], "learning_rates": [1e-2], "batch_sizes": [8], "initializations": ["new_head"]}
+    changes = {"persistent": 2, "horizon": 4, "probes": 1, "strategy_space": space}
+    whole = build(tmp_path / "whole", **changes)
+    assert {whole.space.sample(seed).preparation for seed in range(9)} == {"warm_up"}
+    before = copy.deepcopy(whole.model.state_dict())
+    whole.train()
+    assert whole.guard.state.applied == 6
+    assert not torch.equal(whole.model.state_dict()["body.weight"], before["body.weight"])
+    stopped = build(tmp_path / "resumed", **changes)
+    stopped.add_callback(StopAt(3))
+    stopped.train()
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    resumed = build(tmp_path / "resumed", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
 # ---- Distillation and norms ----

@@ -190,15 +190,16 @@ def test_every_list_of_a_space_is_drawn_from():
         optimizers=("momentum", "adadelta"),
         weight_decays=(0.0, 0.1),
         schedules=("constant", "linear", "cosine"),
+        preparations=(None, "warm_up"),
     )
     drawn = [space.sample(seed) for seed in range(300)]
-    for name in ("transfer", "optimizer", "weight_decay", "schedule"):
+    for name in ("transfer", "optimizer", "weight_decay", "schedule", "preparation"):
         values = getattr(space, f"{name}s")
         assert {getattr(strategy, name) for strategy in drawn} == set(values)
 
 
 def test_a_space_survives_json_as_values_and_as_a_string():
-    space = StrategySpace(optimizers=("sgd", "adam"), learning_rates=(1e-3,), reinitialized_blocks=(0, 1))
+    space = StrategySpace(optimizers=("sgd", "adam"), learning_rates=(1e-3,), preparations=(None, "warm_up"))
     text = json.dumps(space.to_dict())
     assert StrategySpace.from_dict(json.loads(text)) == StrategySpace.from_dict(text) == space
 
@@ -216,6 +217,7 @@ def test_a_space_survives_json_as_values_and_as_a_string():
         ("batch_sizes", (50, 0), "batch_size is 0"),
         ("schedules", ("step",), "schedule is 'step'"),
         ("reinitialized_blocks", (0, -1), "reinitialized_blocks is -1"),
+        ("preparations", ("rescale",), "preparations has 'rescale', but only 'warm_up'"),
     ),
 )
 def test_a_space_is_checked_when_it_is_made(field, values, message):

@@ -94,7 +94,7 @@ def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
 
 
 def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
-    warm_up = FineTuningStrategy(optimizer=strategy.optimizer, learning_rate=strategy.learning_rate)
+    warm_up = strategy.warm_up
     batches = Stream(original, task, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
     anatomy = task.anatomy(model, first_rows(task, original, next(model.parameters()).device))
     for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, anatomy=anatomy):

@@ -27,6 +27,7 @@ class PersistentAdversary:
         self.environment, self.updates = environment, updates
         self.age = 0
         self.fine_tuning: FineTuning | None = None
+        self.warming_up = False
 
     @property
     def finished(self) -> bool:
@@ -38,22 +39,24 @@ class PersistentAdversary:
 
         Args:
             model: Unwrapped, and stored by the caller.
-            begin: Starts a fine-tuning of the model in an environment, for so many updates; called at birth.
+            begin: Starts a fine-tuning of the model in an environment, for so many updates; called at birth, and after
+                a warm-up.
 
         Returns:
             The updates that are left of its life; each is made when it is asked for.
         """
         if self.fine_tuning is None:
-            self.fine_tuning = begin(self.environment, self.updates)
-            self._running = iter(self.fine_tuning)
+            self._life = self._live(begin)
         else:
             self._return(model)
-        return self._go_on()
+        return self._life
 
-    def _go_on(self) -> Iterator[Update]:
-        for update in self._running:
-            self.age = update.step
-            yield update
+    def _live(self, begin: Callable[[Environment, int], FineTuning]) -> Iterator[Update]:
+        for environment, updates in self.environment.stages(self.updates):
+            self.fine_tuning, self.warming_up = begin(environment, updates), environment is not self.environment
+            for update in self.fine_tuning:
+                self.age += 1
+                yield Update(self.age, update.loss)
 
     @torch.no_grad()
     def put_aside(self, model: nn.Module, theta: Stored) -> None:

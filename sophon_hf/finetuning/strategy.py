@@ -67,7 +67,7 @@ class FineTuningStrategy:
         rank: Rank of the adapter (block size of oft).
         preparation: What an informed adversary does to the model first: "batch_norm" (re-estimate its statistics),
             "rescale" (put normalised layers back to the norm of an initialisation), "shrink_and_perturb",
-            "warm_up" (train on original data). For attacks only.
+            "warm_up" (train on original data). For attacks only, but for the last, which can be simulated too.
         optimizer: One of torch.optim's: sgd, momentum (0.9), nesterov (0.9), adagrad, adadelta, adam, adamw.
         learning_rate: Its rate.
         weight_decay: Its weight decay.
@@ -134,6 +134,11 @@ class FineTuningStrategy:
     def needs_original_head(self) -> bool:
         """Whether the model's own head makes the predictions, so that labels must fit it."""
         return self.initialization == "direct"
+
+    @property
+    def warm_up(self) -> FineTuningStrategy:
+        """How preparation "warm_up" trains on original data: all of the model, with the same optimizer and rate."""
+        return FineTuningStrategy(optimizer=self.optimizer, learning_rate=self.learning_rate)
 
     @property
     def name(self) -> str:
@@ -207,6 +212,7 @@ class StrategySpace:
         batch_sizes: Examples a step, of R_i and of T_i.
         weight_decays: Weight decays.
         schedules: Over the K steps of the simulation.
+        preparations: Of None and "warm_up", with which the first half of an adversary's updates are made on original data.
     """
 
     initializations: tuple[str, ...] = ("direct", "new_head")
@@ -217,6 +223,7 @@ class StrategySpace:
     batch_sizes: tuple[int, ...] = (50, 100, 150, 200, 250)
     weight_decays: tuple[float, ...] = (0.0,)
     schedules: tuple[str, ...] = ("constant",)
+    preparations: tuple[str | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -230,6 +237,11 @@ class StrategySpace:
             raise ValueError("A strategy space cannot hold 'scratch': nothing of the protected model is left in it.")
         if "pattern" in self.transfers:
             raise ValueError("A strategy space cannot draw transfer 'pattern', which needs a pattern of its own.")
+        for preparation in self.preparations:
+            if preparation not in (None, "warm_up"):
+                raise ValueError(
+                    f"preparations has {preparation!r}, but only 'warm_up' (or null, for none) can be simulated."
+                )
         for field, values in (
             ("initialization", self.initializations),
             ("transfer", self.transfers),
@@ -258,6 +270,7 @@ class StrategySpace:
             batch_size=draw(self.batch_sizes),
             weight_decay=draw(self.weight_decays),
             schedule=draw(self.schedules),
+            preparation=draw(self.preparations),
         )
 
     def without_original_head(self) -> StrategySpace:
