@@ -33,7 +33,7 @@ from sophon_hf.saving import load_weights
 from sophon_hf.tasks import evaluate_model, infer_task
 
 SETTINGS = {**PRESETS, **BASELINES}
-MODELS = ("protected", "original", "ntl", "scratch")
+MODELS = ("protected", "original", "ntl", "scratch", "untrained")
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
@@ -169,6 +169,7 @@ def main() -> None:
         "best": {m: vars(b) | {"strategy": b.strategy.name} for m in MODELS if (b := results.best(m))},
         "ntl_steps": options.ntl_steps if baselines else None,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
+        "recovered_by_original_data": vars(results.recovered_transfer(model="untrained")),
         "benign": results.benign, "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
         "commit": commit,

@@ -103,7 +103,9 @@ def details(record: dict) -> list[str]:
     """Every attack of a record, the strongest first: mean ± SD of the final test metric."""
     sign = -1 if is_accuracy(record) else 1
     cell, digits = (percent_cell, ".3f") if is_accuracy(record) else (number_cell, ".4f")
-    models = [m for m in ("protected", "original", "ntl", "scratch") if any(m in row for row in record["table"])]
+    models = [
+        m for m in ("protected", "original", "ntl", "scratch", "untrained") if any(m in row for row in record["table"])
+    ]
     lines = [
         f"## {record['pair']}, {record['protection']}, seed {seed(record)}, `{record['sweep']}`, {record['examples']} images",
         "",
@@ -131,6 +133,11 @@ def details(record: dict) -> list[str]:
         + ".",
         "",
     ]
+    if (of_data := record.get("recovered_by_original_data", {"value": None}))["value"] is not None:
+        lines += [
+            f"On the scale of the recovered transfer, an untrained model that warms up on the adversary's original data is at {percent(of_data)}.",
+            "",
+        ]
     if benign := record.get("benign"):
         models = ", ".join(f"{m} {benign[m]:{digits}}" for m in ("protected", "original", "scratch"))
         lines += [

@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
-COLOURS = {"protected": "#D55E00", "original": "#0072B2", "scratch": "#555555", "ntl": "#009E73"}
+COLOURS = {
+    "protected": "#D55E00",
+    "original": "#0072B2",
+    "scratch": "#555555",
+    "ntl": "#009E73",
+    "untrained": "#CC79A7",
+}
 
 PANELS_IN_A_ROW = 3
 

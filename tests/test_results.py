@@ -368,3 +368,19 @@ def test_an_attack_on_a_model_is_stopped_where_its_validation_is_best():
     assert list(stopped) == [A, B], "nothing can be chosen for the third"
     assert (stopped[A].epoch, stopped[A].validation, stopped[A].test) == (1.0, pytest.approx(0.4), (0.2, 0.4))
     assert (stopped[B].epoch, stopped[B].validation, stopped[B].test) == (1.0, 0.5, (0.2,))
+
+
+def test_what_original_data_alone_recover_is_told_on_the_scale_of_the_score(tmp_path):
+    results = make_results([0.7] * 3, [0.9] * 3, [0.5] * 3)
+    assert (
+        results.recovered_transfer(model="untrained").void == "an attack on untrained, original or scratch is missing"
+    )
+    assert write_report(results, tmp_path)["recovered_by_original_data"] is None
+    assert "untrained" not in (tmp_path / "report.md").read_text()
+    warm = A.with_changes(preparation="warm_up")
+    results.cells += cells("untrained", [0.6] * 3, warm)
+    assert results.recovered_transfer(model="untrained").value == pytest.approx(0.25)
+    assert results.recovered_transfer().value == pytest.approx(0.5), "the score leans on plain scratch"
+    assert write_report(results, tmp_path)["recovered_by_original_data"] == pytest.approx(0.25)
+    text = (tmp_path / "report.md").read_text()
+    assert "warms up on the adversary's original data recovers 25%" in text

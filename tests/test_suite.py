@@ -10,6 +10,9 @@ from attacked import DIRECT, NEW_HEAD, STEADY, make_data, make_model, make_suite
 from conftest import TinyNet, make_points
 
 from sophon_hf.attacks import AttackResults, run_attacks, suite
+from sophon_hf.attacks.adaptive import untrained_copy
+from sophon_hf.data import build_domain
+from sophon_hf.tasks import infer_task
 
 
 @pytest.fixture
@@ -151,8 +154,34 @@ def test_a_warm_up_that_lacked_original_data_runs_once_it_has_them(tmp_path, dat
     assert [c.applicable for c in first.cells] == [False, False, True]
     calls.clear()
     second = make_suite(tmp_path, [warm], seeds=[0]).run(**data, original_dataset=make_points(3))
-    assert calls == [warm, warm]
+    assert calls == [warm, warm, warm]
+    assert [c.model for c in second.cells] == ["protected", "original", "scratch", "untrained"]
     assert all(cell.curve for cell in second.cells)
+
+
+@pytest.mark.parametrize("stack_seeds", (False, True))
+def test_an_untrained_model_warms_up_too_each_seed_its_own_and_whatever_is_published(tmp_path, data, stack_seeds):
+    warm = NEW_HEAD.with_changes(preparation="warm_up")
+    given = data | {"original_dataset": make_points(3)}
+    results = make_suite(tmp_path / "a", [warm, DIRECT], stack_seeds=stack_seeds).run(**given)
+    first, second = results.of("untrained")
+    assert {first.strategy, second.strategy} == {warm}
+    assert first.curve.test != second.curve.test
+
+    model = untrained_copy(data["original"], infer_task(data["original"]), results_domain(data), 0)
+    weights = dict(data["original"].named_parameters())
+    assert not any(torch.equal(p, weights[n]) for n, p in model.named_parameters() if p.ndim > 1)
+    alone = make_suite(tmp_path / "b", [warm], seeds=[0]).run(**given | {"protected": model})
+    assert alone.of("protected")[0].curve.test == first.curve.test
+
+
+def results_domain(data: dict):
+    return build_domain(data["restricted_dataset"], infer_task(data["original"]).inputs(data["original"]))
+
+
+def test_names_of_the_suites_own_models_are_no_baselines(tmp_path, data):
+    with pytest.raises(ValueError, match=r"baselines has \['untrained'\], which are names of the suite's own"):
+        make_suite(tmp_path).run(**data, baselines={"untrained": make_model(4)})
 
 
 def test_a_suite_measures_every_few_steps(tmp_path, data, calls):

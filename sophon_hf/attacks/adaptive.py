@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, NotApplicableError
+from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.tasks import Task, first_rows, to_device
 from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 
@@ -91,6 +94,22 @@ def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
         if parameter.ndim > 1:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.mul_(SHRINK).add_(noise * parameter.std(correction=0) * PERTURB / SHRINK)
+
+
+def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> nn.Module:
+    """A newly initialised model of the same architecture, head included.
+
+    Where it warms up on original data as the protected model does, it shows what these data alone are worth.
+
+    Raises:
+        NotApplicableError: A part of the model cannot be re-initialised.
+    """
+    untrained = copy.deepcopy(model)
+    anatomy = task.anatomy(untrained, first_rows(task, sample, next(model.parameters()).device))
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "untrained"))
+        initialize(untrained, FineTuningStrategy(initialization="scratch"), anatomy, None)
+    return untrained
 
 
 def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:

@@ -90,6 +90,10 @@ class BestAttack:
         return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
 
 
+# The model that has never been trained and warms up on the adversary's original data.
+UNTRAINED = "untrained"
+
+
 @dataclass(frozen=True)
 class RecoveredTransfer:
     """RT = (best attack on protected - best scratch) / (best attack on original - best scratch).
@@ -173,11 +177,19 @@ class AttackResults:
         """What the strongest attack has most of: its validation metric, turned so that more is better for the adversary."""
         return attack.validation if self.greater_is_better else -attack.validation
 
-    def recovered_transfer(self, among: Iterable[FineTuningStrategy] | None = None) -> RecoveredTransfer:
-        """The score of the protection over the whole sweep, or over the attacks in `among` (scratch is always tuned)."""
-        protected, original, scratch = self.best("protected", among), self.best("original", among), self.best("scratch")
+    def recovered_transfer(
+        self, among: Iterable[FineTuningStrategy] | None = None, model: str = "protected"
+    ) -> RecoveredTransfer:
+        """The score of the protection over the whole sweep.
+
+        Args:
+            among: Over these attacks only (scratch is always tuned).
+            model: Another one to score in the place of the protected. "untrained", which warms up on the adversary's original
+                data, tells how much of a score is the worth of these data.
+        """
+        protected, original, scratch = self.best(model, among), self.best("original", among), self.best("scratch")
         if protected is None or original is None or scratch is None:
-            return RecoveredTransfer(None, None, "an attack on protected, original or scratch is missing")
+            return RecoveredTransfer(None, None, f"an attack on {model}, original or scratch is missing")
         sign = 1 if self.greater_is_better else -1
         gap = sign * (original.mean - scratch.mean)
         error = np.hypot(self._standard_error(original), self._standard_error(scratch))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from sophon_hf.attacks.adaptive import untrained_copy
 from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
 from sophon_hf.attacks.budget import (
     Budget,
@@ -27,8 +28,8 @@ from sophon_hf.attacks.budget import (
     shapes,
 )
 from sophon_hf.attacks.pictures import draw_denoised
-from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
-from sophon_hf.attacks.sweeps import load_sweep, scratch
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, Cell, write_atomically
+from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
 from sophon_hf.data import Domain, build_domain, load_domain, split_domain
 from sophon_hf.data.domains import Source
 from sophon_hf.data.fingerprint import fingerprint_domain
@@ -126,7 +127,8 @@ class AttackSuite:
             eval_dataset: The restricted domain's test split; it reports and never chooses.
             validation_dataset: What attacks are chosen by; a tenth of the adversary's data where left out.
             original_dataset: Data of the original domain that the adversary may warm up on; attacks that need it are
-                recorded as not applicable where it is left out.
+                recorded as not applicable where it is left out. An untrained model warms up on them, too, which tells what they
+                are worth by themselves ("untrained" in the results).
             original_eval_dataset: The original domain's test split, to tell whether the protected model still works.
             baselines: Further models to attack, by name (an NTL model, say).
             benign_dataset: An allowed task: the same sweep at the same budget tells what the protection costs an honest
@@ -134,10 +136,13 @@ class AttackSuite:
             benign_eval_dataset: Its test split.
 
         Raises:
-            ValueError: Models of different architecture, overlapping data, or missing labels.
+            ValueError: Models of different architecture, a baseline with a name of the suite's own, overlapping data, or
+                missing labels.
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
+        if taken := {"protected", "original", "scratch", UNTRAINED} & set(baselines or {}):
+            raise ValueError(f"baselines has {sorted(taken)}, which are names of the suite's own: give others.")
         given = {"protected": protected, "original": original, **(baselines or {})}
         models = {name: _load(model) for name, model in given.items()}
         check_same_architecture(models)
@@ -174,7 +179,7 @@ class AttackSuite:
         self, task: Task, models: dict[str, nn.Module], budget: Budget, original_metric: dict[str, float]
     ) -> AttackResults:
         """Compute the cells that are missing, and save all results."""
-        cells = self._cells(models)
+        cells = self._cells(models, budget)
         weights = {name: hash_state(model) for name, model in models.items()}
         keys = self._keys(task, cells, models, weights, budget)
         found = [self._read(key, cell) for key, cell in zip(keys, cells, strict=True)]
@@ -239,15 +244,18 @@ class AttackSuite:
             label=self.label_columns.get(name),
         )  # fmt: skip
 
-    def _cells(self, models: dict[str, nn.Module]) -> list[Cell]:
-        by_model = {name: self.strategies for name in models} | {"scratch": scratch(self.strategies)}
+    def _cells(self, models: dict[str, nn.Module], budget: Budget) -> list[Cell]:
+        warm_ups = [] if budget.original is None else warming_up(self.strategies)
+        by_model = {name: self.strategies for name in models}
+        by_model |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
     def _keys(
         self, task: Task, cells: list[Cell], models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
     ) -> list[str]:
-        # Scratch takes nothing but the architecture, so its cells serve every protected model of it.
-        weights = weights | {"scratch": type(models["original"]).__name__ + str(shapes(models["original"]))}
+        # These take nothing but the architecture, so their cells serve every protected model of it.
+        architecture = type(models["original"]).__name__ + str(shapes(models["original"]))
+        weights = weights | {"scratch": architecture, UNTRAINED: architecture}
         data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
         scheduler = getattr(task, "noise_scheduler", None)
         # Private entries say which values were left to their defaults, in an order that no two processes share.
@@ -290,7 +298,7 @@ class AttackSuite:
         state.wait_for_everyone()
         groups: dict[tuple, list[tuple[str, Cell]]] = {}
         for key, cell in missing:
-            seed = None if self.stack_seeds else cell.seed
+            seed = None if self.stack_seeds and cell.model != UNTRAINED else cell.seed
             groups.setdefault((cell.model, cell.strategy, seed), []).append((key, cell))
         mine = list(groups.values())[state.process_index :: state.num_processes]
         steps = sum(cell.strategy.total_steps(len(budget.training)) for group in mine for _, cell in group)
@@ -298,7 +306,7 @@ class AttackSuite:
             for number, group in enumerate(mine, 1):
                 cells = [cell for _, cell in group]
                 bar.set_postfix_str(f"attack {number}/{len(mine)}: {cells[0].model}, {cells[0].strategy.name}")
-                victim = models["original" if cells[0].model == "scratch" else cells[0].model]
+                victim = models["original" if cells[0].model in ("scratch", UNTRAINED) else cells[0].model]
                 pictures = {cell.seed: self._picture(key) for key, cell in group}
                 self._run_cells(task, victim, budget, cells, pictures, bar.update)
                 for key, cell in group:
@@ -321,6 +329,8 @@ class AttackSuite:
                 raise NotApplicableError(
                     f"the head has fewer outputs than the {budget.training.num_classes} restricted classes"
                 )
+            if cells[0].model == UNTRAINED:
+                victim = untrained_copy(victim, task, budget.training, cells[0].seed)
             curves = run_attacks(
                 victim, task, strategy, budget.training, budget.test, seeds=seeds, validation=budget.validation,
                 original=budget.original, epochs=self.measured_epochs, every=self.measured_every,
@@ -358,7 +368,8 @@ class AttackSuite:
 
     def plan(self, examples: int, models: int = 2) -> dict[str, int]:
         """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
-        attacks, seeds = [*self.strategies * models, *scratch(self.strategies)], len(self.seeds)
+        attacks = [*self.strategies * models, *scratch(self.strategies), *warming_up(self.strategies)]
+        seeds = len(self.seeds)
         steps = [s.total_steps(examples) for s in attacks]
         images = [n * min(s.batch_size, examples) for n, s in zip(steps, attacks, strict=True)]
         return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}

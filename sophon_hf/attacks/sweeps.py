@@ -101,6 +101,11 @@ def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
     return list(dict.fromkeys(tuned))
 
 
+def warming_up(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
+    """The attacks that need data of the original domain, which are worth something without any model."""
+    return [s for s in sweep if s.preparation == "warm_up"]
+
+
 SWEEPS = {
     "paper": paper,
     "paper-optimizers": paper_optimizers,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
-from sophon_hf.attacks.results import AttackResults, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, write_atomically
 from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
@@ -65,7 +65,7 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
 
 def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
     """The figures of a report as plain values; the score is absent where a check voids it."""
-    transfer = results.recovered_transfer()
+    transfer, of_data = results.recovered_transfer(), results.recovered_transfer(model=UNTRAINED)
     void = next((f.message for f in failed if f.voids), None)
     best = {}
     for model in _models(results):
@@ -83,6 +83,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "recovered_transfer": None if void else transfer.value,
         "interval": None if void else transfer.interval,
         "void": void,
+        "recovered_by_original_data": None if void else of_data.value,
         "best": best,
         "original_metric": results.original_metric,
         "cost_to_recover": results.cost_to_recover(),
@@ -161,6 +162,11 @@ def _headline(summary: dict[str, Any]) -> str:
 def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
     """What the score means, and what does not fit into a table."""
     parts = [_MEANING]
+    if (of_data := summary["recovered_by_original_data"]) is not None:
+        parts.append(
+            f"An untrained model that warms up on the adversary's original data recovers {of_data:.0%}: so much comes from these "
+            "data, whatever model is published."
+        )
     if {"protected", "scratch"} <= set(summary["best"]):
         cost = summary["cost_to_recover"]
         parts.append(
