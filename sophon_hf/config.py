@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "representation": {
         "K": 2,
-        "l_NTR": 4,
-        "alpha": 5e-3,
+        "l_NTR": 5,
+        "alpha": 6e-3,
         "beta": 2e-3,
         "max_steps": 1200,
         "max_grad_norm": 1.0,
@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "reinitialized_blocks": [0, 1, 1],
             "learning_rates": [3e-4, 1e-3, 3e-3, 3e-3],
             "batch_sizes": [50, 128],
+            "preparations": [None, "warm_up"],
         },
         "tolerance": 0.02,
         "after_rollback": "no_rollback",
