@@ -85,8 +85,10 @@ class Guard:
             self.state.start = original
         if not self.within(original):
             return False
+        if step == 0:
+            return True  # The copy that was made first counts: norms may have been re-scaled since.
         self.good, self.state.good_step = self._copy(), step
-        if step > 0 and self.state.suppressed and self._is_as_good(simulated):
+        if self.state.suppressed and self._is_as_good(simulated):
             self.best = self.good
             self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
         return True

@@ -399,6 +399,17 @@ def test_norms_are_those_of_a_fresh_initialisation_where_scale_does_not_matter(t
     assert ratios[False] > 2
 
 
+def test_a_model_that_could_not_be_protected_is_what_it_was_with_its_own_norms(tmp_path):
+    model = fitted()
+    with torch.no_grad():
+        model.body.weight.mul_(8.0)
+    trainer = build(tmp_path, model, alpha=0.9, beta=1e-6, tolerance=0.0, keep_norms=True, after_rollback="no_rollback")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert trainer.guard.state.best_step is None
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_a_fresh_norm_is_that_of_a_newly_made_layer_and_draws_nothing():
     layer = nn.Conv2d(3, 64, 3)
     with torch.no_grad():
