@@ -25,7 +25,7 @@ def percent(transfer: dict) -> str:
     """RT with its interval, or why it is void."""
     if transfer["value"] is None:
         return f"void: {transfer['void']}"
-    low, high = transfer["interval"]
+    low, high = transfer["interval"] or (None, None)
     if low == high:  # An MSE measured once: nothing tells how far off it may be.
         return f"{transfer['value']:.0%} (one attack seed, no interval)"
     return f"{transfer['value']:.0%} [{low:.0%}, {high:.0%}]"

@@ -144,15 +144,15 @@ class AttackFigures:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Recovered transfer: a value with its 95 % interval, or why there is none."""
+    """Recovered transfer: a value with its 95 % interval (None where nothing tells it), or why there is none."""
 
     value: float | None
     interval: list[float] | None
     void: str | None
 
     def __post_init__(self) -> None:
-        if (self.value is None) == (self.void is None) or (self.value is None) != (self.interval is None):
-            raise ValueError("either value and interval are given, or void says why not.")
+        if (self.value is None) == (self.void is None) or (self.value is None and self.interval is not None):
+            raise ValueError("either a value is given, with its interval, or void says why not.")
         if self.interval is not None and (len(self.interval) != 2 or self.interval[0] > self.interval[1]):
             raise ValueError(f"interval is {self.interval}, but must be a lower and an upper end.")
 
@@ -206,7 +206,7 @@ class AttackReport:
             attacks=_attacks(results),
             recovered_transfer=Transfer(None, None, _plain(void))
             if void
-            else Transfer(transfer.value, list(transfer.interval), None),
+            else Transfer(transfer.value, transfer.interval and list(transfer.interval), None),
             failed_checks=[FailedCheck(_plain(f.name), _plain(f.message), f.voids) for f in failed],
         )
 

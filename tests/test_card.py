@@ -37,7 +37,8 @@ def with_attacks(claim: Claim, results, **changes) -> Claim:
 def scored(claim, results, value=0.83, interval=(0.7, 0.95)) -> Claim:
     """As if the sweep had a score, which one this small need not have."""
     checks = [FailedCheck("few seeds", "only 3", False)]
-    return with_attacks(claim, results, recovered_transfer=Transfer(value, list(interval), None), failed_checks=checks)
+    transfer = Transfer(value, interval and list(interval), None)
+    return with_attacks(claim, results, recovered_transfer=transfer, failed_checks=checks)
 
 
 def body(card: ModelCard) -> str:
@@ -66,6 +67,12 @@ def test_without_attacks_no_resistance_is_claimed(saved):
     assert not re.search(r"resist(s|ant)|robust|secure|cannot be fine-tuned|prevents", card.text)
     metrics = [result.metric_name for result in card.data.eval_results]
     assert metrics == ["accuracy in the original domain, after protection"]
+
+
+def test_a_score_without_an_interval_says_so(saved):
+    folder, claim, results = saved
+    first = " ".join(first_paragraph(make_card(folder, scored(claim, results, interval=None), "alice/model")).split())
+    assert first.startswith("**Recovered transfer: 83%** (no interval: one seed does not tell the error of an MSE).")
 
 
 def test_the_first_paragraph_has_the_strongest_attack_and_its_figure(saved):

@@ -182,7 +182,7 @@ def changed(values: dict, place: str, value) -> dict:
         ("attacks.attacks.0.strategy", {"optimizer": {}}, r"attacks\.attacks\[0\].*optimizer"),
         ("attacks.attacks.0.test", [0.5], r"attacks\.attacks\[0\].*test"),
         ("attacks.attacks.0.model", "a\u001b[2J", r"attacks\.attacks\[0\]\.model.*cannot be shown"),
-        ("attacks.recovered_transfer", {"value": 0.1, "interval": None, "void": None}, "recovered_transfer"),
+        ("attacks.recovered_transfer", {"value": None, "interval": [0.0, 0.1], "void": "x"}, "recovered_transfer"),
         ("attacks.recovered_transfer", {"value": 0.1, "interval": [0.3, 0.0], "void": None}, "recovered_transfer"),
         ("attacks.failed_checks", [{"name": "x", "message": "y"}], "voids is missing"),
         ("attacks", [], "attacks"),

@@ -384,3 +384,18 @@ def test_what_original_data_alone_recover_is_told_on_the_scale_of_the_score(tmp_
     assert write_report(results, tmp_path)["recovered_by_original_data"] == pytest.approx(0.25)
     text = (tmp_path / "report.md").read_text()
     assert "warms up on the adversary's original data recovers 25%" in text
+
+
+def test_an_mse_of_one_seed_has_no_interval_rather_than_one_of_no_width(tmp_path):
+    results = make_results([0.05], [0.04], [0.06], metric="mse", greater_is_better=False, start=1.0)
+    transfer = results.recovered_transfer()
+    assert transfer.value == pytest.approx(0.5) and transfer.interval is None
+    assert "no interval" in str(transfer)
+    assert write_report(results, tmp_path)["interval"] is None
+    assert "50% (no interval: one seed does not tell the error of an MSE)" in (tmp_path / "report.md").read_text()
+    report = AttackReport.from_results(results)
+    assert (report.recovered_transfer.value, report.recovered_transfer.interval) == (pytest.approx(0.5), None)
+    several = make_results(
+        [0.05, 0.051], [0.04, 0.041], [0.06, 0.061], metric="mse", greater_is_better=False, start=1.0
+    )
+    assert several.recovered_transfer().interval is not None

@@ -90,6 +90,7 @@ class BestAttack:
         return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
 
 
+NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
 
@@ -102,7 +103,8 @@ class RecoveredTransfer:
 
     Attributes:
         value: RT, or None where it is void.
-        interval: 95 % bootstrap interval over seeds and test examples, or None.
+        interval: 95 % bootstrap interval over seeds and test examples; None where RT is void, and for an MSE of one seed,
+            whose error nothing tells.
         void: Why it is void, or None.
     """
 
@@ -113,6 +115,8 @@ class RecoveredTransfer:
     def __str__(self) -> str:
         if self.value is None:
             return f"void ({self.void})"
+        if self.interval is None:
+            return f"{self.value:.0%} ({NO_INTERVAL})"
         return f"{self.value:.0%} [{self.interval[0]:.0%}, {self.interval[1]:.0%}]"
 
 
@@ -249,7 +253,9 @@ class AttackResults:
         """What another test split of this size would change, as far as it can be told from the mean."""
         return np.sqrt(max(mean * (1 - mean), 0) / self.test_examples) if self.metric == "accuracy" else 0.0
 
-    def _interval(self, *attacks: BestAttack) -> tuple[float, float]:
+    def _interval(self, *attacks: BestAttack) -> tuple[float, float] | None:
+        if self.metric != "accuracy" and any(len(attack.test) == 1 for attack in attacks):
+            return None
         generator = np.random.default_rng(0)
         protected, original, scratch = (
             generator.choice(attack.test, (BOOTSTRAP_SAMPLES, len(attack.test))).mean(axis=1)

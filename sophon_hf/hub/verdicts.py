@@ -14,6 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks import AttackResults, Cell, Curve, RecoveredTransfer
 from sophon_hf.attacks.checks import check
+from sophon_hf.attacks.results import NO_INTERVAL
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.finetuning import FineTuningStrategy
 
@@ -86,7 +87,8 @@ def judge_consistency(claim: Claim) -> str | None:
     again, void = results.recovered_transfer(), next((f.message for f in check(results) if f.voids), None)
     if void is not None:
         return f"it states a recovered transfer of {_transfer(stated)}, which its own figures void: {void}"
-    if not np.allclose([stated.value, *stated.interval], [again.value, *again.interval], rtol=0, atol=0.005):
+    figures = [[transfer.value, *(transfer.interval or ())] for transfer in (stated, again)]
+    if len(figures[0]) != len(figures[1]) or not np.allclose(*figures, rtol=0, atol=0.005):
         return f"it states a recovered transfer of {_transfer(stated)}, but its own attacks give {again}"
     return None
 
@@ -171,6 +173,8 @@ def judge_transfer(claim: Claim, results: AttackResults, same_data: bool) -> Ver
         return Verdict(name, NOT_CHECKABLE, claimed, measured, "the claim itself gives no score")
     if ours.value is None:
         return Verdict(name, NOT_CHECKABLE, claimed, measured, "the audit's own score is void")
+    if stated.interval is None or ours.interval is None:
+        return Verdict(name, NOT_CHECKABLE, claimed, measured, NO_INTERVAL)
     # The claim's truth may lie above its value, and the audit's below.
     error = math.hypot(stated.interval[1] - stated.value, ours.value - ours.interval[0], ROUNDING)
     width = ours.interval[1] - ours.value
