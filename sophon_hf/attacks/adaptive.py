@@ -105,8 +105,9 @@ def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> n
         NotApplicableError: A part of the model cannot be re-initialised.
     """
     untrained = copy.deepcopy(model)
-    anatomy = task.anatomy(untrained, first_rows(task, sample, next(model.parameters()).device))
-    with torch.random.fork_rng():
+    device = next(model.parameters()).device
+    anatomy = task.anatomy(untrained, first_rows(task, sample, device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "untrained"))
         initialize(untrained, FineTuningStrategy(initialization="scratch"), anatomy, None)
     return untrained
