@@ -237,6 +237,9 @@ class SophonConfig(TrainingArguments):
                 "The exact gradient does not reach through a warm-up: leave `second_order` off, or 'warm_up' out."
             )
 
+        if "warm_up" in self.space.preparations:
+            self._check_warm_up()
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SophonConfig:
         """Hyper-parameters that belong together, under a name.
@@ -251,6 +254,22 @@ class SophonConfig(TrainingArguments):
         """
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
+
+    def _check_warm_up(self) -> None:
+        if not self.probes:
+            raise ValueError(
+                "While an adversary warms up on original data only probes are suppressed, and there are none: set `probes`, or "
+                "leave 'warm_up' out of the strategy space."
+            )
+        if not self.persistent or self.save_strategy == "no":
+            return
+        iterations = self.save_steps if self.save_steps >= 1 else self.save_steps * self.max_steps
+        updates = iterations * self.N * self.l_FTS * self.K / self.persistent
+        if iterations < self.max_steps and updates <= self.horizon / 2:
+            raise ValueError(
+                f"save_steps is {self.save_steps:g}: persistent adversaries start anew at every checkpoint, after {updates:g} updates, "
+                f"and one that warms up would never end its warm-up of {self.horizon // 2}. Save less often, or lower `horizon`."
+            )
 
     def _parse_gamma(self) -> list | None:
         gamma = _from_json(self.gamma, "gamma")

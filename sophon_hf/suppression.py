@@ -19,7 +19,7 @@ from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.probes import Probes
-from sophon_hf.sharding import gradients, local, share
+from sophon_hf.sharding import gradients, is_sharded, local, share
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
@@ -249,6 +249,10 @@ class Suppression:
         losses = [self.loss(prediction, target)] if head else []
         if self.probes:
             losses.append(self.probes.loss(features, target))
+        if not head and is_sharded(self.model):
+            losses.append(
+                0 * prediction.float().sum()
+            )  # What is outside the blocks is gathered for its gradient only so.
         loss = sum(losses)
         return weight * loss, lambda: self.task.scores(prediction.detach(), target)
 

@@ -186,6 +186,8 @@ def test_a_resumed_run_with_persistent_adversaries_ends_as_an_uninterrupted_one(
     [
         ({"persistent": 2, "second_order": True}, "leave `persistent` 0"),
         ({"second_order": True, "strategy_space": {"preparations": ["warm_up"]}}, "through a warm-up"),
+        ({"strategy_space": {"preparations": [None, "warm_up"]}}, "there are none: set `probes`"),
+        ({**PRESETS["representation"], "save_steps": 20}, "save_steps is 20: persistent .* after 10 updates"),
         ({"persistent": 1, "N": 2}, "persistent is 1, but an iteration simulates N x l_FTS = 2"),
         ({"persistent": -1}, "persistent is -1"),
         ({"horizon": 0}, "horizon is 0"),
@@ -253,6 +255,16 @@ def test_an_adversary_warms_up_on_original_data_before_its_new_head(float64_doma
             for name, parameter in reference.body.named_parameters():
                 expected[f"body.{name}"] += parameter.grad
     assert_gradient(result, (total, expected))
+
+
+def test_an_adversary_with_no_step_to_evaluate_is_born_at_its_next_visit(float64_domain):
+    model = make_net()
+    environments = [make_environment(float64_domain, seed, learning_rate=0.1) for seed in (1, 2)]
+    adversaries = [PersistentAdversary(environment, 4) for environment in environments]
+    suppress(model, adversaries, [[0.0, 0.0], [1.0, 1.0]], anatomy=HEAD_ONLY)
+    assert [adversary.age for adversary in adversaries] == [0, 2]
+    suppress(model, adversaries, [[1.0, 1.0], [1.0, 1.0]], anatomy=HEAD_ONLY)
+    assert [adversary.age for adversary in adversaries] == [2, 4]
 
 
 def test_probes_see_the_features_of_an_adversary_who_still_warms_up(float64_domain):

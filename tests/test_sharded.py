@@ -60,6 +60,9 @@ CASES = {
         GUARDED, kind="net", probes=2, persistent=2, horizon=4, distillation=1.0, keep_norms=True, max_grad_norm=1.0,
         max_steps=4, strategy_space=NEW_HEAD,
     ),
+    "warm_up": dict(
+        GUARDED, probes=2, persistent=2, horizon=3, max_steps=4, strategy_space={**NEW_HEAD, "preparations": ["warm_up"]},
+    ),
     # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
     "diffusion": dict(
         GUARDED, kind="unet", adam_epsilon=1e-2,

@@ -61,6 +61,8 @@ class PersistentAdversary:
     @torch.no_grad()
     def put_aside(self, model: nn.Module, theta: Stored) -> None:
         """Note how far it has come; the caller then puts theta back."""
+        if self.fine_tuning is None:
+            return  # No step of its first visit was to be run.
         before = {id(tensor): copy for tensor, copy in zip(theta.tensors, theta.copies, strict=True)}
         own = self.fine_tuning.reinitialized
         self._head_name, self._head = theta.head, model.get_submodule(theta.head)

@@ -88,6 +88,8 @@ def judge_consistency(claim: Claim) -> str | None:
     if void is not None:
         return f"it states a recovered transfer of {_transfer(stated)}, which its own figures void: {void}"
     figures = [[transfer.value, *(transfer.interval or ())] for transfer in (stated, again)]
+    if again.interval is None and figures[0][1:] == 2 * [stated.value]:
+        figures[0] = [stated.value]  # Earlier versions stated an interval of no width.
     if len(figures[0]) != len(figures[1]) or not np.allclose(*figures, rtol=0, atol=0.005):
         return f"it states a recovered transfer of {_transfer(stated)}, but its own attacks give {again}"
     return None

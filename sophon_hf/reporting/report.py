@@ -83,13 +83,13 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "recovered_transfer": None if void else transfer.value,
         "interval": None if void else transfer.interval,
         "void": void,
-        "recovered_by_original_data": None if void else of_data.value,
+        "recovered_by_original_data": None if void or of_data.value is None else str(of_data),
         "best": best,
         "original_metric": results.original_metric,
         "cost_to_recover": results.cost_to_recover(),
         "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
-        "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable}),
+        "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable and c.model != UNTRAINED}),
         "facts": results.facts,
     }
 
@@ -166,8 +166,8 @@ def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
     parts = [_MEANING]
     if (of_data := summary["recovered_by_original_data"]) is not None:
         parts.append(
-            f"An untrained model that warms up on the adversary's original data recovers {of_data:.0%}: so much comes from these "
-            "data, whatever model is published."
+            f"An untrained model that warms up on the adversary's original data recovers {of_data} on the same scale, without any "
+            "published weights; attacks on the protected model that need no such data are not explained by it."
         )
     if {"protected", "scratch"} <= set(summary["best"]):
         cost = summary["cost_to_recover"]
