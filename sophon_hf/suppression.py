@@ -19,7 +19,7 @@ from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.probes import Probes
-from sophon_hf.sharding import gradients, is_sharded, local, share
+from sophon_hf.sharding import gradients, local, share
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.tasks.models import WithTensors
@@ -163,19 +163,21 @@ class Suppression:
         adversary.before = self._scores_before(environment)
         last = last_evaluated(weights)
         updates = persistent.resume(self.model, self._fine_tuning)
+        fine_tuning = None
         for step, update in enumerate(islice(updates, last), 1):
             weight = weights[step - 1]
             # The head that it warms up with is not one it attacks with: then only what probes see counts.
             if not weight or (persistent.warming_up and not self.probes):
                 continue
-            for parameter in persistent.fine_tuning.parameters:
+            if persistent.fine_tuning is not fine_tuning:  # At first, and again after a warm-up.
+                fine_tuning, live = persistent.fine_tuning, dict(self.model.named_parameters())
+                names = [name for name in gradient if name not in fine_tuning.reinitialized]
+                taken_over, sums = [live[name] for name in names], [gradient[name] for name in names]
+            for parameter in fine_tuning.parameters:
                 parameter.grad = None  # The update is made, so that one gradient at a time is held beside the sum.
-            live = dict(self.model.named_parameters())
-            names = [name for name in gradient if name not in persistent.fine_tuning.reinitialized]
             batch = self._held_out(environment, update.step)
             loss, scores = self._evaluate(self.model, *batch, head=not persistent.warming_up)
-            found = gradients(loss, [live[name] for name in names], self.model)
-            _add([gradient[name] for name in names], found, weight)
+            _add(sums, gradients(loss, taken_over, self.model), weight)
             adversary.losses[step] = loss.detach()
             if step == last and not persistent.warming_up:
                 adversary.after = scores()
@@ -246,14 +248,10 @@ class Suppression:
         """L_alpha on a batch of T_i, of head and probes, times the weight of the batch, and what gives the scores."""
         with self.probes.watching() if self.probes else nullcontext() as features:
             prediction, target = self._predict(model, batch)
-        losses = [self.loss(prediction, target)] if head else []
+        # Sharded parameters are gathered for their gradient only where it comes through the prediction.
+        loss = self.loss(prediction, target) if head else 0 * prediction.sum()
         if self.probes:
-            losses.append(self.probes.loss(features, target))
-        if not head and is_sharded(self.model):
-            losses.append(
-                0 * prediction.float().sum()
-            )  # What is outside the blocks is gathered for its gradient only so.
-        loss = sum(losses)
+            loss = loss + self.probes.loss(features, target)
         return weight * loss, lambda: self.task.scores(prediction.detach(), target)
 
     def _predict(self, model: Callable, batch: Batch, batch_statistics: bool = True) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
-from test_defences import HEAD_ONLY, build, small_resnet, small_vit
+from protected import HEAD_ONLY, build
+from test_defences import small_resnet, small_vit
 from test_models import images, unet
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from sophon_hf.schema import finite_or_none
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0
 BOOTSTRAP_SAMPLES = 2000
+NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
+# The model that has never been trained and warms up on the adversary's original data.
+UNTRAINED = "untrained"
 
 
 @dataclass
@@ -90,9 +93,9 @@ class BestAttack:
         return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
 
 
-NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
-# The model that has never been trained and warms up on the adversary's original data.
-UNTRAINED = "untrained"
+def describe_interval(interval: Sequence[float] | None) -> str:
+    """A 95 % interval in words, or why there is none."""
+    return NO_INTERVAL if interval is None else "95 % interval {:.0%} to {:.0%}".format(*interval)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.results import NO_INTERVAL, write_atomically
+from sophon_hf.attacks.results import describe_interval, write_atomically
 from sophon_hf.claim import AttackFigures, AttackReport, Claim
 
 logger = logging.getLogger(__name__)
@@ -255,9 +255,7 @@ def _first_paragraph(claim: Claim) -> str:
     if transfer.value is None:
         score = f"**Recovered transfer: void** ({_escape(transfer.void)})."
     else:
-        low, high = transfer.interval or (None, None)
-        error = NO_INTERVAL if low is None else f"95 % interval {low:.0%} to {high:.0%}"
-        score = f"**Recovered transfer: {transfer.value:.0%}** ({error})."
+        score = f"**Recovered transfer: {transfer.value:.0%}** ({describe_interval(transfer.interval)})."
     if best is None:
         return f"{score} No attack on the protected model came to an end."
     others = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
-from sophon_hf.attacks.results import NO_INTERVAL, UNTRAINED, AttackResults, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, describe_interval, write_atomically
 from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
@@ -150,10 +150,7 @@ def _score(summary: dict[str, Any]) -> tuple[str, str]:
     """The score, and what belongs beside it: its interval, or why it is void."""
     if summary["recovered_transfer"] is None:
         return "void", summary["void"]
-    if summary["interval"] is None:
-        return f"{summary['recovered_transfer']:.0%}", NO_INTERVAL
-    low, high = summary["interval"]
-    return f"{summary['recovered_transfer']:.0%}", f"95 % interval {low:.0%} to {high:.0%}"
+    return f"{summary['recovered_transfer']:.0%}", describe_interval(summary["interval"])
 
 
 def _headline(summary: dict[str, Any]) -> str:
