@@ -77,11 +77,12 @@ class KeepNorms(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:  # A checkpoint has them already, and resumes bit for bit.
-            self._set_norms()
+            self.set_norms()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._set_norms()
+        self.set_norms()
 
-    def _set_norms(self) -> None:
+    def set_norms(self) -> None:
+        """Do so now."""
         for layer, normalisations in self.layers.items():
             set_norm(layer, normalisations, self.norms[layer])

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "sophon_state.pt"
 
 HYPER_PARAMETERS = (
-    "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "after_rollback", "suppression_loss",
+    "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "slack", "after_rollback", "suppression_loss",
     "strategy_space", "second_order", "probes", "distillation", "mixing", "keep_norms", "persistent", "horizon", "seed",
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 
-AFTER_ROLLBACK = ("halve_alpha", "continue", "stop", "no_rollback")
+AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "preparations": [None, "warm_up"],
         },
         "tolerance": 0.02,
-        "after_rollback": "no_rollback",
+        "slack": 8.0,
         "eval_steps": 50,
         "save_steps": 200,
     },
@@ -88,12 +88,19 @@ class SophonConfig(TrainingArguments):
             "(0.05 = 5 points) or, for diffusion, as a relative rise of the MSE."
         },
     )
+    slack: float = field(
+        default=0.0,
+        metadata={
+            "help": "By how many tolerances more the original metric may fall on the way: all of them at the start, none at the end. A "
+            "state that needs any is never the protected model. For schedules under which it comes back."
+        },
+    )
     after_rollback: str = field(
         default="halve_alpha",
         metadata={
-            "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
-            "put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew. With no_rollback "
-            "nothing is put back, and a state outside the tolerance is only never the protected model."
+            "help": "What follows when the original metric fell by more than the tolerance and its slack, and the last good state "
+            "was put back, unless that was worse still: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew "
+            "where a state was put back."
         },
     )
     suppression_loss: str | None = field(
@@ -215,7 +222,7 @@ class SophonConfig(TrainingArguments):
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "max_grad_norm", "distillation"):
+        for name in ("mu", "tolerance", "slack", "max_grad_norm", "distillation"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
         if self.persistent and self.second_order:

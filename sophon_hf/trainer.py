@@ -146,9 +146,11 @@ class SophonTrainer(Trainer):
         restricted, original = self.domains["restricted"], self.domains["original"]
         self.adversaries = Adversaries(restricted, original, self.task, self.space, args, shared)
         self.distillation = make_distillation(unprotected, self.task, self.domains["original"], args)
+        self.keep_norms: KeepNorms | None = None
         if args.keep_norms:
             sample = first_rows(self.task, self.domains["original"], args.device)
-            self.add_callback(KeepNorms(self.model, lambda: self.task.predict(self.model, sample)))
+            self.keep_norms = KeepNorms(self.model, lambda: self.task.predict(self.model, sample))
+            self.add_callback(self.keep_norms)
         self.reinforcement_batches = ReinforcementBatches(self.domains["original"], self.task, args)
         self.guard = self._new_guard()
         self.suppression_optimizer: torch.optim.Optimizer | None = None

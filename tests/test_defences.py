@@ -182,7 +182,7 @@ def test_a_model_that_could_not_be_protected_is_what_it_was_with_its_own_norms(t
     model = fitted()
     with torch.no_grad():
         model.body.weight.mul_(8.0)
-    trainer = build(tmp_path, model, alpha=0.9, beta=1e-6, tolerance=0.0, keep_norms=True, after_rollback="no_rollback")
+    trainer = build(tmp_path, model, alpha=0.9, beta=1e-6, tolerance=0.01, slack=100.0, keep_norms=True)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert trainer.guard.state.best_step is None
@@ -274,17 +274,33 @@ class StatesAfterEvaluation(TrainerCallback):
         self.states.append(copy.deepcopy(model.state_dict()))
 
 
-def test_without_rollback_a_breach_is_passed_through_but_never_published(tmp_path):
+def test_with_slack_a_breach_is_passed_through_but_never_published(tmp_path):
     model = fitted()
     ends = {}
-    for choice in ("no_rollback", "continue"):
+    for slack in (0.0, 1000.0):
         trainer = build(
-            tmp_path / choice, copy.deepcopy(model), alpha=0.5, beta=1e-6, tolerance=0.0, after_rollback=choice
-        )
+            tmp_path / str(slack), copy.deepcopy(model), alpha=0.5, beta=1e-6, tolerance=0.01, slack=slack,
+            after_rollback="continue",
+        )  # fmt: skip
         watch = StatesAfterEvaluation()
         trainer.add_callback(watch)
         trainer.train()
-        ends[choice] = [torch.equal(s["body.weight"], watch.states[0]["body.weight"]) for s in watch.states]
+        ends[slack] = [torch.equal(s["body.weight"], watch.states[0]["body.weight"]) for s in watch.states]
         torch.testing.assert_close(trainer.model.state_dict(), watch.states[0], rtol=0, atol=0)
         assert trainer.guard.state.best_step is None
-    assert ends == {"no_rollback": [True, False, False, False], "continue": [True] * 4}
+    # Nothing is left of the slack at the end.
+    assert ends[0.0] == [True] * 4
+    assert ends[1000.0][1:3] == [False, False]
+
+
+def test_a_rollback_leaves_no_iteration_with_the_norms_of_the_unprotected_model(tmp_path):
+    model = fitted()
+    with torch.no_grad():
+        model.body.weight.mul_(8.0)
+    trainer = build(tmp_path, model, alpha=0.9, beta=1e-6, tolerance=0.0, keep_norms=True)
+    watch = StatesAfterEvaluation()
+    trainer.add_callback(watch)
+    trainer.train()
+    assert trainer.guard.state.rollbacks > 1
+    fresh = float(fresh_norms([trainer.model.body])[trainer.model.body])
+    assert [float(s["body.weight"].norm()) for s in watch.states[1:3]] == pytest.approx([fresh] * 2, rel=1e-5)
