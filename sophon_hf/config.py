@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "preparations": [None, "warm_up"],
         },
         "tolerance": 0.02,
-        "slack": 8.0,
+        "slack": 10.5,
         "eval_steps": 50,
         "save_steps": 200,
     },

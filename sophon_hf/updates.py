@@ -108,7 +108,7 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
         simulated: What fixed simulated adversaries reach.
     """
     guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
-    slack = trainer.args.slack * (1 - step / trainer.state.max_steps)
+    slack = trainer.args.slack * (1 - step / trainer.state.max_steps) ** 2
     if guard.observe(step, original, simulated, slack):
         return
     if guard.state.way_back_step != step:

@@ -13,7 +13,7 @@ from card_rules import metadata_errors
 from huggingface_hub import ModelCard
 from published import attack, make_trainer, pixels, protect, unet
 
-from sophon_hf import AttackSuite, FineTuningStrategy
+from sophon_hf import AttackSuite, FineTuningStrategy, StrategySpace
 from sophon_hf.attacks.checks import FailedCheck
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.hub.publish import add_report
@@ -88,6 +88,24 @@ def test_the_first_paragraph_has_the_strongest_attack_and_its_figure(saved):
     assert card.data.tags == ["sophon", "non-fine-tunable"]
     values = {r.metric_name: r.metric_value for r in card.data.eval_results}
     assert list(values.values()) == pytest.approx([results.original_metric["protected"], best.mean, 0.83])
+
+
+def test_an_untrained_model_is_explained_where_one_was_attacked(tmp_path, saved):
+    folder, claim, results = saved
+    assert "newly initialised model" not in body(make_card(folder, with_attacks(claim, results), "alice/model"))
+    attacks = AttackReport.from_results(results).attacks
+    control = replace(attacks[0], model="untrained")
+    controlled = with_attacks(claim, results, attacks=[*attacks, control])
+    controlled.write(tmp_path)
+    card = make_card(folder, Claim.read(tmp_path), "alice/model")
+    assert "*untrained*: a newly initialised model that warms up" in body(card)
+
+
+def test_a_strategy_space_is_told_in_words(saved):
+    folder, claim, _ = saved
+    method = replace(claim.method, strategy_space=StrategySpace(preparations=(None, "warm_up")).to_dict())
+    text = body(make_card(folder, replace(claim, method=method), "alice/model"))
+    assert "initializations direct, new head;" in text and "preparations none, warm up." in text
 
 
 def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):

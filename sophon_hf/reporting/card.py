@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.results import describe_interval, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, describe_interval, write_atomically
 from sophon_hf.claim import AttackFigures, AttackReport, Claim
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,13 @@ def _escape(text: str) -> str:
 
 def _listed(values: Any) -> str:
     values = values if isinstance(values, list) else [values]
-    return _escape(", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values))
+    return _escape(", ".join(_word(value) for value in values))
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def _figure(claim: Claim, value: float) -> str:
@@ -316,6 +322,7 @@ def _attack_section(claim: Claim, report: AttackReport) -> dict[str, Any]:
         ],
         "all": [_attack_row(claim, attack) for attack in report.attacks],
         "failed_checks": [_escape(text) for text in checks],
+        "untrained": UNTRAINED if UNTRAINED in models else None,
     }
 
 
