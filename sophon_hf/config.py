@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "preparations": [None, "warm_up"],
         },
         "tolerance": 0.02,
-        "slack": 10.5,
+        "slack": 15.0,
         "eval_steps": 50,
         "save_steps": 200,
     },
@@ -91,8 +91,9 @@ class SophonConfig(TrainingArguments):
     slack: float = field(
         default=0.0,
         metadata={
-            "help": "By how many tolerances more the original metric may fall on the way: all of them at the start, none at the end. A "
-            "state that needs any is never the protected model. For schedules under which it comes back."
+            "help": "By how many tolerances more the original metric may fall at the start; less and less until four fifths of the "
+            "iterations, from where on there is none. A state that needs any is never the protected model. For schedules under which "
+            "the metric comes back."
         },
     )
     after_rollback: str = field(

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The rest of the iterations is there for the original metric to come back.
+SLACK_ENDS = 0.8
+
 
 def suppression_loop(trainer: SophonTrainer, loop: int) -> None:
     """Lines 4 to 15 of Algorithm 1: simulate N adversaries, update theta with Adam(alpha).
@@ -108,7 +111,7 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
         simulated: What fixed simulated adversaries reach.
     """
     guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
-    slack = trainer.args.slack * (1 - step / trainer.state.max_steps) ** 2
+    slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps)) ** 2
     if guard.observe(step, original, simulated, slack):
         return
     if guard.state.way_back_step != step:
