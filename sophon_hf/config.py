@@ -99,9 +99,8 @@ class SophonConfig(TrainingArguments):
     after_rollback: str = field(
         default="halve_alpha",
         metadata={
-            "help": "What follows when the original metric fell by more than the tolerance and its slack, and the last good state "
-            "was put back, unless that was worse still: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew "
-            "where a state was put back."
+            "help": "What follows when the original metric fell by more than the tolerance and its slack, and the last state inside the "
+            "tolerance was put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew."
         },
     )
     suppression_loss: str | None = field(

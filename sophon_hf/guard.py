@@ -25,8 +25,6 @@ class GuardState:
         least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
-        way_back_step: Iteration of the state that a roll-back puts back.
-        way_back_original: Its original metric.
         rollbacks: How often the last good state was put back.
         applied: Suppression gradients that were applied.
         dropped: Suppression gradients that were not finite and therefore not applied.
@@ -38,8 +36,6 @@ class GuardState:
     least_score: float | None = None
     best_original: float | None = None
     good_step: int = 0
-    way_back_step: int = 0
-    way_back_original: float | None = None
     rollbacks: int = 0
     applied: int = 0
     dropped: int = 0
@@ -63,7 +59,7 @@ class Guard:
     def __init__(self, model: nn.Module, tolerance: float, greater_is_better: bool, error: float = 0.0):
         self.model, self.tolerance, self.greater_is_better, self.error = model, tolerance, greater_is_better, error
         self.state = GuardState()
-        self.good = self.way_back = self._copy()
+        self.good = self._copy()
         self.best: dict[str, Tensor] | None = None
 
     def within(self, original: float, slack: float = 0.0) -> bool:
@@ -85,26 +81,18 @@ class Guard:
             slack: By how many tolerances more it may fall by now; a state that needs any is never a protected one.
 
         Returns:
-            False where the original metric fell further. Where it fell below that of `way_back`, too, the caller then calls
-            `roll_back`.
+            False where the original metric fell further: the caller then calls `roll_back`.
         """
         state = self.state
         if state.start is None:
-            state.start = state.way_back_original = original
-        passed = self.within(original, slack)
-        if step == 0:
-            return passed  # The copy that was made first counts: norms may have been re-scaled since.
-        if passed or self._is_better(original, state.way_back_original):
-            self.way_back, state.way_back_step, state.way_back_original = self._copy(), step, original
-        if self.within(original):
-            self.good, state.good_step = self.way_back, step
+            state.start = original
+        # At step 0 the copy that was made first counts: norms may have been re-scaled since.
+        if step > 0 and self.within(original):
+            self.good, state.good_step = self._copy(), step
             if state.suppressed and self._is_as_good(simulated):
                 self.best = self.good
                 state.best_step, state.best_score, state.best_original = step, simulated, original
-        return passed
-
-    def _is_better(self, original: float, than: float) -> bool:
-        return original > than if self.greater_is_better else original < than
+        return self.within(original, slack)
 
     def _is_as_good(self, simulated: float) -> bool:
         """Whether no earlier state was better by more than the error: ties go to the later, longer suppressed one."""
@@ -116,14 +104,14 @@ class Guard:
         return sign * (simulated - self.state.least_score) <= self.error
 
     def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Put the state back from before the original metric fell too far; the optimizers' states start anew."""
+        """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
         self.state.rollbacks += 1
         for optimizer in optimizers:
             getattr(optimizer, "optimizer", optimizer).state.clear()
-        self._put_back(self.way_back)
+        self.restore_good()
 
     def restore_good(self) -> None:
-        """Put the last state inside the tolerance back."""
+        """The same, without counting it."""
         self._put_back(self.good)
 
     def restore_best(self) -> bool:
@@ -171,12 +159,12 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"state": asdict(self.state), "good": self.good, "way_back": self.way_back, "best": self.best}
+        return {"state": asdict(self.state), "good": self.good, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.state = GuardState(**state["state"])
-        self.good, self.way_back, self.best = state["good"], state["way_back"], state["best"]
+        self.good, self.best = state["good"], state["best"]
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}

@@ -114,18 +114,17 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps)) ** 2
     if guard.observe(step, original, simulated, slack):
         return
-    if guard.state.way_back_step != step:
-        guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
-        trainer.adversaries.start_anew()
-        if trainer.keep_norms is not None:
-            trainer.keep_norms.set_norms()  # The state from before the first iteration has its own.
+    guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
+    trainer.adversaries.start_anew()
+    if trainer.keep_norms is not None:
+        trainer.keep_norms.set_norms()  # The state from before the first iteration has its own.
     if choice == "halve_alpha":
         halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
     trainer.control.should_training_stop |= choice == "stop"
     logger.warning(
-        "Iteration %d: the original %s is %.4f, further than %.3g tolerances of %g from its start %.4f. The state of iteration "
-        "%d goes on; then: %s.", step, trainer.task.metric, original, 1 + slack, guard.tolerance, guard.state.start,
-        guard.state.way_back_step, choice,
+        "Iteration %d: the original %s is %.4f, beyond %.3g times the tolerance of %g from its start %.4f. The state of iteration "
+        "%d is put back; then: %s.", step, trainer.task.metric, original, 1 + slack, guard.tolerance, guard.state.start,
+        guard.state.good_step, choice,
     )  # fmt: skip
 
 
