@@ -118,7 +118,7 @@ def table(results: AttackResults) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="animals", choices=["animals", "cifar100", "faces"])
+    parser.add_argument("--pair", default="animals", choices=["animals", "vehicles", "cifar100", "faces"])
     parser.add_argument("--name", default="paper", help="what the record calls this protection")
     parser.add_argument("--config", default="{}", help="further fields of SophonConfig, as JSON")
     parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")

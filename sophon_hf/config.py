@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 
-AFTER_ROLLBACK = ("halve_alpha", "continue", "stop")
+AFTER_ROLLBACK = ("halve_alpha", "continue", "stop", "no_rollback")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -45,7 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "preparations": [None, "warm_up"],
         },
         "tolerance": 0.02,
-        "slack": 15.0,
+        "after_rollback": "no_rollback",
+        "slack": 6.0,
         "eval_steps": 50,
         "save_steps": 200,
     },
@@ -88,19 +89,19 @@ class SophonConfig(TrainingArguments):
             "(0.05 = 5 points) or, for diffusion, as a relative rise of the MSE."
         },
     )
-    slack: float = field(
-        default=0.0,
-        metadata={
-            "help": "By how many tolerances more the original metric may fall at the start; less and less until four fifths of the "
-            "iterations, from where on there is none. A state that needs any is never the protected model. For schedules under which "
-            "the metric comes back."
-        },
-    )
     after_rollback: str = field(
         default="halve_alpha",
         metadata={
-            "help": "What follows when the original metric fell by more than the tolerance and its slack, and the last state inside the "
-            "tolerance was put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew."
+            "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
+            "put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew. With no_rollback "
+            "nothing is put back, a state outside the tolerance is only never the protected model, and `slack` counts."
+        },
+    )
+    slack: float = field(
+        default=0.0,
+        metadata={
+            "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
+            "seven tenths of the iterations, and none from then on. Where two evaluations in a row fell further, alpha is halved."
         },
     )
     suppression_loss: str | None = field(

@@ -28,6 +28,7 @@ class GuardState:
         rollbacks: How often the last good state was put back.
         applied: Suppression gradients that were applied.
         dropped: Suppression gradients that were not finite and therefore not applied.
+        last: The original metric of the last two evaluations, the later one last.
     """
 
     start: float | None = None
@@ -39,6 +40,7 @@ class GuardState:
     rollbacks: int = 0
     applied: int = 0
     dropped: int = 0
+    last: tuple[float, ...] = ()
 
     @property
     def suppressed(self) -> bool:
@@ -63,7 +65,7 @@ class Guard:
         self.best: dict[str, Tensor] | None = None
 
     def within(self, original: float, slack: float = 0.0) -> bool:
-        """Whether an original metric is inside (1 + slack) times the tolerance; NaN is not."""
+        """Whether an original metric is inside 1 + slack times the tolerance; NaN is not."""
         if self.state.start is None:
             return original == original
         tolerance = (1 + slack) * self.tolerance
@@ -71,28 +73,33 @@ class Guard:
             return original >= self.state.start - tolerance
         return original <= self.state.start * (1 + tolerance)
 
-    def observe(self, step: int, original: float, simulated: float, slack: float = 0.0) -> bool:
+    def fell_for_long(self, slack: float) -> bool:
+        """Whether the last two evaluations were both beyond 1 + slack times the tolerance: one alone may be a dip."""
+        return not any(self.within(original, slack) for original in self.state.last)
+
+    def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
 
         Args:
             step: The iteration, 0 before protection.
             original: The original metric.
             simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
-            slack: By how many tolerances more it may fall by now; a state that needs any is never a protected one.
 
         Returns:
-            False where the original metric fell further: the caller then calls `roll_back`.
+            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`.
         """
-        state = self.state
-        if state.start is None:
-            state.start = original
-        # At step 0 the copy that was made first counts: norms may have been re-scaled since.
-        if step > 0 and self.within(original):
-            self.good, state.good_step = self._copy(), step
-            if state.suppressed and self._is_as_good(simulated):
-                self.best = self.good
-                state.best_step, state.best_score, state.best_original = step, simulated, original
-        return self.within(original, slack)
+        if self.state.start is None:
+            self.state.start = original
+        self.state.last = (*self.state.last[-1:], original)
+        if not self.within(original):
+            return False
+        if step == 0:
+            return True  # The copy that was made first counts: norms may have been re-scaled since.
+        self.good, self.state.good_step = self._copy(), step
+        if self.state.suppressed and self._is_as_good(simulated):
+            self.best = self.good
+            self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
+        return True
 
     def _is_as_good(self, simulated: float) -> bool:
         """Whether no earlier state was better by more than the error: ties go to the later, longer suppressed one."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The rest of the iterations is there for the original metric to come back.
-SLACK_ENDS = 0.8
+# What is left of the iterations then is there for the original metric to come back.
+SLACK_ENDS = 0.7
 
 
 def suppression_loop(trainer: SophonTrainer, loop: int) -> None:
@@ -111,8 +111,10 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
         simulated: What fixed simulated adversaries reach.
     """
     guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
-    slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps)) ** 2
-    if guard.observe(step, original, simulated, slack):
+    if guard.observe(step, original, simulated):
+        return
+    if choice == "no_rollback":
+        _slow_down(trainer)
         return
     guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
     trainer.adversaries.start_anew()
@@ -122,10 +124,22 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
         halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
     trainer.control.should_training_stop |= choice == "stop"
     logger.warning(
-        "Iteration %d: the original %s is %.4f, beyond %.3g times the tolerance of %g from its start %.4f. The state of iteration "
-        "%d is put back; then: %s.", step, trainer.task.metric, original, 1 + slack, guard.tolerance, guard.state.start,
+        "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
+        "%d is put back; then: %s.", step, trainer.task.metric, original, guard.tolerance, guard.state.start,
         guard.state.good_step, choice,
     )  # fmt: skip
+
+
+def _slow_down(trainer: SophonTrainer) -> None:
+    """Halve alpha where the original metric has fallen for long by more than its slack, of which less and less is left."""
+    guard, step = trainer.guard, trainer.state.global_step
+    slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
+    if guard.fell_for_long(slack):
+        halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
+        logger.info(
+            "Iteration %d: the original %s is %.4f, for the second time beyond %.3g times the tolerance of %g: alpha is halved.",
+            step, trainer.task.metric, guard.state.last[-1], 1 + slack, guard.tolerance,
+        )  # fmt: skip
 
 
 def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:

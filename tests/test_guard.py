@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
@@ -15,6 +14,7 @@ from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.claim import Claim
 from sophon_hf.guard import Guard
 from sophon_hf.measuring import PROBE_BATCH
+from sophon_hf.updates import consult_guard
 
 
 def train_guarded(tmp_path, **changes):
@@ -120,42 +120,58 @@ def test_its_adversaries_are_measured_in_batches_of_the_evaluation(tmp_path):
     assert max(sizes) == PROBE_BATCH, "an adversary's own batches are the largest"
 
 
-def observed_by(guard, originals, slacks):
-    """Whether each state passes, and which one a roll-back would put back then."""
-    steps = enumerate(zip(originals, slacks, strict=True))
-    return [(guard.observe(s, o, simulated=0.5, slack=x), guard.state.good_step) for s, (o, x) in steps]
+def fell_for_long(guard, originals, slack):
+    seen = []
+    for step, original in enumerate(originals):
+        guard.observe(step, original, simulated=0.5)
+        seen.append(guard.fell_for_long(slack))
+    return seen
 
 
-def test_slack_lets_the_metric_fall_further(model):
+def test_one_dip_beyond_the_slack_is_none_that_lasts(model):
     guard = Guard(model, tolerance=0.02, greater_is_better=True)
-    seen = observed_by(guard, (0.9, 0.75, 0.75, 0.885, 0.87, 0.8, float("nan")), (8, 8, 4, 2, 2, 1, 1))
-    # 0.75 passes while 0.72 does, no longer when 0.8 would have to be reached; 0.87 is within 0.06, 0.8 not within 0.04.
-    assert seen == [(True, 0), (True, 0), (False, 0), (True, 3), (True, 3), (False, 3), (False, 3)]
-    assert guard.state.best_step == 3
-
-
-def test_a_state_that_only_passes_with_slack_is_no_protected_one(model):
-    guard = Guard(model, tolerance=0.02, greater_is_better=True)
-    start = copy.deepcopy(model.state_dict())
-    guard.observe(0, 0.9, 0.5)
-    with torch.no_grad():
-        next(model.parameters()).add_(1)
-    assert guard.observe(1, 0.8, 0.1, slack=8)
-    guard.finish("accuracy")
-    assert guard.state.best_step is None
-    assert_equal(model.state_dict(), start)
+    seen = fell_for_long(guard, (0.9, 0.78, 0.8, 0.83, 0.83, 0.84, float("nan"), float("nan")), slack=3)
+    # Beyond 4 tolerances is below 0.82.
+    assert seen == [False, False, True, False, False, False, False, True]
+    assert guard.state.best_step is None, "a state that needs slack is no protected one"
 
 
 def test_the_slack_of_an_error_is_relative(model):
     guard = Guard(model, tolerance=0.1, greater_is_better=False)
-    assert observed_by(guard, (2.0, 2.5, 2.7, 2.1), (2, 2, 2, 2)) == [(True, 0), (True, 0), (False, 0), (True, 3)]
+    assert fell_for_long(guard, (2.0, 2.7, 2.7, 2.5), slack=2) == [False, False, True, False]
 
 
-def test_slack_is_all_there_at_the_start_and_gone_after_four_fifths(tmp_path, monkeypatch):
-    seen, observe = [], Guard.observe
-    monkeypatch.setattr(Guard, "observe", lambda self, *given: seen.append(given[3]) or observe(self, *given))
-    train_guarded(tmp_path, max_steps=5, slack=16.0)
-    assert seen == [16, 9, 4, 1, 0, 0]
+@pytest.mark.parametrize("resumed", [False, True])
+def test_alpha_is_halved_where_two_evaluations_in_a_row_fell_beyond_the_slack_that_is_left(
+    tmp_path, monkeypatch, resumed
+):
+    # 10 iterations and slack 7: the tolerance is 0.01 times 1 + (7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0).
+    falls = (0.0, 0.065, 0.065, 0.055, 0.03, 0.025, 0.025, 0.005, 0.011, 0.011, 0.011)
+    expected = [1, 1, 2, 4, 4, 4, 8, 8, 8, 16, 32]
+
+    def consult(trainer, _, simulated):
+        consult_guard(trainer, 0.9 - falls[trainer.state.global_step], simulated)
+
+    monkeypatch.setattr("sophon_hf.trainer.consult_guard", consult)
+    changes = {
+        "max_steps": 10,
+        "tolerance": 0.01,
+        "slack": 7.0,
+        "after_rollback": "no_rollback",
+        "save_strategy": "steps",
+    }
+    trainer, observer = train_guarded(tmp_path, save_steps=3, save_total_limit=None, **changes)
+    if resumed:
+        args = guarded(tmp_path, save_steps=3, save_total_limit=None, **changes)
+        observer = Observer()
+        trainer = SophonTrainer(fitted(), make_points(1), make_points(2), args, callbacks=[observer])
+        trainer.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-3"))
+    assert trainer.suppression_optimizer.param_groups[0]["lr"] == pytest.approx(trainer.args.alpha / expected[-1])
+    # The entry of an iteration is written before its evaluation halves anything.
+    assert [trainer.args.alpha / e["alpha"] for e in observer.steps] == pytest.approx(
+        expected[:10][-len(observer.steps) :]
+    )
+    assert [e["rollbacks"] for e in observer.evaluations] == [0] * len(observer.evaluations)
 
 
 def test_ties_within_the_error_go_to_the_later_state(model):
