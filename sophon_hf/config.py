@@ -235,6 +235,11 @@ class SophonConfig(TrainingArguments):
         if self.mixing and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
+        if self.slack and self.after_rollback != "no_rollback":
+            raise ValueError(
+                f"slack is {self.slack}, but after_rollback is {self.after_rollback!r}, which puts a state back at the tolerance itself: "
+                "set after_rollback='no_rollback', or leave slack 0."
+            )
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()

@@ -374,6 +374,8 @@ def test_a_class_conditional_unet_is_refused(build):
         ),
         ({"learning_rate": 1e-4}, "two rates: set `beta`.*and `alpha`"),
         ({"after_rollback": "halve"}, "after_rollback is 'halve'.*Did you mean 'halve_alpha'"),
+        ({"slack": 2.0}, "slack is 2.0, but after_rollback is 'halve_alpha'.*set after_rollback='no_rollback'"),
+        ({"slack": -1.0, "after_rollback": "no_rollback"}, "slack is -1.0, but must be a number that is not negative"),
         ({"gamma": [1, 1, 1]}, r"gamma has shape \(3,\): give K = 2 finite weights"),
         ({"gamma": [1, float("nan")]}, "finite weights"),
         ({"gamma": [0, 0]}, "Every gamma is 0"),
