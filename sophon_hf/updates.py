@@ -111,17 +111,17 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
         simulated: What fixed simulated adversaries reach.
     """
     guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
-    if guard.observe(step, original, simulated):
-        return
+    inside = guard.observe(step, original, simulated)
     if choice == "no_rollback":
-        _slow_down(trainer)
+        _adapt_alpha(trainer, inside)
+    if inside or choice == "no_rollback":
         return
     guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
     trainer.adversaries.start_anew()
     if trainer.keep_norms is not None:
         trainer.keep_norms.set_norms()  # The state from before the first iteration has its own.
     if choice == "halve_alpha":
-        halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
+        scale_rate(trainer.suppression_optimizer, trainer.suppression_scheduler, 1 / 2)
     trainer.control.should_training_stop |= choice == "stop"
     logger.warning(
         "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
@@ -130,20 +130,20 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     )  # fmt: skip
 
 
-def _slow_down(trainer: SophonTrainer) -> None:
-    """Halve alpha where the original metric has fallen for long by more than its slack, of which less and less is left."""
-    guard, step = trainer.guard, trainer.state.global_step
+def _adapt_alpha(trainer: SophonTrainer, inside: bool) -> None:
+    """Halve alpha where the original metric is twice in a row beyond tolerance and slack, and double it back inside the tolerance."""
+    step, optimizer, scheduler = trainer.state.global_step, trainer.suppression_optimizer, trainer.suppression_scheduler
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
-    if guard.fell_for_long(slack):
-        halve_rate(trainer.suppression_optimizer, trainer.suppression_scheduler)
-        logger.info(
-            "Iteration %d: the original %s is %.4f, for the second time beyond %.3g times the tolerance of %g: alpha is halved.",
-            step, trainer.task.metric, guard.state.last[-1], 1 + slack, guard.tolerance,
-        )  # fmt: skip
+    if trainer.guard.fell_for_long(slack):
+        scale_rate(optimizer, scheduler, 1 / 2)
+    elif inside and scheduler.base_lrs[0] < trainer.args.alpha:
+        scale_rate(optimizer, scheduler, 2)
 
 
-def halve_rate(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """Halve alpha, now and in what is left of its schedule."""
+def scale_rate(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
+) -> None:
+    """Multiply alpha, now and in what is left of its schedule."""
     for group in optimizer.param_groups:
-        group["lr"] /= 2
-    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        group["lr"] *= factor
+    scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]

@@ -142,12 +142,12 @@ def test_the_slack_of_an_error_is_relative(model):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_alpha_is_halved_where_two_evaluations_in_a_row_fell_beyond_the_slack_that_is_left(
+def test_alpha_is_halved_beyond_the_slack_that_is_left_and_doubled_back_inside_the_tolerance(
     tmp_path, monkeypatch, resumed
 ):
     # 10 iterations and slack 7: the tolerance is 0.01 times 1 + (7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0).
-    falls = (0.0, 0.065, 0.065, 0.055, 0.03, 0.025, 0.025, 0.005, 0.011, 0.011, 0.011)
-    expected = [1, 1, 2, 4, 4, 4, 8, 8, 8, 16, 32]
+    falls = (0.0, 0.065, 0.065, 0.055, 0.03, 0.025, 0.025, 0.005, 0.009, 0.011, 0.011)
+    expected = [1, 1, 2, 4, 4, 4, 8, 4, 2, 2, 4]
 
     def consult(trainer, _, simulated):
         consult_guard(trainer, 0.9 - falls[trainer.state.global_step], simulated)
