@@ -101,7 +101,8 @@ class SophonConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
-            "seven tenths of the iterations, and none from then on. Where two evaluations in a row fell further, alpha is halved."
+            "seven tenths of the iterations, and none from then on. Where two evaluations in a row fell further, alpha is halved; inside the "
+            "tolerance it is doubled back."
         },
     )
     suppression_loss: str | None = field(
