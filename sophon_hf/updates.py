@@ -114,7 +114,8 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     inside = guard.observe(step, original, simulated)
     if choice == "no_rollback":
         _adapt_alpha(trainer, inside)
-    if inside or choice == "no_rollback":
+        return
+    if inside:
         return
     guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
     trainer.adversaries.start_anew()
