@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import torch
 from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
+
+logger = logging.getLogger(__name__)
 
 AFTER_ROLLBACK = ("halve_alpha", "continue", "stop", "no_rollback")
 _FP16 = (
@@ -101,8 +104,8 @@ class SophonConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
-            "seven tenths of the iterations, and none from then on. Where two evaluations in a row fell further, alpha is halved; inside the "
-            "tolerance it is doubled back."
+            "seven tenths of the iterations, and none from then on. Where it and the last evaluation's are both below that, alpha is halved, "
+            "and at every further one again; inside the tolerance it is doubled back. 0: alpha follows its schedule."
         },
     )
     suppression_loss: str | None = field(
@@ -237,10 +240,10 @@ class SophonConfig(TrainingArguments):
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
         if self.slack and self.after_rollback != "no_rollback":
-            raise ValueError(
-                f"slack is {self.slack}, but after_rollback is {self.after_rollback!r}, which puts a state back at the tolerance itself: "
-                "set after_rollback='no_rollback', or leave slack 0."
+            logger.warning(
+                "slack counts with after_rollback='no_rollback' only, not with %r: it is 0.", self.after_rollback
             )
+            self.slack = 0.0
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()

@@ -74,8 +74,8 @@ class Guard:
         return original <= self.state.start * (1 + tolerance)
 
     def fell_for_long(self, slack: float) -> bool:
-        """Whether the last two evaluations were both beyond 1 + slack times the tolerance: one alone may be a dip."""
-        return not any(self.within(original, slack) for original in self.state.last)
+        """Whether both of the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
+        return len(self.state.last) == 2 and not any(self.within(original, slack) for original in self.state.last)
 
     def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
@@ -86,7 +86,8 @@ class Guard:
             simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
 
         Returns:
-            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`.
+            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
+            `fell_for_long`.
         """
         if self.state.start is None:
             self.state.start = original

@@ -113,7 +113,8 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     guard, step, choice = trainer.guard, trainer.state.global_step, trainer.args.after_rollback
     inside = guard.observe(step, original, simulated)
     if choice == "no_rollback":
-        _adapt_alpha(trainer, inside)
+        if trainer.args.slack:
+            _adapt_alpha(trainer, inside)
         return
     if inside:
         return
@@ -132,13 +133,19 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
 
 
 def _adapt_alpha(trainer: SophonTrainer, inside: bool) -> None:
-    """Halve alpha where the original metric is twice in a row beyond tolerance and slack, and double it back inside the tolerance."""
+    """Halve alpha where the original metric was below what is allowed now at two evaluations; inside the tolerance double it back."""
     step, optimizer, scheduler = trainer.state.global_step, trainer.suppression_optimizer, trainer.suppression_scheduler
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
     if trainer.guard.fell_for_long(slack):
         scale_rate(optimizer, scheduler, 1 / 2)
     elif inside and scheduler.base_lrs[0] < trainer.args.alpha:
         scale_rate(optimizer, scheduler, 2)
+    else:
+        return
+    logger.info(
+        "Iteration %d: the original %s is %.4f (start %.4f): alpha is now %g of its schedule.", step, trainer.task.metric,
+        trainer.guard.state.last[-1], trainer.guard.state.start, scheduler.base_lrs[0] / trainer.args.alpha,
+    )  # fmt: skip
 
 
 def scale_rate(

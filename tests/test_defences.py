@@ -254,7 +254,7 @@ def test_an_unknown_preset_names_the_closest():
         SophonConfig.preset("representations")
 
 
-def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
+def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path, caplog):
     arguments = ["--model", "m", "--original", "o", "--restricted", "r"]
     config = read_arguments([*arguments, "--preset", "representation", "--alpha", "0.01"])[1]
     assert (config.alpha, config.keep_norms) == (0.01, True)
@@ -262,6 +262,10 @@ def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
     (tmp_path / "c.yaml").write_text("preset: representation\nbeta: 0.02\n")
     config = read_arguments([str(tmp_path / "c.yaml"), *arguments])[1]
     assert (config.beta, config.K) == (0.02, PRESETS["representation"]["K"])
+    # The preset's slack does not forbid another choice.
+    config = read_arguments([*arguments, "--preset", "representation", "--after_rollback", "stop"])[1]
+    assert (config.after_rollback, config.slack) == ("stop", 0.0)
+    assert "slack counts with after_rollback='no_rollback' only" in caplog.text
     with pytest.raises(ValueError, match="preset is 'strong'"):
         read_arguments([*arguments, "--preset", "strong"])
 
@@ -285,6 +289,8 @@ def test_without_rollback_a_breach_is_passed_through_but_never_published(tmp_pat
         trainer.add_callback(watch)
         trainer.train()
         ends[choice] = [torch.equal(s["body.weight"], watch.states[0]["body.weight"]) for s in watch.states]
+        if choice == "no_rollback":
+            assert trainer.suppression_optimizer.param_groups[0]["lr"] == 0.5, "without slack alpha is left alone"
         torch.testing.assert_close(trainer.model.state_dict(), watch.states[0], rtol=0, atol=0)
         assert trainer.guard.state.best_step is None
     assert ends == {"no_rollback": [True, False, False, False], "continue": [True] * 4}

@@ -133,6 +133,7 @@ def test_one_dip_beyond_the_slack_is_none_that_lasts(model):
     seen = fell_for_long(guard, (0.9, 0.78, 0.8, 0.83, 0.83, 0.84, float("nan"), float("nan")), slack=3)
     # Beyond 4 tolerances is below 0.82.
     assert seen == [False, False, True, False, False, False, False, True]
+    assert fell_for_long(Guard(model, 0.02, True), (float("nan"),), slack=3) == [False], "there are no two yet"
     assert guard.state.best_step is None, "a state that needs slack is no protected one"
 
 
@@ -165,7 +166,7 @@ def test_alpha_is_halved_beyond_the_slack_that_is_left_and_doubled_back_inside_t
         args = guarded(tmp_path, save_steps=3, save_total_limit=None, **changes)
         observer = Observer()
         trainer = SophonTrainer(fitted(), make_points(1), make_points(2), args, callbacks=[observer])
-        trainer.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-3"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-9"))
     assert trainer.suppression_optimizer.param_groups[0]["lr"] == pytest.approx(trainer.args.alpha / expected[-1])
     # The entry of an iteration is written before its evaluation halves anything.
     assert [trainer.args.alpha / e["alpha"] for e in observer.steps] == pytest.approx(
