@@ -142,28 +142,30 @@ def animals(cache: Path, seed: int = 0) -> Pair:
 
     Five object classes of CIFAR-100 are allowed.
     """
-    return _halves_of_cifar10("animals", VEHICLES, ANIMALS, cache, seed)
+    pair = _halves_of_cifar10("animals", VEHICLES, ANIMALS, cache, seed)
+    classes = ("pickup_truck", "rocket", "tank", "telephone", "tractor")
+    allowed, allowed_test = (
+        _small(select_classes(load_domain(str(DATA / "cifar100_20"), split), classes)) for split in ("train", "test")
+    )
+    # 500 beside the suite's tenth for validation.
+    allowed, _ = split_domain(allowed, seed=seed, share=555 / len(allowed))
+    return replace(pair, allowed=allowed, allowed_test=allowed_test)
 
 
 def vehicles(cache: Path, seed: int = 0) -> Pair:
     """The same with the domains exchanged: a harder original domain. None is allowed, for those classes are vehicles, too."""
-    return replace(_halves_of_cifar10("vehicles", ANIMALS, VEHICLES, cache, seed), allowed=None, allowed_test=None)
+    return _halves_of_cifar10("vehicles", ANIMALS, VEHICLES, cache, seed)
 
 
 def _halves_of_cifar10(
     name: str, original_classes: Sequence[str], restricted_classes: Sequence[str], cache: Path, seed: int
 ) -> Pair:
-    allowed_classes = ("pickup_truck", "rocket", "tank", "telephone", "tractor")
     source = {split: load_domain(str(DATA / "cifar10"), split) for split in ("train", "test")}
     parts = {
         (domain, split): _small(select_classes(dataset, classes))
         for split, dataset in source.items()
         for domain, classes in (("original", original_classes), ("restricted", restricted_classes))
     }
-    allowed, allowed_test = (
-        _small(select_classes(load_domain(str(DATA / "cifar100_20"), split), allowed_classes))
-        for split in ("train", "test")
-    )
     defender, adversary = split_domain(parts["restricted", "train"], seed=seed)
     validation, adversary = split_domain(adversary, seed=seed, share=0.1)
     original_validation, original = split_domain(parts["original", "train"], seed=seed, share=0.1)
@@ -181,10 +183,6 @@ def _halves_of_cifar10(
         adversary=adversary,
         validation=validation,
         restricted_test=parts["restricted", "test"],
-        allowed=split_domain(allowed, seed=seed, share=555 / len(allowed))[
-            0
-        ],  # 500 beside the suite's tenth for validation.
-        allowed_test=allowed_test,
     )
     weights = cache / f"{name}-{seed}.pt"
     if weights.exists():

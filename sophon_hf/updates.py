@@ -133,7 +133,7 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
 
 
 def _adapt_alpha(trainer: SophonTrainer, inside: bool) -> None:
-    """Halve alpha where the original metric was below what is allowed now at two evaluations; inside the tolerance double it back."""
+    """Halve alpha where two evaluations in a row are beyond what is allowed now; inside the tolerance double it back."""
     step, optimizer, scheduler = trainer.state.global_step, trainer.suppression_optimizer, trainer.suppression_scheduler
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
     if trainer.guard.fell_for_long(slack):
