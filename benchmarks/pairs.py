@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sophon_hf.data import Domain, Stream, build_domain, load_domain, select_classes, split_domain
-from sophon_hf.tasks import evaluate_model, infer_task
+from sophon_hf.tasks import evaluate_model, infer_task, to_device
 
 DATA = Path(os.environ.get("SOPHON_DATA", "../shared/data"))
 
@@ -285,10 +285,56 @@ def faces(cache: Path, seed: int = 0) -> Pair:
     return pair
 
 
+def imagenet(cache: Path, seed: int = 0) -> Pair:
+    """20 classes of Tiny ImageNet are original, CIFAR-10 restricted; a ResNet-18 of transformers, pre-trained here: for a GPU.
+
+    Images are 64x64, those of CIFAR-10 enlarged. 2,000 of its test images report.
+    """
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    original, original_test = (load_domain(str(DATA / "tiny_imagenet_20"), n) for n in ("train", "test"))
+    restricted, restricted_test = (load_domain(str(DATA / "cifar10"), n) for n in ("train", "test"))
+    restricted_test, _ = split_domain(restricted_test, seed=seed, share=0.4)
+    restricted, restricted_test = _enlarged(restricted), _enlarged(restricted_test)
+    defender, adversary = split_domain(restricted, seed=seed)
+    validation, adversary = split_domain(adversary, seed=seed, share=0.1)
+    defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
+    original_validation, original = split_domain(original, seed=seed, share=0.1)
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=20))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+    needs = infer_task(model).inputs(model)
+    pair = Pair(
+        model=model,
+        original=original,
+        original_validation=original_validation,
+        original_test=build_domain(original_test, needs, name="original"),
+        defender=defender,
+        defender_validation=defender_validation,
+        adversary=adversary,
+        validation=validation,
+        restricted_test=restricted_test,
+    )
+    weights = cache / f"imagenet-{seed}.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        pretrain(model, build_domain(original, needs, name="original"), pair.original_test, seed=seed)
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), weights)
+    return pair
+
+
+def _enlarged(dataset: datasets.Dataset) -> datasets.Dataset:
+    """64x64 images."""
+    return dataset.map(lambda row: {"image": row["image"].convert("RGB").resize((64, 64))}, num_proc=os.cpu_count())
+
+
 def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, size: int = 128, seed: int = 0) -> None:
     """Train with flips, Adam and a one-cycle rate, as a publisher would before protecting."""
     task = infer_task(model)
-    stream = Stream(domain, task, seed)
+    stream, device = Stream(domain, task, seed), next(model.parameters()).device
     steps = epochs * len(domain) // size
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -299,6 +345,7 @@ def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, s
         flipped = torch.rand(size, generator=generator) < 0.5
         for images in (tensor for tensor in batch.values() if tensor.ndim == 4):  # A denoiser's noise flips along.
             images[flipped] = images[flipped].flip(-1)
+        batch = to_device(batch, device)
         loss = task.loss(task.predict(model, batch), task.target(batch))
         optimizer.zero_grad()
         loss.backward()

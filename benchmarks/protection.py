@@ -116,9 +116,15 @@ def table(results: AttackResults) -> list[dict]:
     return list(rows.values())
 
 
+def machine() -> str:
+    """What it runs on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {device}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="animals", choices=["animals", "vehicles", "cifar100", "faces"])
+    parser.add_argument("--pair", default="animals", choices=["animals", "vehicles", "cifar100", "imagenet", "faces"])
     parser.add_argument("--name", default="paper", help="what the record calls this protection")
     parser.add_argument("--config", default="{}", help="further fields of SophonConfig, as JSON")
     parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")
@@ -173,7 +179,7 @@ def main() -> None:
         "benign": results.benign, "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
         "commit": commit,
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(), "machine": machine(),
         "versions": results.facts["versions"],
     }  # fmt: skip
     name = f"{options.pair}-{options.name}-{options.seed}-{Path(options.sweep).stem}-{len(adversary)}.json"
