@@ -73,9 +73,16 @@ class Guard:
             return original >= self.state.start - tolerance
         return original <= self.state.start * (1 + tolerance)
 
-    def fell_for_long(self, slack: float) -> bool:
-        """Whether both of the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
-        return len(self.state.last) == 2 and not any(self.within(original, slack) for original in self.state.last)
+    def falls(self, slack: float) -> bool:
+        """Whether the last two evaluations were beyond 1 + slack times the tolerance, and the later one no better."""
+        if len(self.state.last) < 2 or any(self.within(original, slack) for original in self.state.last):
+            return False
+        before, now = self.state.last
+        return not (now > before if self.greater_is_better else now < before)
+
+    def holds(self, slack: float) -> bool:
+        """Whether the last two evaluations were inside 1 + slack times the tolerance."""
+        return len(self.state.last) == 2 and all(self.within(original, slack) for original in self.state.last)
 
     def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
@@ -86,8 +93,8 @@ class Guard:
             simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
 
         Returns:
-            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
-            `fell_for_long`.
+            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or goes by
+            `falls` and `holds`.
         """
         if self.state.start is None:
             self.state.start = original
