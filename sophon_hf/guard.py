@@ -20,6 +20,7 @@ class GuardState:
 
     Attributes:
         start: The original metric before protection.
+        start_simulated: The simulated metric in the restricted domain before protection.
         best_step: Iteration of the best state, or None where no suppressed state was inside the tolerance yet.
         best_score: Its simulated metric in the restricted domain.
         least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
@@ -32,6 +33,7 @@ class GuardState:
     """
 
     start: float | None = None
+    start_simulated: float | None = None
     best_step: int | None = None
     best_score: float | None = None
     least_score: float | None = None
@@ -97,7 +99,7 @@ class Guard:
             `falls` and `holds`.
         """
         if self.state.start is None:
-            self.state.start = original
+            self.state.start, self.state.start_simulated = original, simulated
         self.state.last = (*self.state.last[-1:], original)
         if not self.within(original):
             return False
@@ -145,9 +147,15 @@ class Guard:
         state = self.state
         if self.restore_best():
             logger.info(
-                "The protected model is the state of iteration %d: original %s %.4f (start %.4f).",
-                state.best_step, metric, state.best_original, state.start,
+                "The protected model is the state of iteration %d: original %s %.4f (start %.4f), simulated %.4f (start %s).",
+                state.best_step, metric, state.best_original, state.start, state.best_score, state.start_simulated,
             )  # fmt: skip
+            if not self.weakens_adversaries:
+                logger.warning(
+                    "Hardly anything is suppressed: simulated adversaries reach %.4f in the restricted domain, and %.4f before "
+                    "protection. Raise alpha or max_steps, or allow more tolerance, and attack the model before you publish it.",
+                    state.best_score, state.start_simulated,
+                )  # fmt: skip
         elif state.start is None:
             logger.warning(
                 "eval_strategy is 'no', so the guard has seen nothing: whether the model still works in the original "
@@ -158,6 +166,14 @@ class Guard:
             logger.warning(
                 "The model is put back to iteration %d and is NOT protected: %s", state.good_step, self.failure
             )
+
+    @property
+    def weakens_adversaries(self) -> bool:
+        """Whether the simulated metric of the best state is worse than at the start, by more than the error."""
+        if self.state.start_simulated is None:
+            return True  # Resumed from a checkpoint that does not know the start's.
+        sign = 1 if self.greater_is_better else -1
+        return sign * (self.state.start_simulated - self.state.best_score) > self.error
 
     @property
     def failure(self) -> str:

@@ -195,6 +195,19 @@ def test_ties_within_the_error_go_to_the_later_state(model):
     assert chosen == [None, 1, 2, 3, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize(
+    "greater, simulated, warned",
+    [(True, (0.6, 0.58), True), (True, (0.6, 0.56), False), (False, (0.6, 0.62), True), (False, (0.6, 0.64), False)],
+)
+def test_a_model_that_hardly_stops_the_simulated_adversaries_is_called_so(model, caplog, greater, simulated, warned):
+    guard = Guard(model, tolerance=1.0, greater_is_better=greater, error=0.03)
+    for step, value in enumerate(simulated):
+        guard.observe(step, original=1.0, simulated=value)
+    guard.finish("accuracy")
+    assert ("Hardly anything is suppressed" in caplog.text) is warned
+    assert f"{simulated[1]:.4f} in the restricted domain, and 0.6000 before" in caplog.text or not warned
+
+
 def test_without_evaluation_the_last_state_is_kept(tmp_path, caplog):
     """There is no guard then, so nothing may be put back to the start."""
     model = fitted()
