@@ -82,10 +82,6 @@ class Guard:
         before, now = self.state.last
         return not (now > before if self.greater_is_better else now < before)
 
-    def holds(self, slack: float) -> bool:
-        """Whether the last two evaluations were inside 1 + slack times the tolerance."""
-        return len(self.state.last) == 2 and all(self.within(original, slack) for original in self.state.last)
-
     def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
 
@@ -95,8 +91,8 @@ class Guard:
             simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
 
         Returns:
-            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or goes by
-            `falls` and `holds`.
+            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
+            `falls`.
         """
         if self.state.start is None:
             self.state.start, self.state.start_simulated = original, simulated

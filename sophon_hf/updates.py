@@ -114,7 +114,7 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     inside = guard.observe(step, original, simulated)
     if choice == "no_rollback":
         if trainer.args.slack:
-            _adapt_alpha(trainer)
+            _adapt_alpha(trainer, inside)
         return
     if inside:
         return
@@ -132,13 +132,13 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     )  # fmt: skip
 
 
-def _adapt_alpha(trainer: SophonTrainer) -> None:
-    """Halve alpha where the original metric is beyond what is allowed now and still falls; double it back where it holds."""
+def _adapt_alpha(trainer: SophonTrainer, inside: bool) -> None:
+    """Halve alpha where the original metric is beyond what is allowed now and still falls; inside the tolerance double it back."""
     step, optimizer, scheduler = trainer.state.global_step, trainer.suppression_optimizer, trainer.suppression_scheduler
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
     if trainer.guard.falls(slack):
         scale_rate(optimizer, scheduler, 1 / 2)
-    elif trainer.guard.holds(slack) and scheduler.base_lrs[0] < trainer.args.alpha:
+    elif inside and scheduler.base_lrs[0] < trainer.args.alpha:
         scale_rate(optimizer, scheduler, 2)
     else:
         return
