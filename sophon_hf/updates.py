@@ -114,16 +114,13 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     inside = guard.observe(step, original, simulated)
     if choice == "no_rollback":
         if trainer.args.slack:
-            _adapt_alpha(trainer, inside)
+            _adapt_alpha(trainer, original, inside)
         return
     if inside:
         return
-    guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
-    trainer.adversaries.start_anew()
-    if trainer.keep_norms is not None:
-        trainer.keep_norms.set_norms()  # The state from before the first iteration has its own.
+    _roll_back(trainer)
     if choice == "halve_alpha":
-        scale_rate(trainer.suppression_optimizer, trainer.suppression_scheduler, 1 / 2)
+        _scale_alpha(trainer, 1 / 2)
     trainer.control.should_training_stop |= choice == "stop"
     logger.warning(
         "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of iteration "
@@ -132,26 +129,39 @@ def consult_guard(trainer: SophonTrainer, original: float, simulated: float) -> 
     )  # fmt: skip
 
 
-def _adapt_alpha(trainer: SophonTrainer, inside: bool) -> None:
-    """Halve alpha where the original metric is beyond what is allowed now and still falls; inside the tolerance double it back."""
-    step, optimizer, scheduler = trainer.state.global_step, trainer.suppression_optimizer, trainer.suppression_scheduler
+def _roll_back(trainer: SophonTrainer) -> None:
+    trainer.guard.roll_back(trainer.optimizer, trainer.suppression_optimizer)
+    trainer.adversaries.start_anew()
+    if trainer.keep_norms is not None:
+        trainer.keep_norms.set_norms()  # The state from before the first iteration has its own.
+
+
+def _adapt_alpha(trainer: SophonTrainer, original: float, inside: bool) -> None:
+    """Let alpha follow what of lambda and its slack is left.
+
+    Halve it where the original metric is beyond them and still falls, and double it back inside the tolerance. From twice as far as
+    is ever allowed it does not come back in time: put the last good state back, and quarter alpha.
+    """
+    step, guard, scheduler = trainer.state.global_step, trainer.guard, trainer.suppression_scheduler
     slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
-    if trainer.guard.falls(slack):
-        scale_rate(optimizer, scheduler, 1 / 2)
+    if not guard.within(original, 1 + 2 * trainer.args.slack):
+        _roll_back(trainer)
+        _scale_alpha(trainer, 1 / 4)
+    elif guard.falls(slack):
+        _scale_alpha(trainer, 1 / 2)
     elif inside and scheduler.base_lrs[0] < trainer.args.alpha:
-        scale_rate(optimizer, scheduler, 2)
+        _scale_alpha(trainer, 2)
     else:
         return
     logger.info(
         "Iteration %d: the original %s is %.4f (start %.4f): alpha is now %g of its schedule.", step, trainer.task.metric,
-        trainer.guard.state.last[-1], trainer.guard.state.start, scheduler.base_lrs[0] / trainer.args.alpha,
+        original, guard.state.start, scheduler.base_lrs[0] / trainer.args.alpha,
     )  # fmt: skip
 
 
-def scale_rate(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
-) -> None:
+def _scale_alpha(trainer: SophonTrainer, factor: float) -> None:
     """Multiply alpha, now and in what is left of its schedule."""
-    for group in optimizer.param_groups:
+    for group in trainer.suppression_optimizer.param_groups:
         group["lr"] *= factor
+    scheduler = trainer.suppression_scheduler
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]

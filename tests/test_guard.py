@@ -175,6 +175,27 @@ def test_alpha_is_halved_while_the_metric_falls_beyond_the_slack_and_doubled_bac
     assert [e["rollbacks"] for e in observer.evaluations] == [0] * len(observer.evaluations)
 
 
+def test_from_twice_as_far_as_slack_allows_the_last_good_state_is_put_back_and_alpha_quartered(tmp_path, monkeypatch):
+    # 2 (1 + slack) tolerances are 0.16. The state of iteration 2 is inside the tolerance, that of 1 is not.
+    falls = (0.0, 0.155, 0.005, 0.165, 0.155, 0.155)
+    weights = []
+
+    def consult(trainer, _, simulated):
+        before = trainer.model.body.weight.detach().clone()
+        consult_guard(trainer, 0.9 - falls[trainer.state.global_step], simulated)
+        weights.append((before, trainer.model.body.weight.detach().clone()))
+
+    monkeypatch.setattr("sophon_hf.trainer.consult_guard", consult)
+    changes = {"max_steps": 5, "tolerance": 0.01, "slack": 7.0, "after_rollback": "no_rollback"}
+    _, observer = train_guarded(tmp_path, **changes)
+    put_back = [not torch.equal(before, after) for before, after in weights]
+    assert put_back == [False, False, False, True, False, False]
+    assert torch.equal(weights[3][1], weights[2][0])
+    assert [e["rollbacks"] for e in observer.evaluations] == [0, 0, 0, 1, 1, 1]
+    alphas = [e["alpha"] for e in observer.steps]
+    assert [alphas[0] / alpha for alpha in alphas] == pytest.approx([1, 1, 1, 4, 4])
+
+
 def test_ties_within_the_error_go_to_the_later_state(model):
     guard = Guard(model, tolerance=1.0, greater_is_better=True, error=0.1)
     chosen = []
