@@ -97,15 +97,16 @@ class SophonConfig(TrainingArguments):
         metadata={
             "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
             "put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew. With no_rollback "
-            "nothing is put back, a state outside the tolerance is only never the protected model, and `slack` counts."
+            "that is left out, a state outside the tolerance is only never the protected model, and `slack` counts."
         },
     )
     slack: float = field(
         default=0.0,
         metadata={
             "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
-            "seven tenths of the iterations, and none from then on. Where it and the last evaluation's are both below that, alpha is halved, "
-            "and at every further one again; inside the tolerance it is doubled back. 0: alpha follows its schedule."
+            "seven tenths of the iterations, and none from then on. Where it stays beyond that and does not come back (or no slack is left) "
+            "alpha is halved; inside the tolerance it is doubled back. Beyond 2 (1 + slack) tolerances the last good state is put back all "
+            "the same, and alpha is quartered. 0: alpha follows its schedule."
         },
     )
     suppression_loss: str | None = field(

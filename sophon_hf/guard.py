@@ -75,12 +75,16 @@ class Guard:
             return original >= self.state.start - tolerance
         return original <= self.state.start * (1 + tolerance)
 
-    def falls(self, slack: float) -> bool:
-        """Whether the last two evaluations were beyond 1 + slack times the tolerance, and the later one no better."""
+    def stays_beyond(self, slack: float) -> bool:
+        """Whether the last two evaluations were beyond 1 + slack times the tolerance.
+
+        While there is slack, a later one that is better is on its way back, and does not count.
+        """
         if len(self.state.last) < 2 or any(self.within(original, slack) for original in self.state.last):
             return False
         before, now = self.state.last
-        return not (now > before if self.greater_is_better else now < before)
+        comes_back = now > before if self.greater_is_better else now < before
+        return slack == 0 or not comes_back
 
     def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
@@ -92,7 +96,7 @@ class Guard:
 
         Returns:
             False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
-            `falls`.
+            `stays_beyond`.
         """
         if self.state.start is None:
             self.state.start, self.state.start_simulated = original, simulated
@@ -119,6 +123,7 @@ class Guard:
     def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
         """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
         self.state.rollbacks += 1
+        self.state.last = ()  # What is put back is not what was measured.
         for optimizer in optimizers:
             getattr(optimizer, "optimizer", optimizer).state.clear()
         self.restore_good()
