@@ -104,8 +104,8 @@ class SophonConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
-            "seven tenths of the iterations, and none from then on. Where it stays beyond that and does not come back (or no slack is left) "
-            "alpha is halved; inside the tolerance it is doubled back. Beyond 2 (1 + slack) tolerances the last good state is put back all "
+            "seven tenths of the iterations, and none from then on. Where it stays beyond that, and comes back too slowly to be inside the "
+            "tolerance then, alpha is halved; inside the tolerance it is doubled back. Beyond 2 (1 + slack) tolerances the last good state is put back all "
             "the same, and alpha is quartered. 0: alpha follows its schedule."
         },
     )
@@ -240,10 +240,11 @@ class SophonConfig(TrainingArguments):
         if self.mixing and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
-        if self.slack and self.after_rollback != "no_rollback":
+        if self.slack and (self.after_rollback != "no_rollback" or self.eval_strategy == "no"):
             logger.warning(
-                "slack counts with after_rollback='no_rollback' only, not with %r: it is 0.", self.after_rollback
-            )
+                "slack counts with after_rollback='no_rollback' and evaluations on the way only, not with %r and eval_strategy=%r: it is 0.",
+                self.after_rollback, str(getattr(self.eval_strategy, "value", self.eval_strategy)),
+            )  # fmt: skip
             self.slack = 0.0
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):

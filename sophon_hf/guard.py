@@ -29,7 +29,7 @@ class GuardState:
         rollbacks: How often the last good state was put back.
         applied: Suppression gradients that were applied.
         dropped: Suppression gradients that were not finite and therefore not applied.
-        last: The original metric of the last two evaluations, the later one last.
+        last: Iteration and original metric of the last two evaluations, the later one last.
     """
 
     start: float | None = None
@@ -42,7 +42,7 @@ class GuardState:
     rollbacks: int = 0
     applied: int = 0
     dropped: int = 0
-    last: tuple[float, ...] = ()
+    last: tuple[tuple[int, float], ...] = ()
 
     @property
     def suppressed(self) -> bool:
@@ -76,15 +76,13 @@ class Guard:
         return original <= self.state.start * (1 + tolerance)
 
     def stays_beyond(self, slack: float) -> bool:
-        """Whether the last two evaluations were beyond 1 + slack times the tolerance.
+        """Whether the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
+        return len(self.state.last) == 2 and not any(self.within(original, slack) for _, original in self.state.last)
 
-        While there is slack, a later one that is better is on its way back, and does not count.
-        """
-        if len(self.state.last) < 2 or any(self.within(original, slack) for original in self.state.last):
-            return False
-        before, now = self.state.last
-        comes_back = now > before if self.greater_is_better else now < before
-        return slack == 0 or not comes_back
+    def comes_back(self, end: float) -> bool:
+        """Whether the original metric is inside the tolerance at iteration `end`, at the pace of the last two evaluations."""
+        (before, original), (now, latest) = self.state.last
+        return now < end and self.within(latest + (latest - original) / (now - before) * (end - now))
 
     def observe(self, step: int, original: float, simulated: float) -> bool:
         """Take note of an evaluation.
@@ -96,11 +94,11 @@ class Guard:
 
         Returns:
             False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
-            `stays_beyond`.
+            `stays_beyond` and `comes_back`.
         """
         if self.state.start is None:
             self.state.start, self.state.start_simulated = original, simulated
-        self.state.last = (*self.state.last[-1:], original)
+        self.state.last = (*self.state.last[-1:], (step, original))
         if not self.within(original):
             return False
         if step == 0:

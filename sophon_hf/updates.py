@@ -139,15 +139,15 @@ def _roll_back(trainer: SophonTrainer) -> None:
 def _adapt_alpha(trainer: SophonTrainer, original: float, inside: bool) -> None:
     """Let alpha follow what of lambda and its slack is left.
 
-    Halve it where the original metric stays beyond them, and double it back inside the tolerance. From twice as far as is ever
-    allowed it does not come back in time: put the last good state back, and quarter alpha.
+    Halve it where the original metric stays beyond them and will not be back when the slack ends, and double it back inside the
+    tolerance. From twice as far as is ever allowed nothing comes back in time: put the last good state back, and quarter alpha.
     """
     step, guard, scheduler = trainer.state.global_step, trainer.guard, trainer.suppression_scheduler
-    slack = trainer.args.slack * max(0.0, 1 - step / (SLACK_ENDS * trainer.state.max_steps))
-    if not guard.within(original, 1 + 2 * trainer.args.slack):
+    slack, end = trainer.args.slack, SLACK_ENDS * trainer.state.max_steps
+    if not guard.within(original, 1 + 2 * slack):
         _roll_back(trainer)
         _scale_alpha(trainer, 1 / 4)
-    elif guard.stays_beyond(slack):
+    elif guard.stays_beyond(slack * max(0.0, 1 - step / end)) and not guard.comes_back(end):
         _scale_alpha(trainer, 1 / 2)
     elif inside and scheduler.base_lrs[0] < trainer.args.alpha:
         _scale_alpha(trainer, 2)

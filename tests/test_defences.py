@@ -265,7 +265,12 @@ def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path, caplog)
     # The preset's slack does not forbid another choice.
     config = read_arguments([*arguments, "--preset", "representation", "--after_rollback", "stop"])[1]
     assert (config.after_rollback, config.slack) == ("stop", 0.0)
-    assert "slack counts with after_rollback='no_rollback' only" in caplog.text
+    assert (
+        "slack counts with after_rollback='no_rollback' and evaluations on the way only, not with 'stop'" in caplog.text
+    )
+    config = read_arguments([*arguments, "--preset", "representation", "--eval_strategy", "no"])[1]
+    assert (config.after_rollback, config.slack) == ("no_rollback", 0.0)
+    assert "and eval_strategy='no': it is 0." in caplog.text
     with pytest.raises(ValueError, match="preset is 'strong'"):
         read_arguments([*arguments, "--preset", "strong"])
 
