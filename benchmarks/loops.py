@@ -112,7 +112,7 @@ def floor(model: nn.Module, environment: Environment, steps: int) -> None:
     size = environment.strategy.batch_size
     batch = environment.fine_tuning.batch(0, size)
     # T_i may hold fewer examples than a batch, and then the loop evaluates so many.
-    held_out = environment.evaluation.batch(0, min(size, len(environment.evaluation.indices)))
+    held_out = environment.evaluation.distinct_batch(0, size)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for _ in range(steps):

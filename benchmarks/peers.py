@@ -48,10 +48,9 @@ class Work:
     def batches(self) -> Iterator[tuple[dict, dict]]:
         """K batches of R_i and of T_i."""
         size = self.environment.strategy.batch_size
-        held_out = min(size, len(self.environment.evaluation.indices))
         batches = self.environment.fine_tuning.batches(size)
         for step in range(self.steps):
-            yield next(batches), self.environment.evaluation.batch(step * held_out, held_out)
+            yield next(batches), self.environment.evaluation.distinct_batch(step, size)
 
     def fine_tuning_loss(self, module: nn.Module, call: Callable, batch: dict) -> Tensor:
         """What the adversary minimises."""

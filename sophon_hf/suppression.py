@@ -270,11 +270,11 @@ class Suppression:
     def _held_out(self, environment: Environment, step: int) -> tuple[Batch, float]:
         """The batch of T_i for a step, the same one whatever the weights of the other steps, and the weight of its mean.
 
-        A probe is no mean over examples, so with probes every process of a sharded model takes the whole batch.
+        No example is in it twice, or a probe would predict one from its own copy. A probe is no mean over examples, so with
+        probes every process of a sharded model takes the whole batch.
         """
         size = environment.strategy.batch_size * (2 if self.probes else 1)
-        size = min(size, len(environment.evaluation.indices))
-        batch = environment.evaluation.batch((step - 1) * size, size)
+        batch = environment.evaluation.distinct_batch(step - 1, size)
         return (batch, 1.0) if self.probes else share(batch, self.model)
 
     @torch.no_grad()

@@ -78,9 +78,8 @@ def simulate(model, environment, weights, loss):
         parameter.requires_grad_()
     updated = {"all": model, "head": model.head, "norm": model.norm}[strategy.transfer].parameters()
     optimizer = make_optimizer(strategy.optimizer, list(updated), strategy.learning_rate, strategy.weight_decay)
-    batches, held_out = (
-        stream.batches(strategy.batch_size) for stream in (environment.fine_tuning, environment.evaluation)
-    )
+    batches = environment.fine_tuning.batches(strategy.batch_size)
+    held_out = batches_without_repetition(environment.evaluation, strategy.batch_size)
     for k, weight in enumerate(weights):
         batch = next(batches)
         model.train()
@@ -95,6 +94,16 @@ def simulate(model, environment, weights, loss):
         if weight:
             evaluation_mode(model)
             yield weight, loss(model(batch["x"]), batch["labels"])
+
+
+def batches_without_repetition(stream, size):
+    """Whole batches of one pass over the examples, then of the next; what fills no batch is left out."""
+    examples, start = len(stream.indices), 0
+    size = min(size, examples)
+    while True:
+        for place in range(start, start + examples - examples % size, size):
+            yield stream.batch(place, size)
+        start += examples
 
 
 def evaluation_mode(model):

@@ -148,3 +148,16 @@ def test_a_task_without_labels_has_no_probes(tmp_path):
     config = SophonConfig(str(tmp_path), probes=1, use_cpu=True)
     with pytest.raises(ValueError, match="A probe predicts labels"):
         SophonTrainer(unet(), images(1), images(2), config)
+
+
+def test_no_probe_sees_an_example_twice(float64_domain, monkeypatch):
+    """T_i has 10 examples and a batch 6: where batches went on over the end of an epoch, copies would stand in for their own."""
+    seen = []
+    monkeypatch.setattr(Probes, "loss", lambda self, features, target: seen.append(features[0]) or features[0].sum())
+    model = make_net(noisy=False)
+    environment = make_environment(float64_domain, 1, batch_size=3, learning_rate=0.01)
+    assert len(environment.evaluation.indices) % 6
+    probes = Probes(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
+    suppress(model, [environment], [[0.25] * 4], anatomy=HEAD_ONLY, probes=probes)
+    assert len(seen) == 4
+    assert all(len(torch.unique(features, dim=0)) == len(features) == 6 for features in seen)

@@ -156,6 +156,18 @@ def test_fine_tuning_and_evaluation_sets_are_disjoint_and_nine_to_one():
     assert read == [set(r), set(t)]
 
 
+@pytest.mark.parametrize(("size", "batches"), [(4, 2), (5, 2), (10, 1), (11, 1), (1, 10)])
+def test_a_distinct_batch_holds_no_example_twice(size, batches):
+    stream = Stream(numbered(10), ClassificationTask(), seed=5)
+    epochs = [[numbers(stream.distinct_batch(n, size)) for n in range(e * batches, (e + 1) * batches)] for e in range(4)]
+    for epoch in epochs:
+        read = sum(epoch, [])
+        assert len(read) == len(set(read)) == batches * min(size, 10)
+    assert len({str(epoch) for epoch in epochs}) == 4
+    walked = Stream(numbered(10), ClassificationTask(), seed=5).batch(0, 10)
+    assert sum(epochs[0], []) == numbers(walked)[: batches * min(size, 10)]
+
+
 def test_an_environment_is_decided_by_its_seed():
     domain, task, strategy = numbered(120), ClassificationTask(), FineTuningStrategy()
     torch.manual_seed(0)

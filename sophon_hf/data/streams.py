@@ -51,6 +51,16 @@ class Stream:
         seeds = [self.seed + position for position in range(start, start + size)]
         return self.task.collate(self.domain.rows(self.indices[self._order(start, size)], seeds), seeds)
 
+    def distinct_batch(self, number: int, size: int) -> Batch:
+        """The batch of this number (from 0) that holds no example twice: the rest of an epoch that fills no batch is left out.
+
+        A size above the epoch is cut to the epoch.
+        """
+        examples = len(self.indices)
+        size = min(size, examples)
+        epoch, place = divmod(number, examples // size)
+        return self.batch(epoch * examples + place * size, size)
+
     def _order(self, start: int, size: int) -> Tensor:
         pieces = []
         while size > 0:
