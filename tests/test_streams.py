@@ -159,7 +159,9 @@ def test_fine_tuning_and_evaluation_sets_are_disjoint_and_nine_to_one():
 @pytest.mark.parametrize(("size", "batches"), [(4, 2), (5, 2), (10, 1), (11, 1), (1, 10)])
 def test_a_distinct_batch_holds_no_example_twice(size, batches):
     stream = Stream(numbered(10), ClassificationTask(), seed=5)
-    epochs = [[numbers(stream.distinct_batch(n, size)) for n in range(e * batches, (e + 1) * batches)] for e in range(4)]
+    epochs = [
+        [numbers(stream.distinct_batch(n, size)) for n in range(e * batches, (e + 1) * batches)] for e in range(4)
+    ]
     for epoch in epochs:
         read = sum(epoch, [])
         assert len(read) == len(set(read)) == batches * min(size, 10)
