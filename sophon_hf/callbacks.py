@@ -56,7 +56,7 @@ class EvaluateLastStep(TrainerCallback):
     """Evaluate after the last iteration too, so that the guard has seen every state that can be saved."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
 
 

@@ -33,7 +33,10 @@ def run_facts(trainer: SophonTrainer) -> dict[str, Any]:
     args, task = trainer.args, trainer.task
     facts = {name: getattr(args, name) for name in HYPER_PARAMETERS}
     if args.persistent:
-        facts["save_steps"] = args.save_steps  # Where adversaries start anew.
+        for name in ("save_steps", "save_strategy", "save_only_model"):  # Where adversaries start anew.
+            facts[name] = getattr(args, name)
+    if args.distillation:
+        facts["base model"] = trainer.base_state  # What is distilled.
     facts["model"] = type(trainer.model).__name__
     facts["parameters"] = sum(p.numel() for p in trainer.model.parameters())
     facts["head"] = getattr(task, "head", None)
@@ -59,9 +62,14 @@ def checkpoint_to_resume(trainer: SophonTrainer, wanted: str | os.PathLike | boo
         wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
 
     Raises:
-        ValueError: It is another run's, or there is none; or a new run would overwrite another one.
+        ValueError: It is another run's, or there is none; or a new run would overwrite another one, or begin where one ended.
     """
     if not wanted:
+        if trainer.state.global_step:
+            raise ValueError(
+                "This trainer has trained already: its model is not the one from before protection any more. Make a new "
+                "trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
+            )
         check_fresh_folder(trainer.args.output_dir)
         return None
     checkpoint = last_complete_checkpoint(trainer.args.output_dir) if wanted is True else os.fspath(wanted)

@@ -58,6 +58,8 @@ class Protection:
         iteration: Whose state this is.
         original_before: The original metric before protection, where measured.
         original_after: The same of this state.
+        simulated_before: What the guard's simulated adversaries reached in the restricted domain before protection.
+        simulated_after: The same of this state.
         rollbacks: How often the last good state was put back.
         dropped: Suppression gradients that were not finite and therefore not applied.
     """
@@ -66,6 +68,8 @@ class Protection:
     iteration: int
     original_before: float | None
     original_after: float | None
+    simulated_before: float | None
+    simulated_after: float | None
     rollbacks: int
     dropped: int
 

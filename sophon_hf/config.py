@@ -223,8 +223,9 @@ class SophonConfig(TrainingArguments):
         }
         whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         for name, least in whole.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a whole number of at least {least}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
@@ -240,12 +241,8 @@ class SophonConfig(TrainingArguments):
         if self.mixing and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
         check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
-        if self.slack and (self.after_rollback != "no_rollback" or self.eval_strategy == "no"):
-            logger.warning(
-                "slack counts with after_rollback='no_rollback' and evaluations on the way only, not with %r and eval_strategy=%r: it is 0.",
-                self.after_rollback, str(getattr(self.eval_strategy, "value", self.eval_strategy)),
-            )  # fmt: skip
-            self.slack = 0.0
+        if self.slack:
+            self._check_slack()
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()
@@ -274,13 +271,24 @@ class SophonConfig(TrainingArguments):
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
 
+    def _check_slack(self) -> None:
+        on_the_way = self.eval_strategy == "steps" and self.eval_steps < self.max_steps
+        if self.after_rollback != "no_rollback" or not on_the_way or not self.tolerance:
+            logger.warning(
+                "slack counts with after_rollback='no_rollback', a tolerance above 0 and evaluations on the way only, not with "
+                "%r, %g, eval_strategy=%r and eval_steps=%r of %d: it is 0.",
+                self.after_rollback, self.tolerance, str(getattr(self.eval_strategy, "value", self.eval_strategy)), self.eval_steps,
+                self.max_steps,
+            )  # fmt: skip
+            self.slack = 0.0
+
     def _check_warm_up(self) -> None:
         if not self.probes:
             raise ValueError(
                 "While an adversary warms up on original data only probes are suppressed, and there are none: set `probes`, or "
                 "leave 'warm_up' out of the strategy space."
             )
-        if not self.persistent or self.save_strategy == "no":
+        if not self.persistent or not self.l_FTS or self.save_strategy != "steps":
             return
         iterations = self.save_steps if self.save_steps >= 1 else self.save_steps * self.max_steps
         updates = iterations * self.N * self.l_FTS * self.K / self.persistent
@@ -294,11 +302,15 @@ class SophonConfig(TrainingArguments):
         gamma = _from_json(self.gamma, "gamma")
         if gamma is None:
             return None
-        weights = np.asarray(gamma, dtype=float)
-        if weights.shape not in ((self.K,), (self.N, self.K)) or not np.isfinite(weights).all():
-            raise ValueError(
-                f"gamma has shape {weights.shape}: give K = {self.K} finite weights, or N = {self.N} lists of them."
-            )
+        asked = f"give K = {self.K} finite weights, none below 0, or N = {self.N} lists of them."
+        try:
+            weights = np.asarray(gamma, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"gamma is {gamma!r}: {asked}") from error
+        if weights.shape not in ((self.K,), (self.N, self.K)):
+            raise ValueError(f"gamma has shape {weights.shape}: {asked}")
+        if not np.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError(f"gamma is {gamma!r}: {asked}")
         if not weights.any():
             raise ValueError("Every gamma is 0: no simulated step would be suppressed.")
         return weights.tolist()
@@ -355,7 +367,7 @@ class SophonConfig(TrainingArguments):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _from_json(value: Any, name: str) -> Any:

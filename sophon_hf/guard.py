@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from sophon_hf.sharding import local
 
 logger = logging.getLogger(__name__)
+
+ROUNDING = 1e-9  # So that an accuracy exactly at the tolerance is inside it.
+LEAST_RISE = 0.03
 
 
 @dataclass
@@ -27,7 +31,8 @@ class GuardState:
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
         rollbacks: How often the last good state was put back.
-        applied: Suppression gradients that were applied.
+        applied: Suppression gradients that were applied to the model at hand; those of a state that was given up do not count.
+        good_applied: The same at `good_step`.
         dropped: Suppression gradients that were not finite and therefore not applied.
         last: Iteration and original metric of the last two evaluations, the later one last.
     """
@@ -41,13 +46,9 @@ class GuardState:
     good_step: int = 0
     rollbacks: int = 0
     applied: int = 0
+    good_applied: int = 0
     dropped: int = 0
     last: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def suppressed(self) -> bool:
-        """False where every suppression gradient was dropped: such a state was reinforced, but not protected."""
-        return self.applied > 0 or self.dropped == 0
 
 
 class Guard:
@@ -58,10 +59,14 @@ class Guard:
         tolerance: lambda: absolute for a metric that is better when greater, relative for one that is better when less.
         greater_is_better: Which of the two the original metric is.
         error: What the simulated metric may be off by; smaller differences are ties.
+        own_loss: Whether the reinforcement loss protects by itself, without a suppression loop.
     """
 
-    def __init__(self, model: nn.Module, tolerance: float, greater_is_better: bool, error: float = 0.0):
+    def __init__(
+        self, model: nn.Module, tolerance: float, greater_is_better: bool, error: float = 0.0, own_loss: bool = False
+    ):
         self.model, self.tolerance, self.greater_is_better, self.error = model, tolerance, greater_is_better, error
+        self.own_loss = own_loss
         self.state = GuardState()
         self.good = self._copy()
         self.best: dict[str, Tensor] | None = None
@@ -70,10 +75,15 @@ class Guard:
         """Whether an original metric is inside 1 + slack times the tolerance; NaN is not."""
         if self.state.start is None:
             return original == original
-        tolerance = (1 + slack) * self.tolerance
+        tolerance = (1 + slack) * self.tolerance + ROUNDING
         if self.greater_is_better:
             return original >= self.state.start - tolerance
         return original <= self.state.start * (1 + tolerance)
+
+    def lost(self, original: float, slack: float) -> bool:
+        """Whether it is twice as far off as slack ever allows, or an accuracy below half its start: from there nothing comes back."""
+        half_gone = self.greater_is_better and original < self.state.start / 2
+        return half_gone or not self.within(original, 1 + 2 * slack)
 
     def stays_beyond(self, slack: float) -> bool:
         """Whether the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
@@ -94,8 +104,15 @@ class Guard:
 
         Returns:
             False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
-            `stays_beyond` and `comes_back`.
+            `lost`, `stays_beyond` and `comes_back`.
+
+        Raises:
+            ValueError: There is no metric to begin with: it is not finite.
         """
+        if self.state.start is None and not math.isfinite(original):
+            raise ValueError(
+                f"The original metric is {original} before protection: look at the model's weights and the data."
+            )
         if self.state.start is None:
             self.state.start, self.state.start_simulated = original, simulated
         self.state.last = (*self.state.last[-1:], (step, original))
@@ -103,15 +120,20 @@ class Guard:
             return False
         if step == 0:
             return True  # The copy that was made first counts: norms may have been re-scaled since.
-        self.good, self.state.good_step = self._copy(), step
-        if self.state.suppressed and self._is_as_good(simulated):
+        self.good, self.state.good_step, self.state.good_applied = self._copy(), step, self.state.applied
+        if self.suppressed and self._is_as_good(simulated):
             self.best = self.good
             self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
         return True
 
+    @property
+    def suppressed(self) -> bool:
+        """False where no suppression gradient was applied: such a state was reinforced, but not protected."""
+        return self.state.applied > 0 or self.own_loss
+
     def _is_as_good(self, simulated: float) -> bool:
         """Whether no earlier state was better by more than the error: ties go to the later, longer suppressed one."""
-        if simulated != simulated:
+        if not math.isfinite(simulated):
             return False
         sign = 1 if self.greater_is_better else -1
         least = simulated if self.state.least_score is None else self.state.least_score
@@ -121,6 +143,7 @@ class Guard:
     def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
         """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
         self.state.rollbacks += 1
+        self.state.applied = self.state.good_applied
         self.state.last = ()  # What is put back is not what was measured.
         for optimizer in optimizers:
             getattr(optimizer, "optimizer", optimizer).state.clear()
@@ -168,16 +191,19 @@ class Guard:
 
     @property
     def weakens_adversaries(self) -> bool:
-        """Whether the simulated metric of the best state is worse than at the start, by more than the error."""
+        """Whether the simulated metric of the best state is worse than at the start, by more than its error, or for an MSE by 3 %."""
         if self.state.start_simulated is None:
             return True  # Resumed from a checkpoint that does not know the start's.
         sign = 1 if self.greater_is_better else -1
-        return sign * (self.state.start_simulated - self.state.best_score) > self.error
+        least = self.error if self.greater_is_better else LEAST_RISE * self.state.start_simulated
+        return sign * (self.state.start_simulated - self.state.best_score) > least
 
     @property
     def failure(self) -> str:
         """Why no state is a protected one, and what to do about it."""
-        if not self.state.suppressed:
+        if not self.suppressed and not self.state.dropped:
+            return "no suppression gradient was applied: let l_FTS be 1 or more, and max_steps such that a state is evaluated."
+        if not self.suppressed:
             return (
                 f"all {self.state.dropped} suppression gradients were not finite and were dropped. Lower the learning rates of "
                 "the strategy space, or K."

@@ -87,6 +87,9 @@ def simulated_metric(
 
 
 def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float:
-    """The standard error of `simulated_metric`, at most, for an accuracy; for an MSE, whose spread is not known, 0."""
+    """The standard error of `simulated_metric` for an accuracy, at most, as if no two adversaries shared an example; for an MSE 0.
+
+    An MSE's spread is not known.
+    """
     examples = min(len(held_out), MEASURED_EXAMPLES) * len(set(space.initializations))
     return 0.5 / math.sqrt(examples) if task.metric == "accuracy" else 0.0

@@ -86,6 +86,7 @@ def build_domains(
                 part, needs, processing_class, name=name, input_column=input_columns.get(name), label=label,
                 row_numbers=numbers,
             )  # fmt: skip
+    _check_apart(domains)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if batch_norm and len(domains["restricted"]) < FEWEST_WITH_BATCH_NORM:
         raise ValueError(
@@ -93,6 +94,19 @@ def build_domains(
             f"needs at least {FEWEST_WITH_BATCH_NORM}, so that a simulated adversary can be evaluated on a tenth of them."
         )
     return domains
+
+
+def _check_apart(domains: dict[str, Domain]) -> None:
+    if domains["original"].fingerprint == domains["restricted"].fingerprint:
+        raise ValueError(
+            "The original domain and the restricted domain are the same data: one is to be kept, the other not."
+        )
+    for name in ("original", "restricted"):
+        if domains[name].fingerprint == domains[f"eval_{name}"].fingerprint:
+            raise ValueError(
+                f"eval_dataset[{name!r}] is the data that the model is protected with: the guard would take memory for skill. "
+                "Give held-out data, or leave eval_dataset out."
+            )
 
 
 def _hold_out(dataset: datasets.Dataset, args: SophonConfig, label: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +172,17 @@ def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tenso
             )
     try:
         with torch.no_grad(), evaluation_mode(model):
-            return task.predict(model, rows)
+            prediction = task.predict(model, rows)
     except Exception as error:
         raise ValueError(
             f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
             "that it was trained with, or raw columns and a `processing_class`."
         ) from error
+    if not prediction.isfinite().all():
+        raise ValueError(
+            f"The model's prediction for the {name} domain is not finite: look at its weights and its inputs."
+        )
+    return prediction
 
 
 def choose_loss(task: Task, name: str | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -204,6 +223,8 @@ def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], arg
     anatomy = task.anatomy(model, first_rows(task, domains["original"], args.device))
     space, outputs, classes = args.space, None, domains["restricted"].num_classes
     if domains["original"].labels is not None:
+        if args.tolerance > 1:
+            raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         outputs = predictions["original"].shape[1]
         check_labels(domains, outputs, model)
     elif args.strategy_space is None:

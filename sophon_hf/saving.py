@@ -188,16 +188,18 @@ def _name_or_path(model: nn.Module) -> str | None:
 
 
 def _protection(trainer: SophonTrainer) -> Protection:
-    state, step, after = trainer.guard.state, trainer.state.global_step, None
+    state, step = trainer.guard.state, trainer.state.global_step
+    after = simulated = None
     if trainer.is_in_train:
         status = "in progress"
     elif state.start is None:
         status = "not measured"
     elif state.best_step is not None:
-        status, step, after = "protected", state.best_step, state.best_original
+        status, step, after, simulated = "protected", state.best_step, state.best_original, state.best_score
     else:
         status, step = "not protected", state.good_step
-    return Protection(status, step, finite_or_none(state.start), finite_or_none(after), state.rollbacks, state.dropped)
+    measured = (finite_or_none(value) for value in (state.start, after, state.start_simulated, simulated))
+    return Protection(status, step, *measured, state.rollbacks, state.dropped)
 
 
 def _compute(trainer: SophonTrainer) -> Compute:

@@ -46,6 +46,7 @@ from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task, restore_precision
+from sophon_hf.tasks.models import hash_state
 from sophon_hf.updates import (
     average_and_clip,
     consult_guard,
@@ -125,6 +126,7 @@ class SophonTrainer(Trainer):
         )
         refuse_launcher_settings(self.accelerator, args)
         unprotected = copy.deepcopy(self.model) if args.distillation else None
+        self.base_state = hash_state(self.model) if args.distillation else None
         if self.accelerator.is_fsdp2:
             self._skeleton = skeleton(self.model)
             self.model = self.model_wrapped = shard(self.model, self.accelerator)
@@ -157,7 +159,7 @@ class SophonTrainer(Trainer):
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.step_log = StepLog(self.task)
         self._micro_step = 0
-        self._resumed_at: int | None = None
+        self._consulted_at: int | None = None
         self._started: float | None = None
         self._seconds = 0.0
 
@@ -259,8 +261,9 @@ class SophonTrainer(Trainer):
                 self.suppression, self.space, *domains, steps, self.args.seed, self.args.per_device_eval_batch_size
             )
             metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
-            # A resumed run measures its start again, which the guard saw before the checkpoint or not at all.
-            if self.state.global_step != self._resumed_at:
+            # Once a state: one that was put back is not another, later one. A resumed run measures its start again, too.
+            if self.state.global_step != self._consulted_at:
+                self._consulted_at = self.state.global_step
                 consult_guard(self, metrics[f"{metric_key_prefix}_original_{self.task.metric}"], simulated)
             metrics["rollbacks"] = float(self.guard.state.rollbacks)
         self.log(dict(metrics))
@@ -269,7 +272,8 @@ class SophonTrainer(Trainer):
 
     def _new_guard(self) -> Guard:
         error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
-        return Guard(self.model, self.args.tolerance, self.task.greater_is_better, error)
+        own_loss = self.reinforcement_loss is not None
+        return Guard(self.model, self.args.tolerance, self.task.greater_is_better, error, own_loss)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add what the loops since the last entry showed."""
@@ -289,16 +293,20 @@ class SophonTrainer(Trainer):
             kwargs: As `Trainer.train` takes them.
 
         Raises:
-            ValueError: `output_dir` holds another run, or there is no complete checkpoint to go on from.
+            ValueError: `output_dir` holds another run, there is no complete checkpoint to go on from, or this trainer has
+                protected its model already.
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
-        self._micro_step, self.step_log, self._resumed_at = 0, StepLog(self.task), None
+        self._micro_step, self.step_log, self._consulted_at = 0, StepLog(self.task), None
         self.suppression_optimizer = self.suppression_scheduler = None
         self.guard = self._new_guard()
         self.adversaries.start_anew()
         self._started, self._seconds = time.monotonic(), 0.0
-        output = super().train(checkpoint, **kwargs)
+        try:
+            output = super().train(checkpoint, **kwargs)
+        finally:
+            self.is_in_train = False  # The Trainer leaves it so where it is interrupted.
         restore_precision(self.model)
         self._started, self._seconds = None, self.seconds()
         self.guard.finish(self.task.metric)
@@ -315,7 +323,7 @@ class SophonTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._seconds = restore_state(self, checkpoint)
-            self._resumed_at = self.state.global_step
+            self._consulted_at = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         pipeline = os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json"))

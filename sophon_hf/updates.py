@@ -44,7 +44,8 @@ def suppression_loop(trainer: SophonTrainer, loop: int) -> None:
     else:
         trainer.guard.state.dropped += 1
         logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
-    trainer.suppression_scheduler.step()
+    if loop == args.l_FTS - 1:
+        trainer.suppression_scheduler.step()
     trainer.step_log.add_suppression(result, norm)
 
 
@@ -94,11 +95,10 @@ def make_suppression_optimizer(model: nn.Module, args: SophonConfig) -> torch.op
 def make_suppression_scheduler(
     optimizer: torch.optim.Optimizer, args: SophonConfig, iterations: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule that beta has, over all suppression loops."""
-    loops = max(args.l_FTS, 1)
+    """The schedule that beta has: both move on once an iteration."""
     return get_scheduler(
-        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations) * loops,
-        num_training_steps=iterations * loops, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.get_warmup_steps(iterations),
+        num_training_steps=iterations, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )  # fmt: skip
 
 
@@ -140,11 +140,11 @@ def _adapt_alpha(trainer: SophonTrainer, original: float, inside: bool) -> None:
     """Let alpha follow what of lambda and its slack is left.
 
     Halve it where the original metric stays beyond them and will not be back when the slack ends, and double it back inside the
-    tolerance. From twice as far as is ever allowed nothing comes back in time: put the last good state back, and quarter alpha.
+    tolerance. Where the original domain is lost nothing comes back in time: put the last good state back, and quarter alpha.
     """
     step, guard, scheduler = trainer.state.global_step, trainer.guard, trainer.suppression_scheduler
     slack, end = trainer.args.slack, SLACK_ENDS * trainer.state.max_steps
-    if not guard.within(original, 1 + 2 * slack):
+    if guard.lost(original, slack):
         _roll_back(trainer)
         _scale_alpha(trainer, 1 / 4)
     elif guard.stays_beyond(slack * max(0.0, 1 - step / end)) and not guard.comes_back(end):

@@ -93,7 +93,7 @@ def make_claim(folder: Path, model: torch.nn.Module, results: AttackResults | No
         "schema": SCHEMA, "method": Method("SOPHON, Algorithm 1", {}, space), "model": type(model).__name__,
         "base_model": "original", "base_revision": None, "remote_code": False, "versions": {}, "data": {},
         "weights": hash_weights(folder), "state_hash": hash_state(model), "metric": "accuracy", "greater_is_better": True,
-        "protection": Protection("protected", 1, 0.9, 0.9, 0, 0), "compute": Compute(1.0, 1, 1),
+        "protection": Protection("protected", 1, 0.9, 0.9, 0.8, 0.5, 0, 0), "compute": Compute(1.0, 1, 1),
         "attacks": None if results is None else AttackReport.from_results(results),
     }  # fmt: skip
     return Claim(**{**values, **changes})

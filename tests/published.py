@@ -47,7 +47,7 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
         str(output_dir),
         **{
             "max_steps": 2, "K": 2, "strategy_space": SPACE, "per_device_train_batch_size": 8, "eval_steps": 1,
-            "tolerance": 10.0, "save_steps": 1, "disable_tqdm": True, "use_cpu": True, **settings,
+            "tolerance": 1.0, "save_steps": 1, "disable_tqdm": True, "use_cpu": True, **settings,
         },
     )  # fmt: skip
     if kind == "module":

@@ -178,10 +178,32 @@ def test_a_missing_folder_of_a_model_is_refused(build):
 # ---- Classes ----
 
 
+def test_domains_and_held_out_data_are_apart(build):
+    with pytest.raises(ValueError, match="are the same data"):
+        build(restricted=make_points(2))
+    for name in ("original", "restricted"):
+        data = {"original": make_points(3), "restricted": make_points(4)}
+        data[name] = make_points(2 if name == "original" else 1)
+        with pytest.raises(ValueError, match=rf"eval_dataset\['{name}'\] is the data"):
+            build(eval_dataset=data)
+
+
+def test_a_model_that_predicts_no_number_is_refused(build, model):
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="prediction for the original domain is not finite"):
+        build()
+
+
+def test_a_tolerance_in_points_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="tolerance is 5, but it is a share of accuracy: 0.05 means 5 points"):
+        SophonTrainer(model, make_points(1), make_points(2), config(tmp_path, tolerance=5))
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_original_labels_outside_the_head_are_refused(build, held_out):
     more = make_points(2, num_classes=5)
-    data = {"eval_dataset": {"original": more, "restricted": make_points(1)}} if held_out else {"original": more}
+    data = {"eval_dataset": {"original": more, "restricted": make_points(3)}} if held_out else {"original": more}
     with pytest.raises(ValueError, match="label 4, but the model's head has 3 outputs.*select_classes"):
         build(**data)
 
@@ -311,7 +333,7 @@ def test_ready_tensors_of_another_size_than_the_unets_are_refused(build, shape, 
 
 @pytest.mark.parametrize(("size", "mode", "channels"), [(12, "RGB", 3), (8, "L", 3), (12, "RGB", 1)])
 def test_images_are_brought_to_the_size_and_channels_of_the_unet(build, size, mode, channels):
-    trainer = build(unet(channels), restricted=images(size, mode), original=images(size, mode))
+    trainer = build(unet(channels), restricted=images(size, mode), original=images(size, mode).select(range(20)))
     for domain in trainer.domains.values():
         pixels = domain.rows(torch.arange(2))["sample"]
         assert pixels.shape == (2, channels, 8, 8)
@@ -379,6 +401,12 @@ def test_a_class_conditional_unet_is_refused(build):
         ({"gamma": [1, float("nan")]}, "finite weights"),
         ({"gamma": [0, 0]}, "Every gamma is 0"),
         ({"gamma": "[1, 2"}, "gamma.*JSON"),
+        ({"gamma": [1, -1]}, "none below 0"),
+        ({"gamma": [[1, 2], [3]]}, "gamma is .*give K = 2 finite weights"),
+        ({"gamma": '["a", 1]'}, "gamma is .*give K = 2 finite weights"),
+        ({"K": True}, "K is True"),
+        ({"alpha": True}, "alpha is True"),
+        ({"strategy_space": {"learning_rates": None}}, "learning_rates is None: give a non-empty list"),
         ({"strategy_space": '{"optimizers": ["adam"'}, "strategy_space.*JSON"),
         ({"strategy_space": {"optimizer": ["adam"]}}, "no field 'optimizer'. Did you mean 'optimizers'"),
         ({"strategy_space": {"optimizers": ["adm"]}}, "optimizer is 'adm'.*Did you mean 'adam'"),

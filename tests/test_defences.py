@@ -152,7 +152,7 @@ def test_mixing_needs_distillation_and_continuous_inputs(tmp_path, caplog):
         ),
     )
     args = SophonConfig(str(tmp_path), distillation=1.0, mixing=True, use_cpu=True)
-    trainer = SophonTrainer(BertForSequenceClassification(config), tokens, tokens, args)
+    trainer = SophonTrainer(BertForSequenceClassification(config), tokens, tokens.select(range(30)), args)
     assert "'input_ids' holds torch.int64: left out" in caplog.text
     assert not trainer.args.mixing and not trainer.distillation.mixing
 
@@ -266,11 +266,16 @@ def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path, caplog)
     config = read_arguments([*arguments, "--preset", "representation", "--after_rollback", "stop"])[1]
     assert (config.after_rollback, config.slack) == ("stop", 0.0)
     assert (
-        "slack counts with after_rollback='no_rollback' and evaluations on the way only, not with 'stop'" in caplog.text
+        "slack counts with after_rollback='no_rollback', a tolerance above 0 and evaluations on the way only, not with 'stop'"
+        in caplog.text
     )
     config = read_arguments([*arguments, "--preset", "representation", "--eval_strategy", "no"])[1]
     assert (config.after_rollback, config.slack) == ("no_rollback", 0.0)
-    assert "and eval_strategy='no': it is 0." in caplog.text
+    for unseen in ({"eval_strategy": "no"}, {"eval_strategy": "epoch"}, {"eval_steps": 1200}, {"tolerance": 0.0}):
+        caplog.clear()
+        assert SophonConfig.preset("representation", **unseen).slack == 0
+        assert "slack counts with" in caplog.text
+    SophonConfig.preset("representation", l_FTS=0)  # No adversary, so none whose warm-up could not end.
     with pytest.raises(ValueError, match="preset is 'strong'"):
         read_arguments([*arguments, "--preset", "strong"])
 

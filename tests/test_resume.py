@@ -306,3 +306,37 @@ def test_a_fresh_run_does_not_overwrite_a_saved_model(finished, tmp_path):
     shutil.copy(finished[0] / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"holds another run \(model.safetensors\)"):
         build(tmp_path).train()
+
+
+def builder(tmp_path: Path):
+    """`build` of the script above."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    return runpy.run_path(str(tmp_path / "run.py"))["build"]
+
+
+PERSISTENT = {"persistent": 1, "horizon": 8, "eval_strategy": "no", "eval_on_start": False, "max_steps": 5}
+
+
+@pytest.mark.parametrize("changes", [{"save_strategy": "no"}, {"save_only_model": True}, {"save_steps": 2}])
+def test_adversaries_that_live_on_bind_a_run_to_where_it_saves(tmp_path, changes):
+    build = builder(tmp_path)
+    build(str(tmp_path / "run"), **PERSISTENT).train()
+    with pytest.raises(ValueError, match=f"belongs to another run: its {next(iter(changes))}"):
+        build(str(tmp_path / "run"), **{**PERSISTENT, **changes}).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4")
+        )
+
+
+def test_what_is_distilled_must_be_the_model_from_before(tmp_path):
+    """A half-protected model would be taken for the unprotected one."""
+    settings = {"distillation": 1.0, "eval_strategy": "no", "eval_on_start": False, "max_steps": 5}
+    build, checkpoint = builder(tmp_path), str(tmp_path / "run" / "checkpoint-4")
+    build(str(tmp_path / "run"), **settings).train()
+    build(str(tmp_path / "run"), **settings).train(resume_from_checkpoint=checkpoint)
+    scope = runpy.run_path(str(tmp_path / "run.py"))
+    half = scope["fitted"]()
+    with torch.no_grad():
+        half.head.weight.add_(0.01)
+    again = SophonTrainer(half, scope["points"](1), scope["points"](2), build(str(tmp_path / "run"), **settings).args)
+    with pytest.raises(ValueError, match="belongs to another run: its base model"):
+        again.train(resume_from_checkpoint=checkpoint)

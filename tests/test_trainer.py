@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, fitted, make_points
+from naive_suppression import batches_without_repetition
 from observed import SPACE, Observer, assert_equal, config, guarded, state_of
 from torch import nn
 from torch.nn import functional as F
@@ -36,7 +37,8 @@ def naive_suppression(theta: nn.Module, restricted, task, args: SophonConfig, st
         seed = derive_seed(args.seed, "adversary", step, loop, i)
         phi = args.space.sample(derive_seed(seed, "strategy"))
         environment = sample_environment(restricted, task, phi, seed)
-        R, T = environment.fine_tuning.batches(phi.batch_size), environment.evaluation.batches(phi.batch_size)
+        R = environment.fine_tuning.batches(phi.batch_size)
+        T = batches_without_repetition(environment.evaluation, phi.batch_size)
         vartheta = copy.deepcopy(theta)
         if phi.initialization == "new_head":
             torch.manual_seed(seed)

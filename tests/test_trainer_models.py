@@ -26,7 +26,7 @@ def pixels(seed: int, column: str, labelled: bool = True, size: int = 8, example
 
 
 def train_saving(tmp_path, model, column: str, **kwargs) -> SophonTrainer:
-    args = guarded(tmp_path, tolerance=10.0, save_strategy="steps", save_steps=2)
+    args = guarded(tmp_path, tolerance=1.0, save_strategy="steps", save_steps=2)
     labelled = column == "pixel_values"
     trainer = SophonTrainer(model, pixels(1, column, labelled), pixels(2, column, labelled), args, **kwargs)
     trainer.train()

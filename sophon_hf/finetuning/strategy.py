@@ -211,7 +211,7 @@ class StrategySpace:
         learning_rates: Rates.
         batch_sizes: Examples a step, of R_i and of T_i.
         weight_decays: Weight decays.
-        schedules: Over the K steps of the simulation.
+        schedules: Over an adversary's updates: K, or the horizon of one that lives on, from a warm-up's end on.
         preparations: Of None and "warm_up", with which the first half of an adversary's updates are made on original data.
     """
 
@@ -228,7 +228,7 @@ class StrategySpace:
     def __post_init__(self) -> None:
         for field in fields(self):
             values = getattr(self, field.name)
-            if isinstance(values, (str, int, float)) or not len(values):
+            if values is None or isinstance(values, (str, int, float)) or not len(values):
                 raise ValueError(f"{field.name} is {values!r}: give a non-empty list to draw from.")
             numeric = field.name in ("learning_rates", "weight_decays")
             values = tuple(_as_number(v, field.name) for v in values) if numeric else tuple(values)

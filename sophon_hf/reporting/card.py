@@ -83,6 +83,7 @@ def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict
         "K": _listed(claim.method.hyper_parameters.get("K")),
         "space": "; ".join(f"{k.replace('_', ' ')} {_listed(v)}" for k, v in claim.method.strategy_space.items()),
         "intactness": _intactness(claim),
+        "simulated": _simulated(claim),
         "attacks": None if claim.attacks is None else _attack_section(claim, claim.attacks),
         "curves": CURVES if (Path(folder) / CURVES).exists() and claim.attacks is not None else None,
         "loading": _loading(Path(folder), claim, repo_id),
@@ -305,6 +306,16 @@ def _intactness(claim: Claim) -> str:
         "its test split" if claim.measured_on_test else "data held out of the defender's, by which the state was chosen"
     )
     return f"Original domain, {claim.metric}: {before} before protection, {after} after ({where})."
+
+
+def _simulated(claim: Claim) -> str | None:
+    before, after = claim.protection.simulated_before, claim.protection.simulated_after
+    if before is None or after is None:
+        return None
+    return (
+        f"The defender's own simulated adversaries, who are weaker than attacks, reach {claim.metric} {_figure(claim, before)} in the "
+        f"restricted domain before protection, and {_figure(claim, after)} after."
+    )
 
 
 def _attack_section(claim: Claim, report: AttackReport) -> dict[str, Any]:
