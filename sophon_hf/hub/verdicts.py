@@ -14,7 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks import AttackResults, Cell, Curve, RecoveredTransfer
 from sophon_hf.attacks.checks import check
-from sophon_hf.attacks.results import NO_INTERVAL
+from sophon_hf.attacks.score import NO_INTERVAL
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.finetuning import FineTuningStrategy
 

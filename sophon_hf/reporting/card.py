@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.results import UNTRAINED, describe_interval, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, write_atomically
+from sophon_hf.attacks.score import describe_interval
 from sophon_hf.claim import AttackFigures, AttackReport, Claim
 
 logger = logging.getLogger(__name__)

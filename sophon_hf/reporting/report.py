@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
-from sophon_hf.attacks.results import UNTRAINED, AttackResults, describe_interval, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, write_atomically
+from sophon_hf.attacks.score import describe_interval
 from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
