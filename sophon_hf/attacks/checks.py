@@ -10,7 +10,6 @@ from sophon_hf.attacks.results import AttackResults
 
 LEARNED = 0.02
 STILL_RISING = 0.01
-COLLAPSED = 0.10
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,11 @@ def check(results: AttackResults) -> list[FailedCheck]:
         *_still_rising(results),
         *_gradients(results),
         *_original_collapsed(results),
+        *_broken_off(results),
     ]
     transfer = results.recovered_transfer()
-    if transfer.void is not None:
+    # A check of its own may have said it.
+    if transfer.void is not None and transfer.void not in [failed.message for failed in found]:
         found.append(FailedCheck("no transfer to score", transfer.void, voids=True))
     data = results.facts.get("data", {})
     if data and data.get("validation") == data.get("test"):
@@ -131,16 +132,12 @@ def _gradients(results: AttackResults) -> list[FailedCheck]:
 
 
 def _original_collapsed(results: AttackResults) -> list[FailedCheck]:
-    before, after = (results.original_metric.get(name) for name in ("original", "protected"))
-    if before is None or after is None:
+    if not {"original", "protected"} <= set(results.original_metric):
         return [FailedCheck("intactness not measured", "no test split of the original domain was given")]
-    drop = before - after if results.greater_is_better else after / before - 1
-    if drop <= COLLAPSED:
-        return []
-    return [
-        FailedCheck(
-            "original domain collapsed",
-            f"{results.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model",
-            voids=True,
-        )
-    ]
+    reason = results.collapsed()
+    return [] if reason is None else [FailedCheck("original domain collapsed", reason, voids=True)]
+
+
+def _broken_off(results: AttackResults) -> list[FailedCheck]:
+    reason = results.broken_off()
+    return [] if reason is None else [FailedCheck("attacks broke off", reason, voids=True)]

@@ -18,6 +18,8 @@ from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.plots import plot_curves
 from sophon_hf.schema import finite_or_none
 
+# Of the original metric: points of accuracy, or a share of the MSE before.
+COLLAPSED = 0.10
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
 
@@ -137,10 +139,37 @@ class AttackResults:
         protected, original, scratch = self.best(model, among), self.best("original", among), self.best("scratch")
         if protected is None or original is None or scratch is None:
             return RecoveredTransfer(None, None, f"an attack on {model}, original or scratch is missing")
+        if reason := self.collapsed(model) or self.broken_off(model, among):
+            return RecoveredTransfer(None, None, reason)
         return recovered_transfer(
             protected, original, scratch, metric=self.metric, greater_is_better=self.greater_is_better,
             test_examples=self.test_examples,
         )  # fmt: skip
+
+    def collapsed(self, model: str = "protected") -> str | None:
+        """How a model lost the original domain; None where it did not, or where that was not measured."""
+        before, after = (self.original_metric.get(name) for name in ("original", model))
+        if before is None or after is None:
+            return None
+        drop, allowed = (before - after, COLLAPSED) if self.greater_is_better else (after - before, COLLAPSED * before)
+        # Written so that NaN has collapsed too.
+        if drop <= allowed:
+            return None
+        return f"{self.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model"
+
+    def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
+        """Which attacks ended on the original model and failed with every seed on another one; None where none did."""
+        ended, compared = ({s for s, _ in self.by_strategy(name)} for name in (model, "original"))
+        hidden = compared - ended if among is None else (compared - ended) & set(among)
+        names = dict.fromkeys(
+            c.strategy.name for c in self.cells if c.model == model and c.failed and c.strategy in hidden
+        )
+        if not names:
+            return None
+        return (
+            f"attacks that ended on the original model broke off with every seed on {model}, where they might have been the "
+            f"strongest: {'; '.join(names)}"
+        )
 
     def cost_to_recover(self) -> dict[str, float] | None:
         """What the strongest attack on the protected model pays until it is as good as the best training from scratch.

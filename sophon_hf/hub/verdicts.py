@@ -105,6 +105,8 @@ def as_results(report: AttackReport, claim: Claim) -> AttackResults:
                 value = math.nan if test is None else test
                 curve = Curve([attack.epoch], [0], [value], [attack.validation], [math.nan], [math.nan])
                 cells.append(Cell(attack.model, strategy, seed, curve))
+        # A claim tells how many seeds broke off, and not which.
+        cells += [Cell(attack.model, strategy, -number, error="broke off") for number in range(1, attack.failed + 1)]
     examples = report.data["test"].examples if "test" in report.data else 1
     return AttackResults(cells, claim.metric, claim.greater_is_better, examples, report.original_metric)
 
