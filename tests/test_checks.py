@@ -1,16 +1,20 @@
-"""What voids a score: a model that lost the original domain, and attacks that broke off on the protected model only."""
+"""Attacks that broke off or diverged, and models that lost the original domain: none of them passes for resistance."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_results import A, B, cells, found, make_results
 
 from sophon_hf.attacks import AttackResults, Cell
-from sophon_hf.claim import Transfer
-from sophon_hf.hub.verdicts import judge_consistency
+from sophon_hf.attacks.score import mean_of_finite
+from sophon_hf.claim import AttackReport, Transfer
+from sophon_hf.hub.verdicts import as_results, judge_consistency
+from sophon_hf.reporting.card import make_card
+from sophon_hf.reporting.report import write_report
 
 
 @pytest.fixture
@@ -101,3 +105,69 @@ def test_an_error_of_nothing_has_collapsed_once_there_is_one():
     results = make_results([0.05] * 3, [0.02] * 3, [0.08] * 3, metric="mse", greater_is_better=False, start=1.0)
     results.original_metric = {"original": 0.0, "protected": 0.01}
     assert results.recovered_transfer().value is None
+
+
+# Seeds that diverged.
+
+
+@pytest.fixture
+def diverged() -> AttackResults:
+    """An MSE, where one of three seeds of the strongest attack on the protected model has no number at the end."""
+    error = {"metric": "mse", "greater_is_better": False, "start": 1.0}
+    results = make_results([0.04, 0.05, 0.06], [0.02] * 3, [0.08] * 3, **error)
+    results.cells += cells("protected", [0.07] * 3, B, start=1.0)
+    first = results.of("protected")[0].curve
+    first.test, first.validation = [1.0, math.nan, math.inf], [1.0, math.inf, math.nan]
+    return results
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_seed_that_diverged_does_not_hide_the_others(diverged, tmp_path):
+    best = diverged.best("protected")
+    assert best.strategy == A and best.test == (0.05, 0.06)
+    assert (best.mean, best.sd) == (pytest.approx(0.055), pytest.approx(np.std([0.05, 0.06], ddof=1)))
+    assert best.standard_error == pytest.approx(best.sd / math.sqrt(2))
+    transfer = diverged.recovered_transfer()
+    assert transfer.value == pytest.approx((0.08 - 0.055) / 0.06)
+    assert transfer.interval[0] < transfer.value < transfer.interval[1]
+    assert diverged.cost_to_recover()["steps"] == 10
+    message, voids = found(diverged)["seeds that are not finite"]
+    assert message == f"left out of the means: 1 of 3 of {A.name} on protected" and not voids
+    assert "few seeds" in found(diverged) and "still rising at the last epoch" not in found(diverged)
+    write_report(diverged, tmp_path)
+    assert "| 0.055 ±0.007 (2 of 3) |" in (tmp_path / "report.md").read_text()
+
+
+def test_results_that_were_saved_and_claimed_keep_what_diverged_out_of_the_means(diverged, tmp_path, truth):
+    diverged.save(tmp_path / "results.json")
+    loaded, report = AttackResults.load(tmp_path / "results.json"), AttackReport.from_results(diverged)
+    assert loaded.best("protected") == diverged.best("protected")
+    figures = report.strongest("protected", False)
+    assert figures.test == [None, 0.05, 0.06] and figures.mean == diverged.best("protected").mean
+    claim = replace(truth["claim"], attacks=report, metric="mse", greater_is_better=False)
+    assert as_results(report, claim).best("protected").mean == figures.mean
+    assert "0.055 ± 0.007071 (2 of 3 seeds are finite)" in str(make_card(tmp_path, claim, "alice/model"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_attack_of_which_no_seed_is_finite_is_told_and_never_chosen(diverged):
+    for cell in diverged.of("protected"):
+        if cell.strategy == A:
+            cell.curve.test = cell.curve.validation = [math.nan] * 3
+    assert diverged.best("protected").strategy == B
+    assert f"3 of 3 of {A.name} on protected" in found(diverged)["seeds that are not finite"][0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_best_attack_without_a_finite_test_metric_voids(clean):
+    for cell in clean.of("protected"):
+        cell.curve.test = [0.1, math.nan, math.nan]
+    assert clean.best("protected").test == () and math.isnan(clean.best("protected").mean)
+    assert f"{A.name}, is finite on the test split" in clean.recovered_transfer().void
+
+
+@pytest.mark.filterwarnings("error")
+def test_means_of_what_is_finite():
+    nan, inf = math.nan, math.inf
+    np.testing.assert_equal(mean_of_finite([[1.0, nan, nan, inf], [3.0, 5.0, nan, 2.0]]), [2.0, 5.0, nan, 2.0])
+    assert mean_of_finite([1.0, nan, 2.0]) == 1.5 and math.isnan(mean_of_finite([]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.score import mean_of_finite
 
 LEARNED = 0.02
 STILL_RISING = 0.01
@@ -32,6 +33,7 @@ def check(results: AttackResults) -> list[FailedCheck]:
     found = [
         *_failed_cells(results),
         *_too_few_seeds(results),
+        *_seeds_not_finite(results),
         *_broken_attacks(results),
         *_still_rising(results),
         *_gradients(results),
@@ -88,10 +90,21 @@ def _too_few_seeds(results: AttackResults) -> list[FailedCheck]:
     return found
 
 
+def _seeds_not_finite(results: AttackResults) -> list[FailedCheck]:
+    found = []
+    for model in dict.fromkeys(cell.model for cell in results.cells):
+        stopped = results.stopped(model)
+        for strategy, cells in results.by_strategy(model):
+            lost = len(cells) - (len(stopped[strategy].test) if strategy in stopped else 0)
+            if lost:
+                found.append(f"{lost} of {len(cells)} of {strategy.name} on {model}")
+    return [FailedCheck("seeds that are not finite", "left out of the means: " + "; ".join(found))] if found else []
+
+
 def _broken_attacks(results: AttackResults) -> list[FailedCheck]:
     names, least = [], LEARNED * _scale(results)
     for strategy, cells in results.by_strategy("original"):
-        gain = np.mean([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
+        gain = mean_of_finite([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
         if not gain > least:
             names.append(strategy.name)
     if not names:
@@ -106,8 +119,8 @@ def _still_rising(results: AttackResults) -> list[FailedCheck]:
     if best is None:
         return []
     cells = [cell for cell in results.of("protected") if cell.strategy == best.strategy]
-    mean = _sign(results) * np.mean([cell.curve.test for cell in cells], axis=0)
-    if len(mean) < 2 or mean[-1] - mean[-2] <= STILL_RISING * _scale(results):
+    mean = _sign(results) * mean_of_finite([cell.curve.test for cell in cells])
+    if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * _scale(results):
         return []
     return [
         FailedCheck(

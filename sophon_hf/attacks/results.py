@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.attack import Curve
-from sophon_hf.attacks.score import BestAttack, RecoveredTransfer, recovered_transfer
+from sophon_hf.attacks.score import BestAttack, RecoveredTransfer, mean_of_finite, recovered_transfer
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.plots import plot_curves
 from sophon_hf.schema import finite_or_none
@@ -101,14 +101,19 @@ class AttackResults:
         yield from groups.items()
 
     def stopped(self, model: str) -> dict[FineTuningStrategy, BestAttack]:
-        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out."""
+        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out.
+
+        A seed that diverged says nothing of the others: a mean is over those that are finite.
+        """
         sign, found = 1 if self.greater_is_better else -1, {}
         for strategy, cells in self.by_strategy(model):
-            validation = np.mean([cell.curve.validation for cell in cells], axis=0)
+            validation = mean_of_finite([cell.curve.validation for cell in cells])
             if np.isfinite(validation).any():
                 point = int(np.nanargmax(sign * validation))
-                epoch, test = cells[0].curve.epoch[point], tuple(cell.curve.test[point] for cell in cells)
-                found[strategy] = BestAttack(strategy, epoch, float(validation[point]), test)
+                test = (cell.curve.test[point] for cell in cells)
+                found[strategy] = BestAttack(
+                    strategy, cells[0].curve.epoch[point], float(validation[point]), tuple(filter(math.isfinite, test))
+                )
         return found
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> BestAttack | None:
@@ -182,7 +187,7 @@ class AttackResults:
         if protected is None or scratch is None:
             return None
         cells = [cell for cell in self.of("protected") if cell.strategy == protected.strategy]
-        mean = np.mean([cell.curve.test for cell in cells], axis=0)
+        mean = mean_of_finite([cell.curve.test for cell in cells])
         reached = np.flatnonzero(mean >= scratch.mean if self.greater_is_better else mean <= scratch.mean)
         if not len(reached):
             return None

@@ -22,8 +22,8 @@ class BestAttack:
     Attributes:
         strategy: The attack.
         epoch: Where it was stopped.
-        validation: Mean validation metric there, over the seeds.
-        test: Test metric there, one value a seed.
+        validation: Mean validation metric there, over the seeds whose metric is finite.
+        test: Test metric there, one value a seed; a seed whose metric is not finite is left out.
     """
 
     strategy: FineTuningStrategy
@@ -34,12 +34,25 @@ class BestAttack:
     @property
     def mean(self) -> float:
         """Mean over the seeds."""
-        return float(np.mean(self.test))
+        return float(mean_of_finite(self.test))
 
     @property
     def sd(self) -> float:
         """Standard deviation over the seeds."""
         return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, as far as the seeds tell it; NaN without any."""
+        return self.sd / len(self.test) ** 0.5 if self.test else float("nan")
+
+
+def mean_of_finite(values: Sequence) -> np.ndarray:
+    """The mean over the first axis, of what is finite there; NaN where nothing is."""
+    values = np.asarray(values, dtype=float)
+    finite = np.isfinite(values)
+    total, count = np.where(finite, values, 0).sum(axis=0), finite.sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def describe_interval(interval: Sequence[float] | None) -> str:
@@ -103,13 +116,15 @@ def recovered_transfer(
             "(3 points, and three standard errors) for a transfer to protect"
         )
         return RecoveredTransfer(None, None, reason)
+    if not protected.test:
+        reason = f"no seed of the strongest attack, {protected.strategy.name}, is finite on the test split"
+        return RecoveredTransfer(None, None, reason)
     value = (protected.mean - scratch.mean) / (original.mean - scratch.mean)
     return RecoveredTransfer(float(value), _interval((protected, original, scratch), counted))
 
 
 def _standard_error(attack: BestAttack, counted: int | None) -> float:
-    seeds = attack.sd / np.sqrt(len(attack.test))
-    return float(np.hypot(seeds, _test_noise(attack.mean, counted)))
+    return float(np.hypot(attack.standard_error, _test_noise(attack.mean, counted)))
 
 
 def _test_noise(mean: float, counted: int | None) -> float:

@@ -162,7 +162,7 @@ def judge_strongest(claim: Claim, results: AttackResults, same_data: bool) -> Ve
         return Verdict(name, NOT_CHECKABLE, claimed, measured, why)
     scale = 1.0 if claim.metric == "accuracy" else abs(theirs.mean)
     sign = 1 if claim.greater_is_better else -1
-    spread = sum(best.sd**2 / len(best.test) for best in (theirs, ours))
+    spread = sum(best.standard_error**2 for best in (theirs, ours))
     error = QUANTILE * math.sqrt(spread) / scale + ROUNDING
     precision = ACCURACY_PRECISION if claim.metric == "accuracy" else MSE_PRECISION
     verdict, why = compare(sign * theirs.mean / scale, sign * ours.mean / scale, error, precision, same_data)

@@ -14,7 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
 from sophon_hf.attacks.results import UNTRAINED, AttackResults, write_atomically
-from sophon_hf.attacks.score import describe_interval
+from sophon_hf.attacks.score import describe_interval, mean_of_finite
 from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
@@ -204,7 +204,7 @@ def _models(results: AttackResults) -> list[str]:
 
 
 def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
-    """Mean ± SD at each measured epoch, one row a model and attack."""
+    """Mean ± SD at each measured epoch, one row a model and attack; of the seeds that are finite, where not all are."""
     epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
     # All points are in results.json; a table for readers has a dozen columns.
     epochs = epochs[:: -(-len(epochs) // COLUMNS)] + epochs[-1:] if len(epochs) > COLUMNS else epochs
@@ -214,10 +214,15 @@ def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
         for strategy, cells in results.by_strategy(model):
             row = {}
             for point, epoch in enumerate(cells[0].curve.epoch):
-                values = [cell.curve.test[point] for cell in cells]
-                row[round(epoch, 2)] = f"{np.mean(values):.3f} ±{np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+                row[round(epoch, 2)] = _spread([cell.curve.test[point] for cell in cells])
             rows.append([model, strategy.name, *(row.get(epoch, "") for epoch in epochs)])
     return ["model", "attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
+
+
+def _spread(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    lost = f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else ""
+    return f"{mean_of_finite(finite):.3f} ±{np.std(finite, ddof=1) if len(finite) > 1 else 0:.3f}{lost}"
 
 
 def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
@@ -228,7 +233,7 @@ def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]
     values = np.full((len(row), len(models)), math.nan)
     for column, model in enumerate(models):
         for strategy, cells in results.by_strategy(model):
-            values[row[strategy.name], column] = np.mean([cell.curve.test[-1] for cell in cells])
+            values[row[strategy.name], column] = mean_of_finite([cell.curve.test[-1] for cell in cells])
     # NaN comes last.
     order = np.argsort(-values[:, 0] if results.greater_is_better else values[:, 0])
     kept = np.sort(order[:ROWS])
