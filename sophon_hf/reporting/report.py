@@ -87,7 +87,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "recovered_by_original_data": None if void or of_data.value is None else str(of_data),
         "best": best,
         "original_metric": results.original_metric,
-        "cost_to_recover": results.cost_to_recover(),
+        "cost_to_recover": None if void else results.cost_to_recover(),
         "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
         "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable and c.model != UNTRAINED}),
@@ -167,7 +167,7 @@ def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
             f"An untrained model that warms up on the adversary's original data recovers {of_data} on the same scale, without any "
             "published weights; attacks on the protected model that need no such data are not explained by it."
         )
-    if {"protected", "scratch"} <= set(summary["best"]):
+    if summary["void"] is None:
         cost = summary["cost_to_recover"]
         parts.append(
             f"Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
