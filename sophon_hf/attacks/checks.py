@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sophon_hf.attacks.adaptive import NO_ORIGINAL_DATA
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import mean_of_finite
 
@@ -32,6 +33,7 @@ def check(results: AttackResults) -> list[FailedCheck]:
     """All failed checks of a sweep; an empty list means that nothing was found wrong."""
     found = [
         *_failed_cells(results),
+        *_warm_ups_left_out(results),
         *_too_few_seeds(results),
         *_seeds_not_finite(results),
         *_broken_attacks(results),
@@ -71,6 +73,19 @@ def _failed_cells(results: AttackResults) -> list[FailedCheck]:
         FailedCheck(
             "cells failed",
             f"{len(failed)} of {len(results.cells)}; the first, {first.strategy.name} on {first.model}: {first.error}",
+        )
+    ]
+
+
+def _warm_ups_left_out(results: AttackResults) -> list[FailedCheck]:
+    count = len({cell.strategy for cell in results.cells if cell.error == NO_ORIGINAL_DATA})
+    if not count:
+        return []
+    return [
+        FailedCheck(
+            "warm-ups left out",
+            f"attacks that warm up on original data had none ({count} of the sweep): give `original_dataset` (`--original_data` of "
+            "`sophon-hf attack`)",
         )
     ]
 
