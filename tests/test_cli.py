@@ -65,6 +65,15 @@ def test_every_command_explains_itself(command, capsys):
     assert f"  {command} " in cli.USAGE
 
 
+@pytest.mark.parametrize("command, own", [("attack", "attacks"), ("audit", "audit")])
+def test_the_help_of_attacks_tells_the_defaults(command, own, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("strong", "[0, 1, 2]", "train", own):
+        assert f"(default: {default})" in text
+
+
 def test_the_help_of_protect_names_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.main(["protect", "--help"])

@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sophon-hf attack",
         description="Attack a protected model, the original one, and train from scratch, at the same budget.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--protected", required=True, help="Hub id or folder of the protected model")
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train an attack's seeds together: for models that leave a GPU idle",
     )
-    add("--examples", type=int, help="the adversary's examples, stratified; all by default")
+    add("--examples", type=int, help="the adversary's examples, stratified; all where left out")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
     )
