@@ -256,6 +256,32 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert (attacks / "report" / "index.html").exists()
 
 
+def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, config, capsys):
+    (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
+    attack = [
+        "attack",
+        "--original",
+        config["model"],
+        "--restricted",
+        config["restricted"],
+        "--dry-run",
+        "--epochs",
+        "1",
+    ]
+    attack += ["--sweep", str(tmp_path / "sweep.json"), "--seeds", "0", "--benign", config["original"]]
+    cli.main([*attack, "--protected", "user/nope"])
+    lines = capsys.readouterr().out.splitlines()
+    # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
+    assert lines[0] == f"6 cells, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
+    assert lines[2:] == [
+        "The same attacks run on the 60 examples of the allowed task, which are counted above.",
+        "'user/nope' is no folder here, and was not looked up on the Hub.",
+    ]
+    for model, message in (("./nope", "There is no folder './nope'"), (str(tmp_path), "no model is saved there")):
+        with pytest.raises(SystemExit, match=message):
+            cli.main([*attack, "--protected", model])
+
+
 def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys):
     model = ResNetForImageClassification.from_pretrained(config["model"])
     task = infer_task(model)

@@ -343,12 +343,20 @@ class AttackSuite:
             pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
         return {title: path for title, path in pictures.items() if path.exists()}
 
-    def plan(self, examples: int, models: int = 2) -> dict[str, int]:
-        """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
-        attacks = [*self.strategies * models, *scratch(self.strategies), *warming_up(self.strategies)]
-        seeds = len(self.seeds)
-        steps = [s.total_steps(examples) for s in attacks]
-        images = [n * min(s.batch_size, examples) for n, s in zip(steps, attacks, strict=True)]
+    def plan(self, examples: int, models: int = 2, benign_examples: int | None = None) -> dict[str, int]:
+        """What `run` would do at most: cells, optimizer steps and images.
+
+        Args:
+            examples: The adversary's training examples.
+            models: How many are attacked, the protected and the original one among them.
+            benign_examples: Those of the allowed task, where there is one.
+        """
+        seeds, from_scratch = len(self.seeds), scratch(self.strategies)
+        attacks = [(s, examples) for s in [*self.strategies * models, *from_scratch, *warming_up(self.strategies)]]
+        if benign_examples is not None:
+            attacks += [(s, benign_examples) for s in [*self.strategies * 2, *from_scratch]]
+        steps = [s.total_steps(count) for s, count in attacks]
+        images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
         return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
 
     def _facts(
