@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sophon_hf.attacks.checks import FailedCheck, check
 from sophon_hf.attacks.results import AttackResults, Cell, write_atomically
+from sophon_hf.attacks.score import mean_of_finite
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning import FineTuningStrategy, StrategySpace
 from sophon_hf.finetuning.strategy import check_choice
@@ -107,7 +106,7 @@ class AttackFigures:
         strategy: As `FineTuningStrategy.to_dict` writes it.
         seeds: Those whose run ended.
         epoch: Where the adversary stops, chosen on validation data; None where nothing could be chosen.
-        validation: Mean over the seeds there.
+        validation: Mean there, over the seeds that are finite.
         test: Metric in the restricted domain there, one value a seed; None where it is not finite.
         final: The same at the last measured epoch.
         failed: Seeds whose run broke off.
@@ -142,8 +141,8 @@ class AttackFigures:
 
     @property
     def mean(self) -> float:
-        """Test metric at the chosen epoch, mean over the seeds; NaN where one is not finite."""
-        return _mean(self.test)
+        """Test metric at the chosen epoch, mean over the seeds that are finite; NaN where none is."""
+        return float(mean_of_finite([math.nan if v is None else v for v in self.test]))
 
 
 @dataclass(frozen=True)
@@ -364,10 +363,6 @@ def _attacks(results: AttackResults) -> list[AttackFigures]:
             )
         )
     return found
-
-
-def _mean(values: list[float | None]) -> float:
-    return float(np.mean([math.nan if v is None else v for v in values])) if values else math.nan
 
 
 def printable(text: str) -> str:

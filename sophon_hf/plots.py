@@ -48,7 +48,7 @@ def plot_curves(
         axis.set_visible(False)
     for axis, (name, models) in zip(axes.flat, panels.items(), strict=False):
         for model, (epochs, seeds) in models.items():
-            values = np.array(seeds)
+            values = np.ma.masked_invalid(seeds)  # A seed that diverged hides none of the others.
             mean, spread = values.mean(axis=0), values.std(axis=0)
             colour = COLOURS.get(model)
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)

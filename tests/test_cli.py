@@ -65,6 +65,15 @@ def test_every_command_explains_itself(command, capsys):
     assert f"  {command} " in cli.USAGE
 
 
+@pytest.mark.parametrize("command, own", [("attack", "attacks"), ("audit", "audit")])
+def test_the_help_of_attacks_tells_the_defaults(command, own, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("strong", "[0, 1, 2]", "train", own):
+        assert f"(default: {default})" in text
+
+
 def test_the_help_of_protect_names_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.main(["protect", "--help"])
@@ -245,6 +254,32 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert "Benign fine-tunability, protected minus original: " in attacking
     assert reporting == attacking, "the report tells again what was found"
     assert (attacks / "report" / "index.html").exists()
+
+
+def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, config, capsys):
+    (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
+    attack = [
+        "attack",
+        "--original",
+        config["model"],
+        "--restricted",
+        config["restricted"],
+        "--dry-run",
+        "--epochs",
+        "1",
+    ]
+    attack += ["--sweep", str(tmp_path / "sweep.json"), "--seeds", "0", "--benign", config["original"]]
+    cli.main([*attack, "--protected", "user/nope"])
+    lines = capsys.readouterr().out.splitlines()
+    # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
+    assert lines[0] == f"6 cells, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
+    assert lines[2:] == [
+        "The same attacks run on the 60 examples of the allowed task, which are counted above.",
+        "'user/nope' is no folder here, and was not looked up on the Hub.",
+    ]
+    for model, message in (("./nope", "There is no folder './nope'"), (str(tmp_path), "no model is saved there")):
+        with pytest.raises(SystemExit, match=message):
+            cli.main([*attack, "--protected", model])
 
 
 def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys):

@@ -102,6 +102,7 @@ def test_a_void_score_is_absent_and_said_so(results, tmp_path, change, reason):
     page = (tmp_path / "index.html").read_text()
     assert '<p class="score">void</p>' in page and "(voids the score)" in page
     assert not re.search(r'class="score">[^<]*%', page)
+    assert summary["cost_to_recover"] is None and "scratch&#x27;s result" not in page
 
 
 def test_the_page_is_self_contained(results, tmp_path):

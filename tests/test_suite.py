@@ -11,6 +11,7 @@ from conftest import TinyNet, make_points
 
 from sophon_hf.attacks import AttackResults, run_attacks, suite
 from sophon_hf.attacks.adaptive import untrained_copy
+from sophon_hf.attacks.checks import check
 from sophon_hf.data import build_domain
 from sophon_hf.tasks import infer_task
 
@@ -152,11 +153,17 @@ def test_a_warm_up_that_lacked_original_data_runs_once_it_has_them(tmp_path, dat
     warm = NEW_HEAD.with_changes(preparation="warm_up")
     first = make_suite(tmp_path, [warm], seeds=[0]).run(**data)
     assert [c.applicable for c in first.cells] == [False, False, True]
+    assert "warm up on original data had none (1 of the sweep): give `original_dataset`" in left_out(first)
     calls.clear()
     second = make_suite(tmp_path, [warm], seeds=[0]).run(**data, original_dataset=make_points(3))
     assert calls == [warm, warm, warm]
     assert [c.model for c in second.cells] == ["protected", "original", "scratch", "untrained"]
     assert all(cell.curve for cell in second.cells)
+    assert left_out(second) == ""
+
+
+def left_out(results: AttackResults) -> str:
+    return "".join(failed.message for failed in check(results) if failed.name == "warm-ups left out")
 
 
 @pytest.mark.parametrize("stack_seeds", (False, True))

@@ -32,6 +32,8 @@ def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, d
     alone = make_suite(tmp_path / "alone").run(**{**data, **changed})
     means = {name: alone.best(name).mean for name in ("protected", "original", "scratch")}
     assert results.benign == {**means, "difference": means["protected"] - means["original"]}
+    files = sum(len(list(folder.iterdir())) for folder in (tmp_path / "both").rglob("cells"))
+    assert make_suite(tmp_path).plan(54, benign_examples=54)["cells"] == files == 20
     assert AttackResults.load(tmp_path / "both" / "results.json").benign == results.benign
     # The restricted domain's own result is what it is without.
     assert results.best("protected") == make_suite(tmp_path / "both").run(**data).best("protected")

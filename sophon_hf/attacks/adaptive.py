@@ -16,6 +16,7 @@ from sophon_hf.tasks.scales import fresh_norms, scale_invariant_layers, set_norm
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
 WARM_UP_STEPS = 100
+NO_ORIGINAL_DATA = "warming up needs data of the original domain, and none was given"
 
 
 def prepare_model(
@@ -42,7 +43,7 @@ def prepare_model(
         shrink_and_perturb(model, seed)
     elif strategy.preparation == "warm_up":
         if original is None:
-            raise NotApplicableError("warming up needs data of the original domain, and none was given")
+            raise NotApplicableError(NO_ORIGINAL_DATA)
         _warm_up(model, task, original, strategy, seed)
 
 

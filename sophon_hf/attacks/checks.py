@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sophon_hf.attacks.adaptive import NO_ORIGINAL_DATA
 from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.score import mean_of_finite
 
 LEARNED = 0.02
 STILL_RISING = 0.01
-COLLAPSED = 0.10
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,18 @@ def check(results: AttackResults) -> list[FailedCheck]:
     """All failed checks of a sweep; an empty list means that nothing was found wrong."""
     found = [
         *_failed_cells(results),
+        *_warm_ups_left_out(results),
         *_too_few_seeds(results),
+        *_seeds_not_finite(results),
         *_broken_attacks(results),
         *_still_rising(results),
         *_gradients(results),
         *_original_collapsed(results),
+        *_broken_off(results),
     ]
     transfer = results.recovered_transfer()
-    if transfer.void is not None:
+    # A check of its own may have said it.
+    if transfer.void is not None and transfer.void not in [failed.message for failed in found]:
         found.append(FailedCheck("no transfer to score", transfer.void, voids=True))
     data = results.facts.get("data", {})
     if data and data.get("validation") == data.get("test"):
@@ -72,6 +77,19 @@ def _failed_cells(results: AttackResults) -> list[FailedCheck]:
     ]
 
 
+def _warm_ups_left_out(results: AttackResults) -> list[FailedCheck]:
+    count = len({cell.strategy for cell in results.cells if cell.error == NO_ORIGINAL_DATA})
+    if not count:
+        return []
+    return [
+        FailedCheck(
+            "warm-ups left out",
+            f"attacks that warm up on original data had none ({count} of the sweep): give `original_dataset` (`--original_data` of "
+            "`sophon-hf attack`)",
+        )
+    ]
+
+
 def _too_few_seeds(results: AttackResults) -> list[FailedCheck]:
     asked = len(results.facts.get("seeds", []))
     found = []
@@ -87,10 +105,21 @@ def _too_few_seeds(results: AttackResults) -> list[FailedCheck]:
     return found
 
 
+def _seeds_not_finite(results: AttackResults) -> list[FailedCheck]:
+    found = []
+    for model in dict.fromkeys(cell.model for cell in results.cells):
+        stopped = results.stopped(model)
+        for strategy, cells in results.by_strategy(model):
+            lost = len(cells) - (len(stopped[strategy].test) if strategy in stopped else 0)
+            if lost:
+                found.append(f"{lost} of {len(cells)} of {strategy.name} on {model}")
+    return [FailedCheck("seeds that are not finite", "left out of the means: " + "; ".join(found))] if found else []
+
+
 def _broken_attacks(results: AttackResults) -> list[FailedCheck]:
     names, least = [], LEARNED * _scale(results)
     for strategy, cells in results.by_strategy("original"):
-        gain = np.mean([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
+        gain = mean_of_finite([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
         if not gain > least:
             names.append(strategy.name)
     if not names:
@@ -105,8 +134,8 @@ def _still_rising(results: AttackResults) -> list[FailedCheck]:
     if best is None:
         return []
     cells = [cell for cell in results.of("protected") if cell.strategy == best.strategy]
-    mean = _sign(results) * np.mean([cell.curve.test for cell in cells], axis=0)
-    if len(mean) < 2 or mean[-1] - mean[-2] <= STILL_RISING * _scale(results):
+    mean = _sign(results) * mean_of_finite([cell.curve.test for cell in cells])
+    if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * _scale(results):
         return []
     return [
         FailedCheck(
@@ -131,16 +160,12 @@ def _gradients(results: AttackResults) -> list[FailedCheck]:
 
 
 def _original_collapsed(results: AttackResults) -> list[FailedCheck]:
-    before, after = (results.original_metric.get(name) for name in ("original", "protected"))
-    if before is None or after is None:
+    if not {"original", "protected"} <= set(results.original_metric):
         return [FailedCheck("intactness not measured", "no test split of the original domain was given")]
-    drop = before - after if results.greater_is_better else after / before - 1
-    if drop <= COLLAPSED:
-        return []
-    return [
-        FailedCheck(
-            "original domain collapsed",
-            f"{results.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model",
-            voids=True,
-        )
-    ]
+    reason = results.collapsed()
+    return [] if reason is None else [FailedCheck("original domain collapsed", reason, voids=True)]
+
+
+def _broken_off(results: AttackResults) -> list[FailedCheck]:
+    reason = results.broken_off()
+    return [] if reason is None else [FailedCheck("attacks broke off", reason, voids=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.attack import Curve
+from sophon_hf.attacks.score import BestAttack, RecoveredTransfer, mean_of_finite, recovered_transfer
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.plots import plot_curves
 from sophon_hf.schema import finite_or_none
 
-LEAST_TRANSFER = 0.03
-STANDARD_ERRORS = 3.0
-BOOTSTRAP_SAMPLES = 2000
-NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
+# Of the original metric: points of accuracy, or a share of the MSE before.
+COLLAPSED = 0.10
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
 
@@ -66,63 +65,6 @@ class Cell:
         return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
 
 
-@dataclass(frozen=True)
-class BestAttack:
-    """The strongest attack on a model, chosen on validation data.
-
-    Attributes:
-        strategy: The attack.
-        epoch: Where it was stopped.
-        validation: Mean validation metric there, over the seeds.
-        test: Test metric there, one value a seed.
-    """
-
-    strategy: FineTuningStrategy
-    epoch: float
-    validation: float
-    test: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return float(np.mean(self.test))
-
-    @property
-    def sd(self) -> float:
-        """Standard deviation over the seeds."""
-        return float(np.std(self.test, ddof=1)) if len(self.test) > 1 else 0.0
-
-
-def describe_interval(interval: Sequence[float] | None) -> str:
-    """A 95 % interval in words, or why there is none."""
-    return NO_INTERVAL if interval is None else "95 % interval {:.0%} to {:.0%}".format(*interval)
-
-
-@dataclass(frozen=True)
-class RecoveredTransfer:
-    """RT = (best attack on protected - best scratch) / (best attack on original - best scratch).
-
-    1 = the protection does nothing; 0 = pre-training is worth nothing to the adversary; below 0: less than nothing.
-
-    Attributes:
-        value: RT, or None where it is void.
-        interval: 95 % bootstrap interval over seeds and test examples; None where RT is void, and for an MSE of one seed,
-            whose error nothing tells.
-        void: Why it is void, or None.
-    """
-
-    value: float | None
-    interval: tuple[float, float] | None
-    void: str | None = None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"void ({self.void})"
-        if self.interval is None:
-            return f"{self.value:.0%} ({NO_INTERVAL})"
-        return f"{self.value:.0%} [{self.interval[0]:.0%}, {self.interval[1]:.0%}]"
-
-
 @dataclass
 class AttackResults:
     """All cells of a sweep.
@@ -159,14 +101,19 @@ class AttackResults:
         yield from groups.items()
 
     def stopped(self, model: str) -> dict[FineTuningStrategy, BestAttack]:
-        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out."""
+        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out.
+
+        A seed that diverged says nothing of the others: a mean is over those that are finite.
+        """
         sign, found = 1 if self.greater_is_better else -1, {}
         for strategy, cells in self.by_strategy(model):
-            validation = np.mean([cell.curve.validation for cell in cells], axis=0)
+            validation = mean_of_finite([cell.curve.validation for cell in cells])
             if np.isfinite(validation).any():
                 point = int(np.nanargmax(sign * validation))
-                epoch, test = cells[0].curve.epoch[point], tuple(cell.curve.test[point] for cell in cells)
-                found[strategy] = BestAttack(strategy, epoch, float(validation[point]), test)
+                test = (cell.curve.test[point] for cell in cells)
+                found[strategy] = BestAttack(
+                    strategy, cells[0].curve.epoch[point], float(validation[point]), tuple(filter(math.isfinite, test))
+                )
         return found
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> BestAttack | None:
@@ -197,20 +144,37 @@ class AttackResults:
         protected, original, scratch = self.best(model, among), self.best("original", among), self.best("scratch")
         if protected is None or original is None or scratch is None:
             return RecoveredTransfer(None, None, f"an attack on {model}, original or scratch is missing")
-        sign = 1 if self.greater_is_better else -1
-        gap = sign * (original.mean - scratch.mean)
-        error = np.hypot(self._standard_error(original), self._standard_error(scratch))
-        least = LEAST_TRANSFER if self.metric == "accuracy" else LEAST_TRANSFER * abs(scratch.mean)
-        # Written so that NaN is void too.
-        needed = max(least, STANDARD_ERRORS * error)
-        if not gap >= needed:
-            reason = (
-                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: {needed:.3f} apart are needed "
-                "(3 points, and three standard errors) for a transfer to protect"
-            )
+        if reason := self.collapsed(model) or self.broken_off(model, among):
             return RecoveredTransfer(None, None, reason)
-        value = sign * (protected.mean - scratch.mean) / gap
-        return RecoveredTransfer(float(value), self._interval(protected, original, scratch))
+        return recovered_transfer(
+            protected, original, scratch, metric=self.metric, greater_is_better=self.greater_is_better,
+            test_examples=self.test_examples,
+        )  # fmt: skip
+
+    def collapsed(self, model: str = "protected") -> str | None:
+        """How a model lost the original domain; None where it did not, or where that was not measured."""
+        before, after = (self.original_metric.get(name) for name in ("original", model))
+        if before is None or after is None:
+            return None
+        drop, allowed = (before - after, COLLAPSED) if self.greater_is_better else (after - before, COLLAPSED * before)
+        # Written so that NaN has collapsed too.
+        if drop <= allowed:
+            return None
+        return f"{self.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model"
+
+    def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
+        """Which attacks ended on the original model and failed with every seed on another one; None where none did."""
+        ended, compared = ({s for s, _ in self.by_strategy(name)} for name in (model, "original"))
+        hidden = compared - ended if among is None else (compared - ended) & set(among)
+        names = dict.fromkeys(
+            c.strategy.name for c in self.cells if c.model == model and c.failed and c.strategy in hidden
+        )
+        if not names:
+            return None
+        return (
+            f"attacks that ended on the original model broke off with every seed on {model}, where they might have been the "
+            f"strongest: {'; '.join(names)}"
+        )
 
     def cost_to_recover(self) -> dict[str, float] | None:
         """What the strongest attack on the protected model pays until it is as good as the best training from scratch.
@@ -223,7 +187,7 @@ class AttackResults:
         if protected is None or scratch is None:
             return None
         cells = [cell for cell in self.of("protected") if cell.strategy == protected.strategy]
-        mean = np.mean([cell.curve.test for cell in cells], axis=0)
+        mean = mean_of_finite([cell.curve.test for cell in cells])
         reached = np.flatnonzero(mean >= scratch.mean if self.greater_is_better else mean <= scratch.mean)
         if not len(reached):
             return None
@@ -247,27 +211,6 @@ class AttackResults:
         means = {model: attack.mean for model, attack in best.items()}
         sign = 1 if self.greater_is_better else -1
         return means | {"difference": sign * (means["protected"] - means["original"])}
-
-    def _standard_error(self, attack: BestAttack) -> float:
-        seeds = attack.sd / np.sqrt(len(attack.test))
-        return float(np.hypot(seeds, self._test_noise(attack.mean)))
-
-    def _test_noise(self, mean: float) -> float:
-        """What another test split of this size would change, as far as it can be told from the mean."""
-        return np.sqrt(max(mean * (1 - mean), 0) / self.test_examples) if self.metric == "accuracy" else 0.0
-
-    def _interval(self, *attacks: BestAttack) -> tuple[float, float] | None:
-        if self.metric != "accuracy" and any(len(attack.test) == 1 for attack in attacks):
-            return None
-        generator = np.random.default_rng(0)
-        protected, original, scratch = (
-            generator.choice(attack.test, (BOOTSTRAP_SAMPLES, len(attack.test))).mean(axis=1)
-            + generator.normal(0, self._test_noise(attack.mean), BOOTSTRAP_SAMPLES)
-            for attack in attacks
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanpercentile((protected - scratch) / (original - scratch), (2.5, 97.5))
-        return float(low), float(high)
 
     def to_dataset(self):
         """One row a measured point, as a `datasets.Dataset`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ from sophon_hf.attacks.budget import (
     check_same_architecture,
     flops_per_example,
     head_fits,
-    shapes,
 )
+from sophon_hf.attacks.keys import cell_keys
 from sophon_hf.attacks.pictures import draw_denoised
 from sophon_hf.attacks.results import UNTRAINED, AttackResults, Cell, write_atomically
 from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
@@ -181,7 +180,7 @@ class AttackSuite:
         """Compute the cells that are missing, and save all results."""
         cells = self._cells(models, budget)
         weights = {name: hash_state(model) for name, model in models.items()}
-        keys = self._keys(task, cells, models, weights, budget)
+        keys = cell_keys(cells, task, models, weights, budget, lambda strategy: self._measured(strategy, budget))
         found = [self._read(key, cell) for key, cell in zip(keys, cells, strict=True)]
         # A cell that failed is tried again; one that is not applicable stays so.
         missing = [i for i, cell in enumerate(found) if cell is None or cell.failed]
@@ -250,32 +249,10 @@ class AttackSuite:
         by_model |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
         return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
-    def _keys(
-        self, task: Task, cells: list[Cell], models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
-    ) -> list[str]:
-        # These take nothing but the architecture, so their cells serve every protected model of it.
-        architecture = type(models["original"]).__name__ + str(shapes(models["original"]))
-        weights = weights | {"scratch": architecture, UNTRAINED: architecture}
-        data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
-        scheduler = getattr(task, "noise_scheduler", None)
-        # Private entries say which values were left to their defaults, in an order that no two processes share.
-        settings = scheduler and {n: v for n, v in scheduler.config.items() if not n.startswith("_")}
-        how = [type(task).__name__, getattr(task, "head", None), str(settings)]
-        original = [] if budget.original is None else [budget.original.fingerprint]
-
-        def measured(strategy: FineTuningStrategy) -> list[float] | str:
-            if self.measured_every is not None:
-                return f"every {self.measured_every} steps"
-            return measured_epochs(strategy, len(budget.training), self.measured_epochs)
-
-        return [
-            _digest(
-                [weights[c.model], data, c.strategy.to_dict(), c.seed, measured(c.strategy), how]
-                # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
-                + (original if c.strategy.preparation == "warm_up" else [])
-            )
-            for c in cells
-        ]
+    def _measured(self, strategy: FineTuningStrategy, budget: Budget) -> list[float] | str:
+        if self.measured_every is not None:
+            return f"every {self.measured_every} steps"
+        return measured_epochs(strategy, len(budget.training), self.measured_epochs)
 
     def _read(self, key: str, cell: Cell) -> Cell | None:
         path = self.output_dir / "cells" / f"{key}.json"
@@ -366,12 +343,20 @@ class AttackSuite:
             pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
         return {title: path for title, path in pictures.items() if path.exists()}
 
-    def plan(self, examples: int, models: int = 2) -> dict[str, int]:
-        """What `run` would do at most: cells, optimizer steps and images, for `examples` training examples."""
-        attacks = [*self.strategies * models, *scratch(self.strategies), *warming_up(self.strategies)]
-        seeds = len(self.seeds)
-        steps = [s.total_steps(examples) for s in attacks]
-        images = [n * min(s.batch_size, examples) for n, s in zip(steps, attacks, strict=True)]
+    def plan(self, examples: int, models: int = 2, benign_examples: int | None = None) -> dict[str, int]:
+        """What `run` would do at most: cells, optimizer steps and images.
+
+        Args:
+            examples: The adversary's training examples.
+            models: How many are attacked, the protected and the original one among them.
+            benign_examples: Those of the allowed task, where there is one.
+        """
+        seeds, from_scratch = len(self.seeds), scratch(self.strategies)
+        attacks = [(s, examples) for s in [*self.strategies * models, *from_scratch, *warming_up(self.strategies)]]
+        if benign_examples is not None:
+            attacks += [(s, benign_examples) for s in [*self.strategies * 2, *from_scratch]]
+        steps = [s.total_steps(count) for s, count in attacks]
+        images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
         return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
 
     def _facts(
@@ -403,7 +388,3 @@ def process_state() -> Any:
 
     # Else accelerate would start every process of a machine without a GPU on its own.
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import datasets
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from sophon_hf.attacks import AttackResults, AttackSuite
 from sophon_hf.commands.domains import (
     add_attack_options,
@@ -23,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sophon-hf attack",
         description="Attack a protected model, the original one, and train from scratch, at the same budget.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--protected", required=True, help="Hub id or folder of the protected model")
@@ -45,11 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train an attack's seeds together: for models that leave a GPU idle",
     )
-    add("--examples", type=int, help="the adversary's examples, stratified; all by default")
+    add("--examples", type=int, help="the adversary's examples, stratified; all where left out")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
     )
-    add("--dry-run", action="store_true", help="list the cells and their cost, and run nothing")
+    add("--dry-run", action="store_true", help="tell the number of cells and their cost, and run nothing")
     return parser
 
 
@@ -62,15 +67,11 @@ def main(arguments: list[str]) -> None:
         input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
     )  # fmt: skip
     training, test = load_restricted(options, options.restricted)
+    benign, benign_test = (None, None) if options.benign is None else load_benign(options, options.benign)
     if options.dry_run:
-        count = min(options.examples or len(training), len(training))
-        plan = suite.plan(count)
-        print(f"{plan['cells']} cells, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
-        for strategy in suite.strategies:
-            print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
+        _print_plan(suite, options, training, benign)
         return
     warm_up, intact = (None, None) if options.original_data is None else load_original(options, options.original_data)
-    benign, benign_test = (None, None) if options.benign is None else load_benign(options, options.benign)
     results = suite.run(
         protected=options.protected,
         original=options.original,
@@ -82,6 +83,45 @@ def main(arguments: list[str]) -> None:
         benign_eval_dataset=benign_test,
     )
     _write(results, Path(options.output_dir) / "report")
+
+
+def _print_plan(
+    suite: AttackSuite, options: argparse.Namespace, training: datasets.Dataset, benign: datasets.Dataset | None
+) -> None:
+    remarks = [remark for source in (options.protected, options.original) if (remark := _look_for(source))]
+    count, benign_count = (
+        None if data is None else min(options.examples or len(data), len(data)) for data in (training, benign)
+    )
+    plan = suite.plan(count, benign_examples=benign_count)
+    print(f"{plan['cells']} cells, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
+    for strategy in suite.strategies:
+        print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
+    if benign_count is not None:
+        print(f"The same attacks run on the {benign_count} examples of the allowed task, which are counted above.")
+    for remark in remarks:
+        print(remark)
+
+
+def _look_for(model: str) -> str | None:
+    """What is not known of a model without loading it or asking the Hub.
+
+    Raises:
+        FileNotFoundError: A folder without a model, or what is neither a folder nor could be a Hub id.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.json", "model_index.json")):
+            raise FileNotFoundError(
+                f"{model!r} holds neither config.json nor model_index.json: no model is saved there."
+            )
+        return None
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"There is no folder {model!r}, and it is not the form of a Hub id ('user/name')."
+        ) from error
+    return f"{model!r} is no folder here, and was not looked up on the Hub."
 
 
 def report(arguments: list[str]) -> None:

@@ -22,16 +22,17 @@ def _parser() -> argparse.ArgumentParser:
         "itself. With data: its figures too.",
         epilog="Exits with 0 where everything that could be checked was reproduced, with 1 where something is weaker than "
         "claimed or tampered with, and with 2 where the audit could not be carried out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", help="Hub id (user/name) or folder of the published model")
-    add("--revision", help="branch, tag or commit on the Hub; the newest commit by default")
-    add("--unprotected", help="Hub id or folder of the model before protection; what the claim names by default")
+    add("--revision", help="branch, tag or commit on the Hub; the newest commit where left out")
+    add("--unprotected", help="Hub id or folder of the model before protection; what the claim names where left out")
     add("--restricted", help="restricted domain: Hub id or folder of a data set")
     add("--original", help="original domain: Hub id or folder of a data set")
     add_domain_options(parser)
     add_attack_options(parser)
-    add("--examples", type=int, help="the adversary's examples, stratified; as many as the claim's by default")
+    add("--examples", type=int, help="the adversary's examples, stratified; as many as the claim's where left out")
     add("--output_dir", default="audit", help="audit.json, audit.md, attacks and their report; a second run goes on")
     return parser
 

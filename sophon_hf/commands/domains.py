@@ -34,7 +34,11 @@ def add_attack_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
-    add("--epochs", type=float, help="of an ordinary attack; one that sets its steps keeps them")
+    add(
+        "--epochs",
+        type=float,
+        help="of an ordinary attack; one that sets its steps keeps them. Left out: the sweep's own, in an audit the claim's",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks import AttackResults, Cell, Curve, RecoveredTransfer
 from sophon_hf.attacks.checks import check
-from sophon_hf.attacks.results import NO_INTERVAL
+from sophon_hf.attacks.score import NO_INTERVAL
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.finetuning import FineTuningStrategy
 
@@ -105,6 +105,8 @@ def as_results(report: AttackReport, claim: Claim) -> AttackResults:
                 value = math.nan if test is None else test
                 curve = Curve([attack.epoch], [0], [value], [attack.validation], [math.nan], [math.nan])
                 cells.append(Cell(attack.model, strategy, seed, curve))
+        # A claim tells how many seeds broke off, and not which.
+        cells += [Cell(attack.model, strategy, -number, error="broke off") for number in range(1, attack.failed + 1)]
     examples = report.data["test"].examples if "test" in report.data else 1
     return AttackResults(cells, claim.metric, claim.greater_is_better, examples, report.original_metric)
 
@@ -160,7 +162,7 @@ def judge_strongest(claim: Claim, results: AttackResults, same_data: bool) -> Ve
         return Verdict(name, NOT_CHECKABLE, claimed, measured, why)
     scale = 1.0 if claim.metric == "accuracy" else abs(theirs.mean)
     sign = 1 if claim.greater_is_better else -1
-    spread = sum(best.sd**2 / len(best.test) for best in (theirs, ours))
+    spread = sum(best.standard_error**2 for best in (theirs, ours))
     error = QUANTILE * math.sqrt(spread) / scale + ROUNDING
     precision = ACCURACY_PRECISION if claim.metric == "accuracy" else MSE_PRECISION
     verdict, why = compare(sign * theirs.mean / scale, sign * ours.mean / scale, error, precision, same_data)

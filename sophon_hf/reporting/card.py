@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.results import UNTRAINED, describe_interval, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, write_atomically
+from sophon_hf.attacks.score import describe_interval
 from sophon_hf.claim import AttackFigures, AttackReport, Claim
 
 logger = logging.getLogger(__name__)
@@ -242,9 +243,12 @@ def _figure(claim: Claim, value: float) -> str:
 
 
 def _spread(claim: Claim, values: list[float | None]) -> str:
-    numbers = [math.nan if v is None else v for v in values]
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return "not finite" if values else "no result"
     spread = f" ± {_figure(claim, float(np.std(numbers, ddof=1)))}" if len(numbers) > 1 else ""
-    return _figure(claim, float(np.mean(numbers))) + spread if numbers else "no result"
+    lost = f" ({len(numbers)} of {len(values)} seeds are finite)" if len(numbers) < len(values) else ""
+    return _figure(claim, float(np.mean(numbers))) + spread + lost
 
 
 def _warnings(claim: Claim) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check
-from sophon_hf.attacks.results import UNTRAINED, AttackResults, describe_interval, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, write_atomically
+from sophon_hf.attacks.score import describe_interval, mean_of_finite
 from sophon_hf.plots import plot_best_so_far, plot_heat_map
 
 _STYLE = """
@@ -86,7 +87,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "recovered_by_original_data": None if void or of_data.value is None else str(of_data),
         "best": best,
         "original_metric": results.original_metric,
-        "cost_to_recover": results.cost_to_recover(),
+        "cost_to_recover": None if void else results.cost_to_recover(),
         "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
         "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable and c.model != UNTRAINED}),
@@ -166,7 +167,7 @@ def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
             f"An untrained model that warms up on the adversary's original data recovers {of_data} on the same scale, without any "
             "published weights; attacks on the protected model that need no such data are not explained by it."
         )
-    if {"protected", "scratch"} <= set(summary["best"]):
+    if summary["void"] is None:
         cost = summary["cost_to_recover"]
         parts.append(
             f"Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
@@ -203,7 +204,7 @@ def _models(results: AttackResults) -> list[str]:
 
 
 def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
-    """Mean ± SD at each measured epoch, one row a model and attack."""
+    """Mean ± SD at each measured epoch, one row a model and attack; of the seeds that are finite, where not all are."""
     epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
     # All points are in results.json; a table for readers has a dozen columns.
     epochs = epochs[:: -(-len(epochs) // COLUMNS)] + epochs[-1:] if len(epochs) > COLUMNS else epochs
@@ -213,10 +214,15 @@ def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
         for strategy, cells in results.by_strategy(model):
             row = {}
             for point, epoch in enumerate(cells[0].curve.epoch):
-                values = [cell.curve.test[point] for cell in cells]
-                row[round(epoch, 2)] = f"{np.mean(values):.3f} ±{np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+                row[round(epoch, 2)] = _spread([cell.curve.test[point] for cell in cells])
             rows.append([model, strategy.name, *(row.get(epoch, "") for epoch in epochs)])
     return ["model", "attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
+
+
+def _spread(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    lost = f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else ""
+    return f"{mean_of_finite(finite):.3f} ±{np.std(finite, ddof=1) if len(finite) > 1 else 0:.3f}{lost}"
 
 
 def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
@@ -227,7 +233,7 @@ def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]
     values = np.full((len(row), len(models)), math.nan)
     for column, model in enumerate(models):
         for strategy, cells in results.by_strategy(model):
-            values[row[strategy.name], column] = np.mean([cell.curve.test[-1] for cell in cells])
+            values[row[strategy.name], column] = mean_of_finite([cell.curve.test[-1] for cell in cells])
     # NaN comes last.
     order = np.argsort(-values[:, 0] if results.greater_is_better else values[:, 0])
     kept = np.sort(order[:ROWS])
