@@ -73,6 +73,17 @@ def test_the_help_of_protect_names_every_field(capsys):
         assert name in text
 
 
+def test_the_help_of_protect_leaves_the_trainers_fields_to_its_own_documentation(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["protect", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: sophon-hf protect [CONFIG.yaml] [--field value ...]")
+    assert "a YAML file, which comes first" in text and "transformers.TrainingArguments" in text
+    assert "--warmup_steps" not in text and "--no_adversary_half" not in text
+    options, config = read_arguments([*MODEL, "--warmup_steps", "3", "--no_adversary_half"])
+    assert config.warmup_steps == 3 and options.adversary_half is False
+
+
 # Errors.
 
 
@@ -93,6 +104,8 @@ def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path):
         ([*MODEL, "--adversary_half", "perhaps"], "adversary_half"),
         (["--model", "m"], "required: --original, --restricted"),
         (["missing.yaml"], "missing.yaml"),
+        (["--max_steps", "2", "config.yaml"], "required: --model.*A YAML file comes first"),
+        ([*MODEL, "--max_steps", "2", "config.yaml"], "'config.yaml' belongs to no field. A YAML file comes first"),
     ],
 )
 def test_bad_arguments_of_protect(arguments, message):
@@ -247,7 +260,7 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert (attacks / "report" / "index.html").exists()
 
 
-def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys):
+def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys, caplog):
     model = ResNetForImageClassification.from_pretrained(config["model"])
     task = infer_task(model)
     domain = build_domain(load_domain(config["original"]), task.inputs(model), name="original")
@@ -259,8 +272,9 @@ def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path,
 
     config |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "tolerance": 0.0, "alpha": 0.5}
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit, match="the model in .*protected is NOT protected"):
+    with pytest.raises(SystemExit, match="there is no protected model in .*protected; the warning above says why"):
         cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"])
+    assert caplog.text.count("is NOT protected: no evaluated state kept the original domain") == 1
     kept = ["--tolerance", "1", "--output_dir", str(tmp_path / "kept")]
     cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1", *kept])
     assert f"Protected model (iteration 1) saved in {tmp_path / 'kept'}." in capsys.readouterr().out
