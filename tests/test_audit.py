@@ -284,6 +284,7 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
         (["./missing"], "not the form of a Hub id"),
         (["FOLDER", "--restricted", "./nowhere"], "no folder"),
         (["FOLDER", "--unprotected", "./nowhere"], "There is no folder './nowhere'"),
+        (["FOLDER", "--sweep", "stron"], "There is no sweep 'stron'. Did you mean 'strong'?"),
         (["FOLDER", "--revision", "main", "--output_dir", "FILE"], "FILE"),
     ],
 )
