@@ -173,6 +173,14 @@ def test_flags_win_over_the_file(tmp_path):
     assert read_arguments([str(path), "--adversary_half", "true"])[0].adversary_half is True
 
 
+def test_the_configuration_that_the_readme_shows_is_one(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "config.yaml"
+    path.write_text(readme.split("```yaml\n")[1].split("```")[0])
+    options, config = read_arguments([str(path)])
+    assert options.preset == "representation" and (config.probes, config.output_dir) == (2, "protected")
+
+
 # From a folder to a report.
 
 
