@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from sophon_hf.data import Domain, Stream, build_domain, load_domain, select_classes, split_domain
 from sophon_hf.tasks import evaluate_model, infer_task, to_device
 
-DATA = Path(os.environ.get("SOPHON_DATA", "../shared/data"))
+DATA = Path(os.environ.get("SOPHON_DATA", "data"))
 
 
 class ResidualBlock(nn.Module):
@@ -117,6 +118,19 @@ class Pair:
         return split_domain(self.adversary, seed=seed, share=(examples + 0.5) / len(self.adversary))[0]
 
 
+def _existing(path: Path) -> Path:
+    """The path; where there is none, the end, with what to do."""
+    if not path.exists():
+        sys.exit(
+            f"There is no {path}: set SOPHON_DATA to a folder with the data that docs/results/paper.md lists (cifar10/, ...)."
+        )
+    return path
+
+
+def _load(name: str, split: str) -> datasets.Dataset:
+    return load_domain(str(_existing(DATA / name)), split)
+
+
 def _small(dataset: datasets.Dataset) -> datasets.Dataset:
     """16x16 by the mean of 2x2 pixels, normalised to [-1, 1]."""
 
@@ -145,7 +159,7 @@ def animals(cache: Path, seed: int = 0) -> Pair:
     pair = _halves_of_cifar10("animals", VEHICLES, ANIMALS, cache, seed)
     classes = ("pickup_truck", "rocket", "tank", "telephone", "tractor")
     allowed, allowed_test = (
-        _small(select_classes(load_domain(str(DATA / "cifar100_20"), split), classes)) for split in ("train", "test")
+        _small(select_classes(_load("cifar100_20", split), classes)) for split in ("train", "test")
     )
     # 500 beside the suite's tenth for validation.
     allowed, _ = split_domain(allowed, seed=seed, share=555 / len(allowed))
@@ -160,7 +174,7 @@ def vehicles(cache: Path, seed: int = 0) -> Pair:
 def _halves_of_cifar10(
     name: str, original_classes: Sequence[str], restricted_classes: Sequence[str], cache: Path, seed: int
 ) -> Pair:
-    source = {split: load_domain(str(DATA / "cifar10"), split) for split in ("train", "test")}
+    source = {split: _load("cifar10", split) for split in ("train", "test")}
     parts = {
         (domain, split): _small(select_classes(dataset, classes))
         for split, dataset in source.items()
@@ -216,14 +230,14 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
     They were trained on all training images of CIFAR-10, so the guard's data are a fifth of the test images, and
     intactness is measured on the others.
     """
-    source = {n: _normalised(load_domain(str(DATA / "cifar10"), n)) for n in ("train", "test")}
-    restricted = {n: _normalised(load_domain(str(DATA / "cifar100_20"), n)) for n in ("train", "test")}
+    source = {n: _normalised(_load("cifar10", n)) for n in ("train", "test")}
+    restricted = {n: _normalised(_load("cifar100_20", n)) for n in ("train", "test")}
     defender, adversary = split_domain(restricted["train"], seed=seed)
     validation, adversary = split_domain(adversary, seed=seed, share=0.1)
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     original_validation, original_test = split_domain(source["test"], seed=seed, share=0.2)
     model = ResNet20(num_classes=10)
-    load_model(model, DATA.parent / "weights" / "resnet20_cifar10.safetensors")
+    load_model(model, _existing(DATA.parent / "weights" / "resnet20_cifar10.safetensors"))
     model = model.eval().to(memory_format=torch.channels_last)  # As above.
     return Pair(
         model=model,
@@ -246,8 +260,8 @@ def faces(cache: Path, seed: int = 0) -> Pair:
     """
     from diffusers import UNet2DModel
 
-    original, original_test = (load_domain(str(DATA / "cifar10"), n).remove_columns("label") for n in ("train", "test"))
-    restricted, restricted_test = (load_domain(str(DATA / "celeba_faces"), n) for n in ("train", "test"))
+    original, original_test = (_load("cifar10", n).remove_columns("label") for n in ("train", "test"))
+    restricted, restricted_test = (_load("celeba_faces", n) for n in ("train", "test"))
     defender, adversary = split_domain(restricted, seed=seed)
     validation, adversary = split_domain(adversary, seed=seed, share=0.1)
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
@@ -292,8 +306,8 @@ def imagenet(cache: Path, seed: int = 0) -> Pair:
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    original, original_test = (load_domain(str(DATA / "tiny_imagenet_20"), n) for n in ("train", "test"))
-    restricted, restricted_test = (load_domain(str(DATA / "cifar10"), n) for n in ("train", "test"))
+    original, original_test = (_load("tiny_imagenet_20", n) for n in ("train", "test"))
+    restricted, restricted_test = (_load("cifar10", n) for n in ("train", "test"))
     restricted_test, _ = split_domain(restricted_test, seed=seed, share=0.4)
     restricted, restricted_test = _enlarged(restricted), _enlarged(restricted_test)
     defender, adversary = split_domain(restricted, seed=seed)

@@ -3,7 +3,7 @@
 Use it before publishing an audio classifier that must not become the start of another one. The restricted domain is
 halved first: the defender protects with one half, the other stays unseen, for attacks on the result.
 
-    pip install "sophon-hf[audio]"
+    pip install -e ".[audio]"    # in a clone
     accelerate launch examples/protect_audio.py
     accelerate launch examples/protect_audio.py --model my-model --original my-sounds --restricted other-sounds
 

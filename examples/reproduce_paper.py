@@ -5,7 +5,7 @@
 
 `small` takes minutes a table on one core: small models, 300 images for the adversary, and the folders of DIR (cifar10,
 tiny_imagenet_20, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a GPU,
-the models of timm (`pip install 'sophon-hf[timm]'`), and days. What either changes is written down in `paper_tables.py`
+the models of timm (`pip install -e '.[timm]'` in a clone), and days. What either changes is written down in `paper_tables.py`
 and in the record, which goes to docs/results/. Interrupted, it goes on where it was.
 """
 
@@ -49,7 +49,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def domain(scale: Scale, name: str, size: int, data: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and test images of one of the paper's domains: RGB, cut to a square of `size` pixels a side."""
     source, train, test = scale.domains[name]
-    source = source if "/" in source else str(data / source)
+    if "/" not in source:
+        if not (data / source).is_dir():
+            sys.exit(
+                f"There is no folder {data / source}: set --data or SOPHON_DATA to a folder with the data that "
+                "docs/results/paper.md lists (cifar10/, tiny_imagenet_20/, ...)."
+            )
+        source = str(data / source)
     if test is None:
         measured, training = split_domain(load_domain(source, train), share=0.2)
     else:
@@ -189,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, required=True, choices=list(TABLES))
     parser.add_argument("--scale", default="small", choices=list(SCALES))
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SOPHON_DATA", "../shared/data")))
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SOPHON_DATA", "data")))
     parser.add_argument("--work", type=Path, help="models and finished attacks; runs/paper/SCALE by default")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the attacks; the scale's by default")

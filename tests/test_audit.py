@@ -28,9 +28,8 @@ from sophon_hf import AttackSuite, FineTuningStrategy, cli
 from sophon_hf.claim import AttackReport, Claim, Transfer
 from sophon_hf.hub import verdicts
 from sophon_hf.hub.audit import audit_model
-from sophon_hf.hub.publish import add_report
+from sophon_hf.hub.publish import with_report, write_card_and_claim
 from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, as_results, compare
-from sophon_hf.reporting.card import update_card
 
 # A true claim.
 
@@ -285,6 +284,7 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
         (["./missing"], "not the form of a Hub id"),
         (["FOLDER", "--restricted", "./nowhere"], "no folder"),
         (["FOLDER", "--unprotected", "./nowhere"], "There is no folder './nowhere'"),
+        (["FOLDER", "--sweep", "stron"], "There is no sweep 'stron'. Did you mean 'strong'?"),
         (["FOLDER", "--revision", "main", "--output_dir", "FILE"], "FILE"),
     ],
 )
@@ -324,8 +324,8 @@ def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
     }  # fmt: skip
     sweep = [FineTuningStrategy(batch_size=12, epochs=2)]
     AttackSuite(sweep, tmp_path / "attacks", task=trainer.task).run(protected=trainer.model, original=original, **data)
-    claim = add_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
-    update_card(tmp_path / "out", claim, "alice/model")
+    claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
+    write_card_and_claim(tmp_path / "out", claim, "alice/model")
     original.save_pretrained(tmp_path / "original")
     audit = audit_model(
         tmp_path / "out", tmp_path / "audit", unprotected=str(tmp_path / "original"), sweep=sweep, **data

@@ -18,6 +18,7 @@ from sophon_hf.claim import Claim
 from sophon_hf.hub.audit import audit_model
 from sophon_hf.hub.published_card import read_metadata
 from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED
+from sophon_hf.reporting.card import make_card
 
 # Tampering.
 
@@ -97,6 +98,15 @@ def test_a_forged_figure_before_the_true_one_is_found(folder, tmp_path):
     card.save(folder / "README.md")
     audit = audit_model(folder, tmp_path / "audit")
     assert verdict_of(audit, "card") == TAMPERED and "it states 0.05 for 'Recovered transfer" in why_of(audit, "card")
+    assert audit.exit_code == 1
+
+
+@pytest.mark.parametrize("edit", ["", "\nMy own words.\n"])
+def test_a_card_that_says_not_evaluated_of_a_claim_with_attacks_is_found(folder, tmp_path, edit):
+    claim = replace(Claim.read(folder), attacks=None)
+    (folder / "README.md").write_text(str(make_card(folder, claim, "alice/model")) + edit)
+    audit = audit_model(folder, tmp_path / "audit")
+    assert verdict_of(audit, "card") == TAMPERED and "not evaluated" in why_of(audit, "card")
     assert audit.exit_code == 1
 
 

@@ -82,7 +82,7 @@ BAD_DOMAINS = {
         lambda: datasets.DatasetDict(dev=make_points(1)), ValueError, r"no split 'train'; it has \['dev'\]. Name one",
     ),
     "too few to hold some out": (lambda: make_points(1).select([0, 1]), ValueError, "has 2 examples: it takes at least 4"),
-    "no labels": (unlabelled, ValueError, r"{name} domain has no label column among \['x'\].*label_column"),
+    "no labels": (unlabelled, ValueError, r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns"),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
     "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),
     "names for labels": (lambda: with_labels(["a", "b"] * 20), ValueError, "not one class index.*class_encode_column"),
@@ -288,7 +288,9 @@ def test_a_model_without_logits_is_refused(build):
 
 
 def test_more_new_blocks_than_the_model_has_are_refused(build):
-    with pytest.raises(ValueError, match="re-initialises 3 blocks, but the model has 0"):
+    with pytest.raises(
+        ValueError, match=r"re-initialises 3 blocks, but the model has 0.*reinitialized_blocks to at most 0.*\[0\]"
+    ):
         build(space={**SPACE, "initializations": ["new_head"], "reinitialized_blocks": [3]})
 
 

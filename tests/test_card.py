@@ -16,7 +16,7 @@ from published import attack, make_trainer, pixels, protect, unet
 from sophon_hf import AttackSuite, FineTuningStrategy, StrategySpace
 from sophon_hf.attacks.checks import FailedCheck
 from sophon_hf.claim import AttackReport, Claim, Transfer
-from sophon_hf.hub.publish import add_report
+from sophon_hf.hub.publish import with_report, write_card_and_claim
 from sophon_hf.reporting.card import inherited_metadata, make_card, update_card
 
 
@@ -323,8 +323,8 @@ def test_a_report_is_shown_with_its_curve(saved, tmp_path):
     folder.mkdir()
     claim.write(folder)
     results.save(tmp_path / "attacks" / "results.json")
-    claim = add_report(folder, claim, tmp_path / "attacks")
-    assert update_card(folder, claim, "alice/model")
+    claim, results = with_report(folder, claim, tmp_path / "attacks")
+    assert write_card_and_claim(folder, claim, "alice/model", results)
     text = (folder / "README.md").read_text()
     assert "(plots/curves.png)" in text and (folder / "plots" / "curves.png").exists()
     assert json.loads((folder / "sophon.json").read_text())["attacks"]["seeds"] == [0, 1, 2]
@@ -340,8 +340,8 @@ def test_a_diffusion_report_gives_errors_not_shares(tmp_path):
         protected=trainer.model, original=unet(), restricted_dataset=pixels(3, "sample"), eval_dataset=pixels(4, "sample"),
         original_eval_dataset=pixels(5, "sample"),
     )  # fmt: skip
-    claim = add_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
-    update_card(tmp_path / "out", claim, "alice/model")
+    claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
+    write_card_and_claim(tmp_path / "out", claim, "alice/model")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     best = results.best("protected")
     assert f"reaches mse {best.mean:.4g} in the restricted domain" in body(card)

@@ -82,6 +82,17 @@ def test_the_help_of_protect_names_every_field(capsys):
         assert name in text
 
 
+def test_the_help_of_protect_leaves_the_trainers_fields_to_its_own_documentation(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["protect", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: sophon-hf protect [CONFIG.yaml] [--field value ...]")
+    assert "a YAML file, which comes first" in text and "transformers.TrainingArguments" in text
+    assert "--warmup_steps" not in text and "--no_adversary_half" not in text
+    options, config = read_arguments([*MODEL, "--warmup_steps", "3", "--no_adversary_half"])
+    assert config.warmup_steps == 3 and options.adversary_half is False
+
+
 # Errors.
 
 
@@ -102,6 +113,8 @@ def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path):
         ([*MODEL, "--adversary_half", "perhaps"], "adversary_half"),
         (["--model", "m"], "required: --original, --restricted"),
         (["missing.yaml"], "missing.yaml"),
+        (["--max_steps", "2", "config.yaml"], "required: --model.*A YAML file comes first"),
+        ([*MODEL, "--max_steps", "2", "config.yaml"], "'config.yaml' belongs to no field. A YAML file comes first"),
     ],
 )
 def test_bad_arguments_of_protect(arguments, message):
@@ -167,6 +180,14 @@ def test_flags_win_over_the_file(tmp_path):
     assert (args.max_steps, args.K, args.alpha, args.learning_rate) == (9, 3, 1e-3, 5e-4)
     assert args.strategy_space["learning_rates"] == [1e-3] and args.strategy_space["batch_sizes"] == [25]
     assert read_arguments([str(path), "--adversary_half", "true"])[0].adversary_half is True
+
+
+def test_the_configuration_that_the_readme_shows_is_one(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "config.yaml"
+    path.write_text(readme.split("```yaml\n")[1].split("```")[0])
+    options, config = read_arguments([str(path)])
+    assert options.preset == "representation" and (config.probes, config.output_dir) == (2, "protected")
 
 
 # From a folder to a report.
@@ -282,7 +303,7 @@ def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, co
             cli.main([*attack, "--protected", model])
 
 
-def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys):
+def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys, caplog):
     model = ResNetForImageClassification.from_pretrained(config["model"])
     task = infer_task(model)
     domain = build_domain(load_domain(config["original"]), task.inputs(model), name="original")
@@ -294,8 +315,9 @@ def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path,
 
     config |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "tolerance": 0.0, "alpha": 0.5}
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit, match="the model in .*protected is NOT protected"):
+    with pytest.raises(SystemExit, match="there is no protected model in .*protected; the warning above says why"):
         cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"])
+    assert caplog.text.count("is NOT protected: no evaluated state kept the original domain") == 1
     kept = ["--tolerance", "1", "--output_dir", str(tmp_path / "kept")]
     cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1", *kept])
     assert f"Protected model (iteration 1) saved in {tmp_path / 'kept'}." in capsys.readouterr().out

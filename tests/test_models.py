@@ -409,6 +409,14 @@ def test_a_text_model_that_was_saved_without_a_tokenizer_has_none(tmp_path, kind
     assert load_processor(tmp_path / "model", model)("red one")["input_ids"] == tokenizer()("red one")["input_ids"]
 
 
+def test_a_missing_image_processor_is_told_in_one_sentence(tmp_path, caplog):
+    model = next(case for case in CASES if case.data is images).build()
+    model.save_pretrained(tmp_path / "model")
+    with caplog.at_level("WARNING"):
+        assert load_processor(tmp_path / "model", model) is None
+    assert "No AutoImageProcessor is saved with" in caplog.text and "huggingface.co" not in caplog.text
+
+
 def test_a_model_by_its_folder_comes_with_its_processor(tmp_path):
     model = next(case for case in CASES if case.data is images).build()
     processor = transformers.ViTImageProcessor(

@@ -16,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 paper_tables = pytest.importorskip("paper_tables")
 import reproduce_paper  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import pairs  # noqa: E402
+
 TABLES, SCALES = paper_tables.TABLES, paper_tables.SCALES
 
 
@@ -67,3 +70,11 @@ def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
     # A second run computes nothing and says the same.
     reproduce_paper.main()
     assert json.loads((tmp_path / "paper-table-1-small.json").read_text())["rows"] == record["rows"]
+
+
+def test_without_data_the_end_is_one_line_that_says_what_to_set(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="There is no folder .*cifar10: set --data or SOPHON_DATA"):
+        reproduce_paper.domain(SCALES["small"], "CIFAR-10", 32, tmp_path / "data")
+    monkeypatch.setattr(pairs, "DATA", tmp_path / "data")
+    with pytest.raises(SystemExit, match="There is no .*cifar10: set SOPHON_DATA"):
+        pairs.animals(tmp_path)

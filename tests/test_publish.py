@@ -167,6 +167,35 @@ def test_without_a_token_it_says_how_to_log_in(hub, folder, tmp_path):
     assert "alice/model" not in hub.repositories
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_token_a_report_leaves_the_folder_as_it_was(hub, folder, tmp_path):
+    """Card and claim disagreed: the claim held the attacks already, the card said that there were none."""
+    (tmp_path / "huggingface" / "token").unlink()
+    before = contents(folder)
+    with pytest.raises(SystemExit, match="hf auth login"):
+        main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
+    assert contents(folder) == before and not (folder / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    "unwritable", ["sophon_hf.claim.write_atomically", "sophon_hf.reporting.card.write_atomically"]
+)
+def test_card_and_claim_change_together_or_not_at_all(hub, folder, monkeypatch, unwritable):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(folder)
+    monkeypatch.setattr(unwritable, full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(folder, "alice/model", report=folder.parent / "attacks")
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {name.split("/")[1] for name in PLOTS}
+
+
 def test_a_wrong_token_says_how_to_log_in_and_does_not_show_it(hub, folder, tmp_path, caplog, capsys):
     wrong = "hf_" + "w" * 34
     (tmp_path / "huggingface" / "token").write_text(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -326,3 +327,12 @@ def test_it_reports_to_what_the_trainer_reports_to(tmp_path, model, reporter):
     SophonTrainer(model, make_points(1), make_points(2), args, callbacks=[observer]).train()
     assert len(observer.evaluations) == 4
     assert any("eval_restricted_simulated_accuracy" in entry for entry in observer.logs)
+
+
+def test_every_key_of_the_log_is_explained(tmp_path):
+    trainer = SophonTrainer(TinyNet(), make_points(1), make_points(2), guarded(tmp_path, max_steps=2, logging_steps=1))
+    trainer.train()
+    explained = (Path(__file__).parent.parent / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"alpha", "rollbacks", "accuracy_after", "train_loss"} <= logged
+    assert [key for key in sorted(logged) if f"`{key}`" not in explained] == []

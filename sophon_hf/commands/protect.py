@@ -18,6 +18,8 @@ from sophon_hf.data import load_domain, select_classes, split_domain
 from sophon_hf.finetuning.strategy import check_choice
 from sophon_hf.trainer import SophonTrainer
 
+_FILE_FIRST = "A YAML file comes first, flags follow."
+
 
 @dataclass
 class ProtectArguments:
@@ -52,10 +54,23 @@ class ProtectArguments:
 
 
 class _Parser(HfArgumentParser):
-    """Names the closest field where a flag is unknown."""
+    """Explains SOPHON's own fields: among the hundred of `TrainingArguments` they would not be found."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [ProtectArguments, SophonConfig], prog="sophon-hf protect", usage="%(prog)s [CONFIG.yaml] [--field value ...]",
+            description="Protect a model by Algorithm 1. Fields come from a YAML file, which comes first, and from flags, which "
+            "win. model, original and restricted must be given, in the one or by the other.",
+            epilog="All fields of transformers.TrainingArguments (seed, bf16, report_to, ...) are understood, too.",
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        own = {"help", *ProtectArguments.__annotations__, *SophonConfig.__annotations__}
+        for action in self._actions:
+            if action.dest not in own or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"sophon-hf protect: {message}. `sophon-hf protect --help` explains every field.")
+        sys.exit(f"sophon-hf protect: {message}. {_FILE_FIRST} `sophon-hf protect --help` explains the fields.")
 
 
 def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig]:
@@ -65,10 +80,7 @@ def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig
         ValueError: An unknown field (the closest one is named), or a file that is no mapping.
         SystemExit: A value of the wrong type, or a missing field.
     """
-    parser = _Parser(
-        [ProtectArguments, SophonConfig], prog="sophon-hf protect", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = _Parser()
     values: dict[str, Any] = {}
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         with open(arguments[0], encoding="utf-8") as file:
@@ -87,7 +99,7 @@ def read_arguments(arguments: list[str]) -> tuple[ProtectArguments, SophonConfig
         if argument.startswith("--"):
             _check_known(argument[2:].split("=")[0], known)
     if parsed[-1]:
-        raise ValueError(f"{parsed[-1][0]!r} belongs to no field.")
+        raise ValueError(f"{parsed[-1][0]!r} belongs to no field. {_FILE_FIRST}")
     return parsed[0], parsed[1]
 
 
@@ -143,7 +155,8 @@ def main(arguments: list[str]) -> None:
         trainer.save_model()  # `save_strategy` is about checkpoints; the command is run for the model.
     state = trainer.guard.state
     if state.best_step is None and state.start is not None:
-        sys.exit(f"sophon-hf protect: the model in {config.output_dir} is NOT protected: {trainer.guard.failure}")
+        # The guard's warning has said so already.
+        sys.exit(f"sophon-hf protect: there is no protected model in {config.output_dir}; the warning above says why.")
     if trainer.is_world_process_zero():
         which = "not evaluated" if state.best_step is None else f"iteration {state.best_step}"
         print(f"Protected model ({which}) saved in {config.output_dir}.")

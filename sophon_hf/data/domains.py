@@ -317,7 +317,8 @@ def build_domain(
     labels = label_column(dataset, label) if needs.labelled else None
     if needs.labelled and labels is None:
         raise ValueError(
-            f"The {name} domain has no label column among {dataset.column_names}: name the one that is meant (`label_columns`)."
+            f"The {name} domain has no label column among {dataset.column_names}: a classifier needs one, named where it is called "
+            "otherwise (`--restricted_label` or `--original_label`, in Python `label_columns`)."
         )
     dataset = _with_plain_media(dataset)
     with _seeded(0):

@@ -166,7 +166,7 @@ def _decode(cell: Mapping[str, Any]) -> tuple[np.ndarray, int]:
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError("Decoding audio files needs soundfile: pip install 'sophon-hf[audio]'.") from error
+        raise ImportError("Decoding audio files needs soundfile: pip install -e '.[audio]' in a clone.") from error
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
     samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
     return samples.mean(axis=1), rate
@@ -179,7 +179,7 @@ def _resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise ImportError(
-            f"Resampling from {source} to {target} Hz needs scipy: pip install 'sophon-hf[audio]'."
+            f"Resampling from {source} to {target} Hz needs scipy: pip install -e '.[audio]' in a clone."
         ) from error
     common = np.gcd(source, target)
     return resample_poly(samples, target // common, source // common).astype(np.float32)

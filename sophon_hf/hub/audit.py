@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sophon_hf.attacks.results import write_atomically
+from sophon_hf.attacks.sweeps import load_sweep
 from sophon_hf.claim import FILE_NAME, Claim, printable
 from sophon_hf.data.domains import Source
 from sophon_hf.finetuning import FineTuningStrategy
@@ -127,6 +128,8 @@ def audit_model(
         raise ValueError(
             "restricted_dataset and eval_dataset go together: attacks train on one and report on the other."
         )
+    if isinstance(sweep, (str, Path)):
+        load_sweep(sweep)  # A misspelt name is refused even where no sweep is run.
     output_dir = Path(output_dir)
     audit = Audit(str(source) if not os.path.isdir(source) else Path(source).resolve().name)
     data = Measurement(

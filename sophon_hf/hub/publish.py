@@ -68,11 +68,12 @@ def publish(
         ConnectionError: The Hub cannot be reached, or the upload broke off; then nothing is published.
     """
     folder = Path(folder)
-    claim = check_folder(folder)
+    claim, results = check_folder(folder), None
     if report is not None:
-        claim = add_report(folder, claim, report)
+        claim, results = with_report(folder, claim, report)
+    # Before anything is written: who is not logged in finds the folder as it was.
     repo_id = create_repository(repo_id, private)
-    if not update_card(folder, claim, repo_id):
+    if not write_card_and_claim(folder, claim, repo_id, results):
         logger.warning(
             "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Without "
             "it, a card is written anew.", folder / CARD, FILE_NAME, repo_id,
@@ -127,8 +128,8 @@ def check_folder(folder: Path) -> Claim:
     return claim
 
 
-def add_report(folder: Path, claim: Claim, report: str | os.PathLike) -> Claim:
-    """Put what attacks found into the claim, and their plots beside it.
+def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[Claim, AttackResults]:
+    """The claim with what attacks found, and their results; nothing is written.
 
     Args:
         folder: What the model is saved in.
@@ -152,10 +153,32 @@ def add_report(folder: Path, claim: Claim, report: str | os.PathLike) -> Claim:
         )
     if results.metric != claim.metric:
         raise ValueError(f"{path} measures {results.metric}, the claim {claim.metric}.")
-    claim = replace(claim, attacks=AttackReport.from_results(results))
-    write_plots(results, folder / "plots")
-    claim.write(folder)
-    return claim
+    return replace(claim, attacks=AttackReport.from_results(results)), results
+
+
+def write_card_and_claim(folder: Path, claim: Claim, repo_id: str, results: AttackResults | None = None) -> bool:
+    """Write the claim, the card that is filled from it, and the plots of its attacks; where one cannot be written, neither.
+
+    Args:
+        folder: What the model is saved in.
+        claim: Its claim.
+        repo_id: What the card says to load.
+        results: What the attacks found, where they are new.
+
+    Returns:
+        False where the card was edited and left as it is.
+    """
+    if results is not None:
+        write_plots(results, folder / "plots")
+    # All that can fail, a full disk or a card that cannot be read, fails before the first of the two takes its place.
+    staged = folder / f".{FILE_NAME}.new"
+    try:
+        claim.write(staged)
+        unedited = update_card(folder, claim, repo_id)
+        os.replace(staged, folder / FILE_NAME)
+    finally:
+        staged.unlink(missing_ok=True)
+    return unedited
 
 
 def published_files(folder: Path, claim: Claim) -> list[str]:

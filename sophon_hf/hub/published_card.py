@@ -1,4 +1,4 @@
-"""Does the model card say what sophon.json says? Its metadata are compared; its prose is the publisher's."""
+"""Does the model card say what sophon.json says? Its metadata are compared; its prose is the publisher's, but for one sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from sophon_hf.claim import Claim
 from sophon_hf.hub.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, Verdict
-from sophon_hf.reporting.card import CARD, evaluation_results, is_unedited
+from sophon_hf.reporting.card import CARD, NOT_EVALUATED, evaluation_results, is_unedited
 
 LARGEST_CARD = 2**20
 LARGEST_METADATA = 2**15
@@ -18,7 +18,7 @@ DEEPEST = 20
 
 
 def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
-    """Compare the card's figures with the claim's.
+    """Compare the card's figures with the claim's; it may leave some out, but not say that nothing was evaluated.
 
     Returns:
         The verdict, and notes.
@@ -34,6 +34,8 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
     except ValueError as error:
         return Verdict("card", NOT_CHECKABLE, why=f"its metadata cannot be read: {error}"), []
     notes = [] if is_unedited(body) else ["The card's text was edited: what it says was not compared with the claim."]
+    if claim.attacks is not None and NOT_EVALUATED in " ".join(body.split()):
+        return Verdict("card", TAMPERED, why='it says "not evaluated", and the claim holds attacks'), notes
     expected = {r.metric_name: float(r.metric_value) for r in evaluation_results(claim)}
     for name, value in found:
         if name not in expected:

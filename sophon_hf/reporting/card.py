@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 CURVES = "plots/curves.png"
+NOT_EVALUATED = (
+    "**Not evaluated**: no attack was run on this model, so how much of it fine-tuning recovers is not known."
+)
 _TEMPLATE = Path(__file__).with_name("card.md")
 _MARK = re.compile(r"\n<!-- Written by sophon_hf; ([0-9a-f]{16}) -->\s*$")
 
@@ -259,9 +262,7 @@ def _warnings(claim: Claim) -> list[str]:
 def _first_paragraph(claim: Claim) -> str:
     report = claim.attacks
     if report is None:
-        return (
-            "**Not evaluated**: no attack was run on this model, so how much of it fine-tuning recovers is not known."
-        )
+        return NOT_EVALUATED
     transfer, best = report.recovered_transfer, report.strongest("protected", claim.greater_is_better)
     if transfer.value is None:
         score = f"**Recovered transfer: void** ({_escape(transfer.void)})."

@@ -161,7 +161,10 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
     try:
         processor, why = cls.from_pretrained(source), "what is there has no vocabulary"
     except absent as error:
-        processor, why = None, error
+        processor, why = (
+            None,
+            str(error).split(". ")[0],
+        )  # What follows speaks of the Hub, also where a folder was read.
     if processor is None or (cls is AutoTokenizer and not _has_words(processor)):
         logger.warning(
             "No %s is saved with %s, so raw images are only scaled, and raw text or audio cannot be used: %s",
