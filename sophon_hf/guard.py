@@ -201,9 +201,10 @@ class Guard:
     @property
     def failure(self) -> str:
         """Why no state is a protected one, and what to do about it."""
-        if not self.suppressed and not self.state.dropped:
+        never = not self.suppressed and not self.state.rollbacks
+        if never and not self.state.dropped:
             return "no suppression gradient was applied: let l_FTS be 1 or more, and max_steps such that a state is evaluated."
-        if not self.suppressed:
+        if never:
             return (
                 f"all {self.state.dropped} suppression gradients were not finite and were dropped. Lower the learning rates of "
                 "the strategy space, or K."

@@ -6,7 +6,6 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -48,10 +47,10 @@ from sophon_hf.suppression import Suppression
 from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task, restore_precision
 from sophon_hf.tasks.models import hash_state
 from sophon_hf.updates import (
-    average_and_clip,
     consult_guard,
     make_suppression_optimizer,
     make_suppression_scheduler,
+    reinforcement_loop,
     suppression_loop,
 )
 
@@ -174,26 +173,11 @@ class SophonTrainer(Trainer):
             for loop in range(self.args.l_FTS):
                 suppression_loop(self, loop)
             for loop in range(self.args.l_NTR - 1):
-                self._reinforcement_loop(model, loop)
+                reinforcement_loop(self, model, loop, super().training_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_log.add_reinforcement(loss, first_micro_batch=self._micro_step == 0)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         return loss
-
-    def _reinforcement_loop(self, model: nn.Module, loop: int) -> None:
-        """Lines 17 to 21, for all loops but the last, which the Trainer itself closes."""
-        args = self.args
-        losses = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = self.reinforcement_batches.batch(self.state.global_step, loop, micro_step)
-            with nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch))
-        # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        average_and_clip(gradients, torch.stack(losses).sum(), self.model, self.accelerator, args.max_grad_norm)
-        # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
-        getattr(self.optimizer, "optimizer", self.optimizer).step()
-        model.zero_grad()
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """mu * L_beta (eq. 6), the mean over the batch."""

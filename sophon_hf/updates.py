@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +49,30 @@ def suppression_loop(trainer: SophonTrainer, loop: int) -> None:
     if loop == args.l_FTS - 1:
         trainer.suppression_scheduler.step()
     trainer.step_log.add_suppression(result, norm)
+
+
+def reinforcement_loop(
+    trainer: SophonTrainer, model: nn.Module, loop: int, backward: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+) -> None:
+    """Lines 17 to 21 of Algorithm 1, for all loops but the last, which the Trainer itself closes.
+
+    Args:
+        trainer: Inside an iteration.
+        model: As accelerate wraps it.
+        loop: Which of its l_NTR loops.
+        backward: The Trainer's own `training_step`: adds the gradient of a micro-batch, and returns its loss.
+    """
+    args, accelerator, losses = trainer.args, trainer.accelerator, []
+    for micro_step in range(args.gradient_accumulation_steps):
+        batch = trainer.reinforcement_batches.batch(trainer.state.global_step, loop, micro_step)
+        with nullcontext() if is_sharded(trainer.model) else accelerator.no_sync(model):
+            losses.append(backward(model, batch))
+    # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    average_and_clip(gradients, torch.stack(losses).sum(), trainer.model, accelerator, args.max_grad_norm)
+    # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
+    getattr(trainer.optimizer, "optimizer", trainer.optimizer).step()
+    model.zero_grad()
 
 
 @torch.no_grad()
