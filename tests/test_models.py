@@ -198,7 +198,7 @@ CASES = [
 def settings(folder, **changes) -> SophonConfig:
     """Two iterations of Algorithm 1, three steps an adversary; a tolerance that never puts the model back."""
     space = {"batch_sizes": [8], "learning_rates": [1e-3]}
-    values = {"max_steps": 2, "K": 3, "N": 2, "strategy_space": space, "tolerance": 1e6, "save_steps": 2, **changes}
+    values = {"max_steps": 2, "K": 3, "N": 2, "strategy_space": space, "tolerance": 1.0, "save_steps": 2, **changes}
     return SophonConfig(
         output_dir=str(folder), per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, **values
     )
@@ -243,7 +243,7 @@ def test_transformers_classifier_is_protected_saved_and_loaded(case, tmp_path):
 def test_representation_preset_fits_every_family(case, tmp_path):
     space = {"batch_sizes": [8], "reinitialized_blocks": [1], "learning_rates": [1e-3]}
     small = {"max_steps": 2, "K": 2, "horizon": 4, "strategy_space": space, "eval_steps": 2, "save_steps": 2}
-    changes = {**PRESETS["representation"], **small, "tolerance": 1e6, "N": 1}
+    changes = {**PRESETS["representation"], **small, "tolerance": 1.0, "N": 1}
     processing = case.processing and case.processing()
     trainer = protect(case.build(), case.data(1), case.data(2), tmp_path, changes, processing_class=processing)
     assert len(trainer.suppression.probes.blocks) == 1
@@ -367,17 +367,16 @@ def test_unet_needs_no_labels_and_does_not_mind_unusable_ones(tmp_path):
     faces = images(1).remove_columns("label")
     # "-1" is how a test split without labels says so; a diffusion model never looks.
     unlabelled = faces.add_column("label", [-1] * len(faces))
-    protect(
-        unet(), unlabelled, faces, tmp_path, {"strategy_space": {"batch_sizes": [8], "initializations": ["direct"]}}
-    )
+    space = {"batch_sizes": [8], "initializations": ["direct"]}
+    protect(unet(), unlabelled, images(2).remove_columns("label"), tmp_path, {"strategy_space": space})
 
 
 def test_input_column_holds_for_evaluation_as_for_training(tmp_path):
     case = next(case for case in CASES if case.family == "BertForSequenceClassification")
-    data = sentences(1).add_column("comment", ["red"] * 48)
+    original, restricted, data = (sentences(seed).add_column("comment", ["red"] * 48) for seed in (1, 2, 3))
     columns = {"original": "text", "restricted": "text"}
     trainer = SophonTrainer(
-        case.build(), data, data, settings(tmp_path), processing_class=tokenizer(), input_columns=columns
+        case.build(), restricted, original, settings(tmp_path), processing_class=tokenizer(), input_columns=columns
     )
     measured = trainer.evaluate({"original": data, "restricted": data})
     assert measured["eval_original_accuracy"] == measured["eval_restricted_accuracy"]

@@ -128,7 +128,7 @@ def test_a_restricted_domain_with_more_classes_can_be_evaluated(tmp_path, model)
     held_out = {"original": make_points(3), "restricted": restricted}
     trainer = SophonTrainer(model, make_points(4, num_classes=5), make_points(2), args, eval_dataset=held_out)
     metrics = trainer.evaluate()
-    x, y = torch.tensor(restricted["x"]), torch.tensor(restricted["label"])
+    x, y = (torch.tensor(held_out["restricted"][column]) for column in ("x", "label"))
     assert metrics["eval_restricted_accuracy"] == pytest.approx(float((model.eval()(x).argmax(1) == y).float().mean()))
     trainer.train()
 
@@ -140,7 +140,7 @@ def test_labels_beyond_the_head_are_wrong_though_the_original_domain_names_as_ma
     held_out = {"original": original.select(range(50)), "restricted": restricted.select(range(60))}
     trainer = SophonTrainer(model, restricted, original, config(tmp_path), eval_dataset=held_out)
     metrics = trainer.evaluate()
-    x, y = torch.tensor(restricted["x"]), torch.tensor(restricted["label"])
+    x, y = (torch.tensor(held_out["restricted"][column]) for column in ("x", "label"))
     assert metrics["eval_restricted_accuracy"] == pytest.approx(float((model.eval()(x).argmax(1) == y).float().mean()))
     assert np.isnan(metrics["eval_restricted_loss"]) and np.isfinite(metrics["eval_original_loss"])
 
