@@ -64,12 +64,13 @@ def main() -> None:
     training, test = (
         build_domain(d, needs, name="restricted") for d in (pair.adversary_dataset(IMAGES), pair.restricted_test)
     )
+    original_test = build_domain(pair.original_test, needs, name="original")
     strategy = FineTuningStrategy(learning_rate=options.learning_rate, epochs=options.epochs)
     rows = {}
     for name in ("original", "scratch", *options.names):
         if name not in ("original", "scratch"):
             load_weights(pair.model, options.work / f"{options.pair}-{name}-0")
-        row = {} if name == "scratch" else {"original": by_band(pair.model, pair.original_test)}
+        row = {} if name == "scratch" else {"original": by_band(pair.model, original_test)}
         row |= {} if name == "scratch" else {"restricted": by_band(pair.model, test)}
         start = strategy.with_changes(initialization="scratch" if name == "scratch" else "direct")
         run_attack(

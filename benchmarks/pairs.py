@@ -102,7 +102,7 @@ class Pair:
     model: nn.Module
     original: datasets.Dataset
     original_validation: datasets.Dataset
-    original_test: Domain
+    original_test: datasets.Dataset
     defender: datasets.Dataset
     defender_validation: datasets.Dataset
     adversary: datasets.Dataset
@@ -186,26 +186,18 @@ def _halves_of_cifar10(
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     torch.manual_seed(seed)
     model = ResidualNet(len(original_classes)).to(memory_format=torch.channels_last)  # A quarter faster on a CPU.
-    needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
         original=original,
         original_validation=original_validation,
-        original_test=build_domain(parts["original", "test"], needs, name="original"),
+        original_test=parts["original", "test"],
         defender=defender,
         defender_validation=defender_validation,
         adversary=adversary,
         validation=validation,
         restricted_test=parts["restricted", "test"],
     )
-    weights = cache / f"{name}-{seed}.pt"
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-    else:
-        pretrain(model, build_domain(pair.original, needs, name="original"), pair.original_test, seed=seed)
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), weights)
-    return pair
+    return _pretrained(pair, cache / f"{name}-{seed}.pt", seed=seed)
 
 
 def _normalised(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -243,7 +235,7 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
         model=model,
         original=source["train"],
         original_validation=original_validation,
-        original_test=build_domain(original_test, infer_task(model).inputs(model), name="original"),
+        original_test=original_test,
         defender=defender,
         defender_validation=defender_validation,
         adversary=adversary,
@@ -276,27 +268,18 @@ def faces(cache: Path, seed: int = 0) -> Pair:
         down_block_types=("DownBlock2D",) * 3,
         up_block_types=("UpBlock2D",) * 3,
     )
-    needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
         original=original,
         original_validation=original_validation,
-        original_test=build_domain(original_test, needs, name="original"),
+        original_test=original_test,
         defender=defender,
         defender_validation=defender_validation,
         adversary=adversary,
         validation=validation,
         restricted_test=restricted_test.select(range(1000)),
     )
-    weights = cache / f"faces-{seed}.pt"
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-    else:
-        domain = build_domain(original, needs, name="original")
-        pretrain(model, domain, pair.original_test, epochs=10, size=64, seed=seed)
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), weights)
-    return pair
+    return _pretrained(pair, cache / f"faces-{seed}.pt", epochs=10, size=64, seed=seed)
 
 
 def imagenet(cache: Path, seed: int = 0) -> Pair:
@@ -318,31 +301,36 @@ def imagenet(cache: Path, seed: int = 0) -> Pair:
     sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
     model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=20))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
-    needs = infer_task(model).inputs(model)
     pair = Pair(
         model=model,
         original=original,
         original_validation=original_validation,
-        original_test=build_domain(original_test, needs, name="original"),
+        original_test=original_test,
         defender=defender,
         defender_validation=defender_validation,
         adversary=adversary,
         validation=validation,
         restricted_test=restricted_test,
     )
-    weights = cache / f"imagenet-{seed}.pt"
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-    else:
-        pretrain(model, build_domain(original, needs, name="original"), pair.original_test, seed=seed)
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), weights)
-    return pair
+    return _pretrained(pair, cache / f"imagenet-{seed}.pt", seed=seed)
 
 
 def _enlarged(dataset: datasets.Dataset) -> datasets.Dataset:
     """64x64 images."""
     return dataset.map(lambda row: {"image": row["image"].convert("RGB").resize((64, 64))}, num_proc=os.cpu_count())
+
+
+def _pretrained(pair: Pair, weights: Path, **settings: int) -> Pair:
+    """The pair, its model pre-trained on the original domain; from `weights` where they are there already."""
+    if weights.exists():
+        pair.model.load_state_dict(torch.load(weights, weights_only=True))
+        return pair
+    needs = infer_task(pair.model).inputs(pair.model)
+    train, test = (build_domain(d, needs, name="original") for d in (pair.original, pair.original_test))
+    pretrain(pair.model, train, test, **settings)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(pair.model.state_dict(), weights)
+    return pair
 
 
 def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, size: int = 128, seed: int = 0) -> None:

@@ -30,7 +30,7 @@ from sophon_hf.config import PRESETS
 from sophon_hf.data import build_domain
 from sophon_hf.finetuning import FineTuningStrategy
 from sophon_hf.saving import load_weights
-from sophon_hf.tasks import evaluate_model, infer_task
+from sophon_hf.tasks import infer_task
 
 SETTINGS = {**PRESETS, **BASELINES}
 MODELS = ("protected", "original", "ntl", "scratch", "untrained")
@@ -159,12 +159,11 @@ def main() -> None:
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
         protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation, baselines=baselines, original_dataset=pair.original, **allowed,
+        validation_dataset=pair.validation, baselines=baselines, original_dataset=pair.original,
+        original_eval_dataset=pair.original_test, **allowed,
     )  # fmt: skip
-    intact = {
-        n: evaluate_model(task, m, pair.original_test, 500).metric
-        for n, m in {"before": pair.model, "after": protected, **baselines}.items()
-    }
+    names = {"original": "before", "protected": "after"}
+    intact = {names.get(model, model): metric for model, metric in results.original_metric.items()}
     transfer = results.recovered_transfer()
     direct = results.recovered_transfer(
         [s for s, _ in results.by_strategy("protected") if s.initialization == "direct"]
