@@ -27,8 +27,8 @@ attack on the original model and from scratch, so percentages of two sweeps do n
 | `faces` | CIFAR-10 | faces of CelebA | UNet of 156 k parameters, a denoiser, pre-trained here |
 
 `paper` is Algorithm 1; `representation` the preset of that name. What follows its name is an earlier version: `-repeats`, as all before it, met some held-out examples twice in a
-batch; `-cold` (and `-cold-again`, on another pre-training) simulated no warm-ups; `-halves` judged probes on half a batch; `-linear` had linear probes. The
-others are baselines *like* those of the field.
+batch; `-cold` (and `-cold-again`, on another pre-training) simulated no warm-ups; `-halves` judged probes on half a batch; `-linear` had linear probes. `-gentle` is
+the preset of today with lower rates. `without-...` and `with-...` are that preset with one part left out or exchanged ([defences.md](defences.md)). The others are baselines *like* those of the field.
 
 """
 NOT_MEASURED = "an attack on protected, original or scratch is missing"
