@@ -128,7 +128,7 @@ def test_a_restricted_domain_with_more_classes_can_be_evaluated(tmp_path, model)
     held_out = {"original": make_points(3), "restricted": restricted}
     trainer = SophonTrainer(model, make_points(4, num_classes=5), make_points(2), args, eval_dataset=held_out)
     metrics = trainer.evaluate()
-    x, y = (torch.tensor(held_out["restricted"][column]) for column in ("x", "label"))
+    x, y = torch.tensor(restricted["x"]), torch.tensor(restricted["label"])
     assert metrics["eval_restricted_accuracy"] == pytest.approx(float((model.eval()(x).argmax(1) == y).float().mean()))
     trainer.train()
 
