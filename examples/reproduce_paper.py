@@ -53,7 +53,7 @@ def domain(scale: Scale, name: str, size: int, data: Path) -> tuple[datasets.Dat
         if not (data / source).is_dir():
             sys.exit(
                 f"There is no folder {data / source}: set --data or SOPHON_DATA to a folder with the data that "
-                "docs/results/paper.md lists (cifar10/, tiny_imagenet_20/, ...)."
+                "docs/results/paper_tables.md lists (cifar10/, tiny_imagenet_20/, ...)."
             )
         source = str(data / source)
     if test is None:

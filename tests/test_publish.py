@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline
 from huggingface_hub import HfApi, ModelCard, load_torch_model, snapshot_download
 from published import attack, classifier, make_trainer, protect
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from two_processes import launch
 
 from sophon_hf import SophonConfig
 from sophon_hf.claim import Claim
@@ -319,6 +320,31 @@ def test_pushing_while_training(hub, tmp_path, strategy):
         if "sophon.json" in commit:
             claim = Claim.from_json(commit["sophon.json"].content)
             assert claim.weights == {"model.safetensors": commit["model.safetensors"].sha256}
+
+
+# What is read of the environment is read before a test file's own setting of it.
+TWO_PROCESSES = """
+import sys
+
+import huggingface_hub.constants
+from published import protect
+
+trainer = protect("classifier", sys.argv[1] + "/out", push_to_hub=True, hub_model_id="alice/model", hub_strategy="every_save")
+assert trainer.args.world_size == 2
+commit = trainer.push_to_hub("alice/again")
+assert (commit is not None) == trainer.is_world_process_zero()
+"""
+
+
+def test_one_of_two_processes_pushes(hub, tmp_path):
+    launch(tmp_path, TWO_PROCESSES, timeout=300)
+    for repo_id, pushes in (("alice/model", 3), ("alice/again", 1)):
+        published = [commit for commit in hub.repositories[repo_id].commits.values() if "sophon.json" in commit]
+        assert files(hub, repo_id) == CLASSIFIER and len(published) == pushes
+        assert_clean(hub, repo_id)
+        claim = Claim.from_json(published[-1]["sophon.json"].content)
+        assert claim.protection.status == "protected"
+        assert claim.weights == {"model.safetensors": published[-1]["model.safetensors"].sha256}
 
 
 def test_a_push_that_fails_does_not_end_the_training(hub, tmp_path, caplog):
