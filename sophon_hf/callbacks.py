@@ -53,10 +53,10 @@ class ProtectionProgress(TrainerCallback):
 
 
 class EvaluateLastStep(TrainerCallback):
-    """Evaluate after the last iteration too, so that the guard has seen every state that can be saved."""
+    """Evaluate after the last iteration, before it is saved, so that the guard has seen every state that is gone on from."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
 

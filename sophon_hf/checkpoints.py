@@ -65,9 +65,9 @@ def checkpoint_to_resume(trainer: SophonTrainer, wanted: str | os.PathLike | boo
         ValueError: It is another run's, or there is none; or a new run would overwrite another one, or begin where one ended.
     """
     if not wanted:
-        if trainer.state.global_step:
+        if trainer.seconds():
             raise ValueError(
-                "This trainer has trained already: its model is not the one from before protection any more. Make a new "
+                "This trainer has begun to train already: its model is not the one from before protection any more. Make a new "
                 "trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
             )
         check_fresh_folder(trainer.args.output_dir)

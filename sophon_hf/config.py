@@ -169,7 +169,7 @@ class SophonConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Share of each domain held out for evaluation where no eval_dataset is given."},
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Not used: set beta (and alpha) instead."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Leave out: set beta (and alpha) instead."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Schedule of both alpha and beta over the iterations."}
     )
@@ -209,7 +209,6 @@ class SophonConfig(TrainingArguments):
                 f"learning_rate is {self.learning_rate}, but SOPHON has two rates: set `beta` (reinforcement, now "
                 f"{self.beta}) and `alpha` (suppression, now {self.alpha}), and leave learning_rate None."
             )
-        self.learning_rate = self.beta
         whole = {
             "max_steps": 1,
             "K": 1,

@@ -37,7 +37,8 @@ def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, r
     """What cannot be protected, or does not go together, whatever the data are.
 
     Raises:
-        ValueError: Several GPUs in one process, a loss of one's own beside distillation, or a model that is sharded already.
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a model that is sharded already, or
+            batch norm that is synchronised over processes.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -50,6 +51,12 @@ def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, r
         )
     if isinstance(model, nn.Module) and is_sharded(model):
         raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
+    if args.world_size > 1 and isinstance(model, nn.Module):
+        if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise ValueError(
+                "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: leave it "
+                "with BatchNorm."
+            )
 
 
 def build_domains(

@@ -140,10 +140,13 @@ def _saved_before(folder: Path) -> list[Path]:
     return weights + indexes
 
 
-def load_weights(model: nn.Module, pipeline: str | os.PathLike) -> None:
-    """Load a UNet's weights in place from a saved pipeline."""
-    saved = type(model).from_pretrained(pipeline, subfolder="unet")
-    model.load_state_dict(saved.state_dict())
+def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Load in place what `save_model_files` saved of a model of transformers or diffusers.
+
+    Through its own library, since what a file calls a weight need not be its name in the model.
+    """
+    subfolder = {"subfolder": "unet"} if (Path(folder) / "model_index.json").exists() else {}
+    model.load_state_dict(type(model).from_pretrained(folder, **subfolder).state_dict())
 
 
 def claim_of(trainer: SophonTrainer, model: nn.Module, folder: Path) -> Claim:

@@ -19,6 +19,7 @@ from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.persistent import PersistentAdversary
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.probes import Probes
+from sophon_hf.randomness import set_seed
 from sophon_hf.sharding import gradients, local, share
 from sophon_hf.tasks.anatomy import Anatomy
 from sophon_hf.tasks.evaluation import to_device
@@ -142,7 +143,7 @@ class Suppression:
         The model is put back.
         """
         with preserved(self.model, self.anatomy.head):
-            torch.manual_seed(environment.seed)
+            set_seed(environment.seed)
             for _ in self._fine_tuning(environment, steps):
                 pass
             held_out, parts = environment.evaluation, []
@@ -158,7 +159,7 @@ class Suppression:
     ) -> SimulatedAdversary:
         persistent = member if isinstance(member, PersistentAdversary) else PersistentAdversary(member, len(weights))
         environment, born = persistent.environment, persistent.age
-        torch.manual_seed(environment.seed + born)
+        set_seed(environment.seed + born)
         adversary = SimulatedAdversary(environment.strategy.name)
         adversary.before = self._scores_before(environment)
         last = last_evaluated(weights)
@@ -186,7 +187,7 @@ class Suppression:
     def _second_order(
         self, environment: Environment, weights: Sequence[float], gradient: dict[str, Tensor]
     ) -> SimulatedAdversary:
-        torch.manual_seed(environment.seed)
+        set_seed(environment.seed)
         adversary, strategy = SimulatedAdversary(environment.strategy.name), environment.strategy
         adversary.before = self._scores_before(environment)
         fine_tuning = self._fine_tuning(environment, len(weights))

@@ -45,7 +45,7 @@ from sophon_hf.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.step_log import StepLog
 from sophon_hf.suppression import Suppression
 from sophon_hf.tasks import Task, first_rows, infer_task, load_model, load_processor, load_task, restore_precision
-from sophon_hf.tasks.models import hash_state
+from sophon_hf.tasks.models import hash_state, refuse_half_precision
 from sophon_hf.updates import (
     consult_guard,
     make_suppression_optimizer,
@@ -78,7 +78,7 @@ class SophonTrainer(Trainer):
 
     Raises:
         ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, a head that cannot be found, a strategy space that leaves no strategy, a `reinforcement_loss`
+            a frozen model, weights in half precision, a head that cannot be found, a strategy space that leaves no strategy, a `reinforcement_loss`
             beside distillation, or a model or settings that FSDP2 cannot shard here (docs/scaling.md).
     """
 
@@ -106,6 +106,7 @@ class SophonTrainer(Trainer):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
             processing_class = load_processor(source, model) if processing_class is None else processing_class
+        refuse_half_precision(model, "given")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
         self.task = infer_task(model) if task is None else task
@@ -206,6 +207,12 @@ class SophonTrainer(Trainer):
         if self.suppression_optimizer is None:
             self.suppression_optimizer = make_suppression_optimizer(self.model, self.args)
         return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: SophonConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The Trainer's optimizer, at the rate beta."""
+        optimizer, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer, {**arguments, "lr": args.beta}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """One schedule for both rates."""
@@ -310,8 +317,7 @@ class SophonTrainer(Trainer):
             self._consulted_at = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        pipeline = os.path.exists(os.path.join(resume_from_checkpoint, "model_index.json"))
-        if pipeline and not is_sharded(self.model):
+        if hasattr(self.model, "save_pretrained") and not is_sharded(self.model):
             load_weights(self.model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

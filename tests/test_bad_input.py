@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.preflight import refuse_arguments
 
 SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
 
@@ -445,6 +449,24 @@ def test_fp16_from_the_launcher_is_refused_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="use bf16"):
         config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"weights are {dtype}: call its `float..` first.*bf16=True"):
+        SophonTrainer(TinyNet().to(dtype), make_points(1), make_points(2), config(tmp_path))
+
+
+def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
+    processes = SimpleNamespace(n_gpu=0, world_size=2, distillation=0.0)
+    with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
+        refuse_arguments(model, processes, None)
+    refuse_arguments(TinyNet(), processes, None)
+
+
+def test_a_rate_can_be_replaced_in_a_configuration(tmp_path):
+    assert replace(config(tmp_path), beta=1e-3).beta == 1e-3
 
 
 # ---- The output folder ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,23 @@ def test_halves_and_classes_of_a_folder_of_sounds(tmp_path):
     assert len(defender) + len(adversary) == 6
     low = build_domain(select_classes(dataset, ["low"]), AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE))
     assert len(low) == 3 and low.class_names == ["low"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "needs", "processor"),
+    [
+        (points(4), POINTS, None),
+        (pictures([picture("RGB")] * 4), IMAGES, None),
+        (sentences(), TEXT, tokenizer()),
+        (sounds([np.ones(100, dtype=np.float32)] * 4), AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE)),
+    ],
+    ids=["tensors", "images", "text", "audio"],
+)
+def test_a_domain_reaches_the_workers_of_a_data_loader(dataset, needs, processor):
+    """Which do not inherit it everywhere."""
+    domain = build_domain(dataset, needs, processor)
+    there = pickle.loads(pickle.dumps(domain))
+    torch.testing.assert_close(there.rows(ALL(4)), domain.rows(ALL(4)), rtol=0, atol=0)
 
 
 def test_sources_that_are_none(tmp_path):

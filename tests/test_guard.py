@@ -378,5 +378,5 @@ def test_an_evaluation_after_an_interrupted_run_only_measures(tmp_path):
 
 def test_a_trainer_protects_once(tmp_path):
     trainer, _ = train_guarded(tmp_path)
-    with pytest.raises(ValueError, match="has trained already.*Make a new trainer"):
+    with pytest.raises(ValueError, match="has begun to train already.*Make a new trainer"):
         trainer.train()

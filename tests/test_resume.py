@@ -10,12 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, make_points
+from diffusers import DDPMScheduler
+from observed import config
+from tiny_models import CLASSES, make_bert, make_unet, make_vit
 from transformers import TrainerCallback
 
-from sophon_hf import SophonConfig, SophonTrainer
+from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer
 
 # The run as a user would write it; the tests start it as a process of its own and read `build` from it too.
 SCRIPT = """
@@ -131,6 +136,58 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, ch
     assert max(at_checkpoint) == rollbacks
     saved = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "killed")]
     assert saved[0] == saved[1]
+
+
+def library_data(make, seed: int) -> datasets.Dataset:
+    generator = np.random.default_rng(seed)
+    labels = {} if make is make_unet else {"label": [i % CLASSES for i in range(40)]}
+    if make is make_bert:
+        return datasets.Dataset.from_dict({"input_ids": generator.integers(30, size=(40, 5)).tolist(), **labels})
+    column, shape = ("sample", (40, 1, 8, 8)) if make is make_unet else ("pixel_values", (40, 3, 16, 16))
+    return datasets.Dataset.from_dict({column: generator.normal(size=shape).astype(np.float32).tolist(), **labels})
+
+
+@pytest.mark.parametrize("make", [make_vit, make_bert, make_unet])
+def test_a_model_of_the_libraries_resumes_to_the_same_weights(tmp_path, make, monkeypatch):
+    """Whose files call some weights by other names than the model does (ViT), or are a pipeline's (UNet)."""
+    monkeypatch.setattr("sophon_hf.saving.MAX_SHARD_SIZE", "20KB")
+    states = []
+    for resume in (None, str(tmp_path / "output" / "checkpoint-2")):
+        torch.manual_seed(0)
+        model = make()
+        task = DiffusionTask(DDPMScheduler(num_train_timesteps=20)) if make is make_unet else None
+        args = config(tmp_path, save_strategy="steps", save_steps=2, alpha=1e-2)
+        trainer = SophonTrainer(model, library_data(make, 1), library_data(make, 2), args, task=task)
+        trainer.train(resume_from_checkpoint=resume)
+        states.append(state_of(model))
+    assert_equal(states[1], states[0])
+
+
+def test_a_finished_run_that_was_evaluated_by_epochs_is_resumed_as_protected(tmp_path):
+    """The last checkpoint is written before the epoch's end; its guard has seen the last state all the same."""
+    output, states = tmp_path / "output", []
+    for resume in (None, True):
+        trainer = build(output, eval_strategy="epoch", save_steps=3)
+        start = state_of(trainer.model)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.guard.state.best_step == 6
+        states.append(state_of(trainer.model))
+    assert_equal(states[1], states[0])
+    assert not torch.equal(states[1]["body.weight"], start["body.weight"])
+
+
+def test_a_training_that_failed_in_its_first_iteration_does_not_start_again(tmp_path):
+    """Suppression has changed the model by then."""
+
+    def fail(model, batch):
+        raise MemoryError
+
+    torch.manual_seed(0)
+    trainer = SophonTrainer(TinyNet(), make_points(1), make_points(2), config(tmp_path), reinforcement_loss=fail)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    with pytest.raises(ValueError, match="has begun to train already"):
+        trainer.train()
 
 
 # ---- Which checkpoints are taken ----

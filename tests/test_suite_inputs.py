@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, d
     assert results.best("protected") == make_suite(tmp_path / "both").run(**data).best("protected")
     with pytest.raises(ValueError, match="go together"):
         make_suite(tmp_path).run(**data, benign_dataset=benign)
+
+
+@pytest.mark.parametrize("name", ["protected", "original"])
+def test_a_model_in_half_precision_is_refused(tmp_path, data, name):
+    """Most of an adversary's small updates would be rounded away, and look like a protection."""
+    half = copy.deepcopy(data[name]).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"The {name} model's weights are torch.bfloat16"):
+        make_suite(tmp_path).run(**{**data, name: half})
 
 
 def test_a_benign_task_is_checked_before_anything_is_run(tmp_path, data):

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import make_points
@@ -28,6 +29,31 @@ from sophon_hf.suppression import Suppression
 from sophon_hf.tasks.anatomy import Anatomy
 
 # First order.
+
+
+class Masking(torch.nn.Module):
+    """Draws from NumPy while it trains, as the masks of audio models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = x * torch.from_numpy(np.random.uniform(size=x.shape))
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_the_same_adversary_draws_the_same_from_numpy_and_puts_its_state_back(float64_domain):
+    torch.manual_seed(0)
+    model, environment = Masking(), make_environment(float64_domain, 1, learning_rate=0.01)
+    np.random.seed(1)
+    first = suppress(model, [environment], [[0.5, 0.5]]).gradient
+    drawn = np.random.uniform()
+    np.random.seed(1)
+    assert drawn == np.random.uniform()
+    second = suppress(model, [environment], [[0.5, 0.5]]).gradient
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("initialization", ("direct", "new_head"))

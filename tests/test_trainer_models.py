@@ -17,6 +17,7 @@ from torch import nn
 from transformers import ResNetForImageClassification, ViTImageProcessor
 
 from sophon_hf import DiffusionTask, SophonTrainer
+from sophon_hf.tasks import load_model
 
 
 def pixels(seed: int, column: str, labelled: bool = True, size: int = 8, examples: int = 40) -> datasets.Dataset:
@@ -92,6 +93,12 @@ def test_a_diffusion_guard_takes_the_tolerance_as_a_share_of_the_mse(tmp_path):
     assert after["eval_original_mse"] > 1.1 * start["eval_original_mse"]
     assert after["rollbacks"] == 1
     assert_equal(after["model"], start["model"])
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_unet])
+def test_a_model_that_is_stored_in_half_precision_is_loaded_in_full(tmp_path, make):
+    make().half().save_pretrained(tmp_path / "half")
+    assert load_model(tmp_path / "half").dtype == torch.float32
 
 
 def test_the_model_can_be_a_folder(tmp_path):

@@ -15,6 +15,7 @@ from sophon_hf.attacks.adaptive import prepare_model
 from sophon_hf.data import Domain, Stream, derive_seed
 from sophon_hf.finetuning import FineTuning, FineTuningStrategy, StackedFineTuning
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
+from sophon_hf.randomness import kept_random_state, set_seed
 from sophon_hf.tasks import Task, evaluate_model, first_rows, restore_precision
 
 EVALUATION_BATCH = 128
@@ -121,10 +122,10 @@ def run_attacks(
                     found = evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast, with_loss=False)
                     values.append(found.metric)
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_random_state([device] if device.type == "cuda" else []):
         runs = []
         for seed, copied in zip(seeds, copies, strict=True):
-            torch.manual_seed(derive_seed(seed, "attack"))
+            set_seed(derive_seed(seed, "attack"))
             prepare_model(copied, task, strategy, training, original, seed)
             batches = Stream(training, task, derive_seed(seed, "adversary's order")).batches(strategy.batch_size)
             classes = training.num_classes or None

@@ -36,6 +36,7 @@ from sophon_hf.data.preparation import ModelInputs
 from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS
 from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model, load_processor, load_task
+from sophon_hf.tasks.models import refuse_half_precision
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class AttackSuite:
             benign_eval_dataset: Its test split.
 
         Raises:
-            ValueError: Models of different architecture, a baseline with a name of the suite's own, overlapping data, or
+            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's own, overlapping data, or
                 missing labels.
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
@@ -144,6 +145,8 @@ class AttackSuite:
             raise ValueError(f"baselines has {sorted(taken)}, which are names of the suite's own: give others.")
         given = {"protected": protected, "original": original, **(baselines or {})}
         models = {name: _load(model) for name, model in given.items()}
+        for name, model in models.items():
+            refuse_half_precision(model, name)
         check_same_architecture(models)
         task, processor = self._task_and_processor(models["original"], original, protected)
         needs = task.inputs(models["original"])

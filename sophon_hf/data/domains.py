@@ -280,7 +280,7 @@ class _seeded:
         self.states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
         random.seed(self.seed)
         np.random.seed(self.seed % 2**32)
-        torch.random.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # Not the GPUs', which are not put back.
 
     def __exit__(self, *_: object) -> None:
         random.setstate(self.states[0])

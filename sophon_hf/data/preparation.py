@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,17 +87,18 @@ def _stack(tensors: list[Tensor], fill: float) -> Tensor:
 
 def prepare_ready(columns: Mapping[str, str]) -> Callable[[Rows], list[Example]]:
     """Columns that already are model inputs. `columns`: column name -> input name."""
+    return partial(_ready, columns=columns)
 
-    def to_tensor(value: Any) -> Tensor:
-        tensor = torch.as_tensor(np.asarray(value))
-        # Lists of numbers come out of Arrow as float64.
-        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
-    def inputs(rows: Rows) -> list[Example]:
-        count = len(next(iter(rows.values())))
-        return [{name: to_tensor(rows[column][i]) for column, name in columns.items()} for i in range(count)]
+def _ready(rows: Rows, columns: Mapping[str, str]) -> list[Example]:
+    count = len(next(iter(rows.values())))
+    return [{name: _to_tensor(rows[column][i]) for column, name in columns.items()} for i in range(count)]
 
-    return inputs
+
+def _to_tensor(value: Any) -> Tensor:
+    tensor = torch.as_tensor(np.asarray(value))
+    # Lists of numbers come out of Arrow as float64.
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
 def prepare_images(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
@@ -104,22 +106,23 @@ def prepare_images(column: str, needs: ModelInputs, processing_class: Any | None
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(needs.channels or 3)
     if mode is None:
         raise ValueError(f"The model takes {needs.channels} channels, but images have 1, 3 or 4: pass ready tensors.")
+    return partial(_images, column=column, mode=mode, needs=needs, processing_class=processing_class)
 
-    def to_tensor(image: Image) -> Tensor:
-        if needs.image_size is not None and image.size != needs.image_size[::-1]:
-            image = image.resize(needs.image_size[::-1], PillowResampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        return (pixels * 2 - 1 if needs.symmetric else pixels).contiguous()
 
-    def inputs(rows: Rows) -> list[Example]:
-        images = [image.convert(mode) for image in rows[column]]
-        if processing_class is None:
-            return [{needs.main: to_tensor(image)} for image in images]
-        pixels = processing_class(images=images, return_tensors="pt")["pixel_values"]
-        return [{needs.main: p} for p in pixels]
+def _images(rows: Rows, column: str, mode: str, needs: ModelInputs, processing_class: Any | None) -> list[Example]:
+    images = [image.convert(mode) for image in rows[column]]
+    if processing_class is None:
+        return [{needs.main: _pixels(image, needs)} for image in images]
+    pixels = processing_class(images=images, return_tensors="pt")["pixel_values"]
+    return [{needs.main: p} for p in pixels]
 
-    return inputs
+
+def _pixels(image: Image, needs: ModelInputs) -> Tensor:
+    if needs.image_size is not None and image.size != needs.image_size[::-1]:
+        image = image.resize(needs.image_size[::-1], PillowResampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    return (pixels * 2 - 1 if needs.symmetric else pixels).contiguous()
 
 
 def prepare_text(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
@@ -129,16 +132,15 @@ def prepare_text(column: str, needs: ModelInputs, processing_class: Any | None) 
             f"Column {column!r} holds text: pass the model's tokenizer as `processing_class`, "
             "or a dataset with `input_ids` and `attention_mask`."
         )
+    return partial(_text, column=column, needs=needs, processing_class=processing_class)
 
+
+def _text(rows: Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
     # Many saved tokenizers know no length, and would cut nothing. Two positions are for those that count from the padding.
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
-
-    def inputs(rows: Rows) -> list[Example]:
-        encoded = processing_class(list(rows[column]), truncation=True, max_length=longest)
-        names = [name for name in encoded if needs.accepts(name)]
-        return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
-
-    return inputs
+    encoded = processing_class(list(rows[column]), truncation=True, max_length=longest)
+    names = [name for name in encoded if needs.accepts(name)]
+    return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
 
 
 def prepare_audio(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
@@ -148,16 +150,15 @@ def prepare_audio(column: str, needs: ModelInputs, processing_class: Any | None)
             f"Column {column!r} holds audio: pass the model's feature extractor as `processing_class`, "
             "or a dataset with `input_values`."
         )
-    rate = processing_class.sampling_rate
+    return partial(_audio, column=column, needs=needs, processing_class=processing_class)
 
-    def inputs(rows: Rows) -> list[Example]:
-        examples = []
-        for cell in rows[column]:
-            encoded = processing_class(_resample(*_decode(cell), rate), sampling_rate=rate, return_tensors="pt")
-            examples.append({name: encoded[name][0] for name in encoded if needs.accepts(name)})
-        return examples
 
-    return inputs
+def _audio(rows: Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
+    examples, rate = [], processing_class.sampling_rate
+    for cell in rows[column]:
+        encoded = processing_class(_resample(*_decode(cell), rate), sampling_rate=rate, return_tensors="pt")
+        examples.append({name: encoded[name][0] for name in encoded if needs.accepts(name)})
+    return examples
 
 
 def _decode(cell: Mapping[str, Any]) -> tuple[np.ndarray, int]:

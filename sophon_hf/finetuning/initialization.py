@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.randomness import kept_random_state
 from sophon_hf.sharding import copy_of, distributed_like, is_sharded, local, shard_part
 from sophon_hf.tasks.anatomy import Anatomy
 
@@ -142,11 +143,11 @@ class Stored:
 
 @contextmanager
 def preserved(model: nn.Module, head: str) -> Iterator[Stored]:
-    """Fine-tune a model in place inside the block; after it, the model and torch's random state are as before."""
+    """Fine-tune a model in place inside the block; after it, the model and every random state are as before."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     stored = Stored(model, head)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with kept_random_state(devices):
             yield stored
     finally:
         stored.restore()

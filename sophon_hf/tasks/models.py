@@ -54,6 +54,20 @@ def restore_precision(model: nn.Module) -> None:
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
+def refuse_half_precision(model: nn.Module, name: str) -> None:
+    """Whether a model's weights can be trained as they are; in half precision most of a small update is rounded away.
+
+    Raises:
+        ValueError: Floating-point parameters of less than 32 bits.
+    """
+    half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if half:
+        raise ValueError(
+            f"The {name} model's weights are {', '.join(sorted(str(dtype) for dtype in half))}: call its `float()` first, since "
+            "small updates would be rounded away. For speed set `bf16=True`, which leaves the weights in float32."
+        )
+
+
 def forward_names(model: nn.Module) -> tuple[str, ...]:
     """The named parameters of the model's `forward`."""
     parameters = inspect.signature(unwrap(model).forward).parameters.values()
@@ -125,7 +139,7 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
         from diffusers import UNet2DModel
 
         in_pipeline = os.path.isdir(os.path.join(source, "unet")) or _hub_file(source, "unet/config.json") is not None
-        return UNet2DModel.from_pretrained(source, subfolder="unet" if in_pipeline else None)
+        return UNet2DModel.from_pretrained(source, subfolder="unet" if in_pipeline else None, torch_dtype=torch.float32)
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -141,7 +155,8 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
             k for k in ("ImageClassification", "SequenceClassification", "AudioClassification") if k in names[0]
         )
         cls = getattr(transformers, f"AutoModelFor{kind}")
-    return cls.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # Not in the half precision that it may be stored in: small updates would be rounded away.
+    return cls.from_pretrained(source, trust_remote_code=trust_remote_code, dtype=torch.float32)
 
 
 def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
