@@ -51,12 +51,12 @@ def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, r
         )
     if isinstance(model, nn.Module) and is_sharded(model):
         raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
-    if args.world_size > 1 and isinstance(model, nn.Module):
-        if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-            raise ValueError(
-                "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: leave it "
-                "with BatchNorm."
-            )
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        raise ValueError(
+            "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: leave it "
+            "with BatchNorm."
+        )
 
 
 def build_domains(
