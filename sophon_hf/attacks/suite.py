@@ -136,8 +136,8 @@ class AttackSuite:
             benign_eval_dataset: Its test split.
 
         Raises:
-            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's own, overlapping data, or
-                missing labels.
+            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's own,
+                overlapping data, or missing labels.
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
