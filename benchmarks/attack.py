@@ -20,10 +20,10 @@ import torch
 from loops import make
 from torch import nn
 
-from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, run_attack, run_attacks
-from sophon_hf.data import Domain
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.tasks import infer_task
+from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, run_attack, run_attacks
+from sophon_hf.data.domain import Domain
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.tasks.base import infer_task
 
 STRATEGY = FineTuningStrategy(batch_size=50)
 SHORT, SEEDS = STRATEGY.with_changes(epochs=4), (0, 1, 2)

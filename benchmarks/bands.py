@@ -17,12 +17,13 @@ import pairs
 import torch
 from torch import nn
 
-from sophon_hf.attacks.attack import run_attack
-from sophon_hf.data import Domain, build_domain
-from sophon_hf.data.streams import Batch
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.saving import load_weights
-from sophon_hf.tasks import DiffusionTask, evaluate_model
+from sophon_hf.attacks.run import run_attack
+from sophon_hf.data.batches import Batch
+from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.hub.saving import load_weights
+from sophon_hf.tasks.diffusion import DiffusionTask
+from sophon_hf.tasks.evaluation import evaluate_model
 
 BANDS = ((0, 100), (100, 250), (250, 500), (500, 1000))
 IMAGES = 1000

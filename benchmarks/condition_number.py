@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sophon_hf.data import Domain, Stream
-from sophon_hf.tasks import Task, evaluation_mode
+from sophon_hf.data.batches import Stream
+from sophon_hf.data.domain import Domain
+from sophon_hf.models.loading import evaluation_mode
+from sophon_hf.tasks.base import Task
 
 
 class ConditionNumber:

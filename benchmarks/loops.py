@@ -15,10 +15,12 @@ import torch
 from pairs import ResidualNet
 from torch import nn
 
-from sophon_hf.data import Domain, build_domain
-from sophon_hf.finetuning import Environment, FineTuningStrategy, sample_environment
-from sophon_hf.suppression import Suppression
-from sophon_hf.tasks import Anatomy, infer_task
+from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.models.structure import ModelStructure
+from sophon_hf.protection.environment import Environment, sample_environment
+from sophon_hf.protection.suppression import Suppression
+from sophon_hf.tasks.base import infer_task
 
 CLASSES = 5
 MIB = 2**20
@@ -102,7 +104,7 @@ def ours(model: nn.Module, environment: Environment, steps: int) -> dict[str, to
     # A direct adversary keeps the head, whose name therefore does not matter: any module will do.
     head = next(name for name, _ in model.named_children())
     loss = next(iter(task.suppression_losses.values()))
-    return Suppression(model, task, Anatomy(head, ()), loss)([environment], [[1 / steps] * steps]).gradient
+    return Suppression(model, task, ModelStructure(head, ()), loss)([environment], [[1 / steps] * steps]).gradient
 
 
 def floor(model: nn.Module, environment: Environment, steps: int) -> None:

@@ -14,8 +14,11 @@ from safetensors.torch import load_model
 from torch import nn
 from torch.nn import functional as F
 
-from sophon_hf.data import Domain, Stream, build_domain, load_domain, select_classes, split_domain
-from sophon_hf.tasks import evaluate_model, infer_task, to_device
+from sophon_hf.data.batches import Stream
+from sophon_hf.data.domain import Domain, build_domain, load_domain
+from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.tasks.base import infer_task
+from sophon_hf.tasks.evaluation import evaluate_model, to_device
 
 DATA = Path(os.environ.get("SOPHON_DATA", "data"))
 

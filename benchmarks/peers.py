@@ -25,8 +25,9 @@ import torch
 from loops import CASES, adversary, growth_mib, in_fresh_process, make, ours
 from torch import Tensor, nn
 
-from sophon_hf.finetuning import Environment
-from sophon_hf.tasks import WithTensors, infer_task
+from sophon_hf.models.loading import WithTensors
+from sophon_hf.protection.environment import Environment
+from sophon_hf.tasks.base import infer_task
 
 try:
     import higher

@@ -22,11 +22,13 @@ from loops import CASES, make
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sophon_hf import SophonConfig, SophonTrainer
-from sophon_hf.data import Domain, Stream
-from sophon_hf.finetuning import PersistentAdversary
+from sophon_hf.data.batches import Stream
+from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import Stored
-from sophon_hf.probes import Probes
-from sophon_hf.tasks import ClassificationTask, DiffusionTask
+from sophon_hf.protection.persistent import PersistentAdversary
+from sophon_hf.protection.probes import Probes
+from sophon_hf.tasks.classification import ClassificationTask
+from sophon_hf.tasks.diffusion import DiffusionTask
 
 PASSES = "forward and backward"
 

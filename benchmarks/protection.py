@@ -24,13 +24,14 @@ from baselines import BASELINES
 from condition_number import ConditionNumber
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
-from sophon_hf.attacks.ntl import train_ntl
-from sophon_hf.attacks.results import AttackResults, write_atomically
-from sophon_hf.config import PRESETS
-from sophon_hf.data import build_domain
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.saving import load_weights
-from sophon_hf.tasks import infer_task
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.data.domain import build_domain
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.hub.saving import load_weights
+from sophon_hf.protection.config import PRESETS
+from sophon_hf.protection.ntl import train_ntl
+from sophon_hf.tasks.base import infer_task
+from sophon_hf.utils import write_atomically
 
 SETTINGS = {**PRESETS, **BASELINES}
 MODELS = ("protected", "original", "ntl", "scratch", "untrained")
@@ -72,7 +73,9 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         eval_dataset={"original": pair.original_validation, "restricted": pair.defender_validation},
     )
     if options.preset == "condition-number-like":
-        trainer.reinforcement_loss = ConditionNumber(trainer.task, trainer.anatomy.head, trainer.domains["restricted"])
+        trainer.reinforcement_loss = ConditionNumber(
+            trainer.task, trainer.structure.head, trainer.domains["restricted"]
+        )
     started = any(folder.glob("checkpoint-*")) if folder.exists() else False
     trainer.train(resume_from_checkpoint=started or None)
     record = {

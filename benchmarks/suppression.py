@@ -19,7 +19,7 @@ import time
 import torch
 from loops import CASES, adversary, floor, growth_mib, in_fresh_process, make, ours, parameter_mib
 
-from sophon_hf.tasks import infer_task
+from sophon_hf.tasks.base import infer_task
 
 COPIES = 5  # Stored, sum of gradients, gradient of the step, Adam's two moments.
 

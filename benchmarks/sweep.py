@@ -23,10 +23,11 @@ from loops import growth_mib
 from pairs import ResidualNet
 
 from sophon_hf import AttackSuite, FineTuningStrategy
-from sophon_hf.attacks import Curve, suite
-from sophon_hf.claim import AttackReport
-from sophon_hf.data.streams import derive_seed
-from sophon_hf.reporting.report import to_markdown, write_report
+from sophon_hf.attacks import suite
+from sophon_hf.attacks.report import to_markdown, write_report
+from sophon_hf.attacks.run import Curve
+from sophon_hf.data.batches import derive_seed
+from sophon_hf.hub.claim import AttackReport
 
 SEEDS, MODELS = 2, 3
 EPOCHS = [0, 1, 5, 10, 15, 20]

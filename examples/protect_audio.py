@@ -17,7 +17,7 @@ import datasets
 from transformers import AutoFeatureExtractor
 
 from sophon_hf import SophonConfig, SophonTrainer, load_domain, select_classes, split_domain
-from sophon_hf.tasks import load_model
+from sophon_hf.models.loading import load_model
 
 
 def parse_options() -> argparse.Namespace:

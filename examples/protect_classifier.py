@@ -13,10 +13,11 @@ import argparse
 from transformers import AutoImageProcessor
 
 from sophon_hf import SophonConfig, SophonTrainer, load_domain, split_domain
-from sophon_hf.commands.demo import pretrain, small_classifier
-from sophon_hf.data import build_domain
-from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.tasks import infer_task, load_model
+from sophon_hf.cli.demo import pretrain, small_classifier
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.models.loading import load_model
+from sophon_hf.tasks.base import infer_task
 
 
 def main() -> None:

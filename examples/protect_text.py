@@ -15,7 +15,7 @@ import argparse
 from transformers import AutoTokenizer
 
 from sophon_hf import SophonConfig, SophonTrainer, load_domain, split_domain
-from sophon_hf.tasks import load_model
+from sophon_hf.models.loading import load_model
 
 
 def parse_options() -> argparse.Namespace:

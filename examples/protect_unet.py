@@ -14,10 +14,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
-from sophon_hf.commands.demo import pretrain
-from sophon_hf.data import build_domain
-from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.tasks import load_model, load_task
+from sophon_hf.cli.demo import pretrain
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.models.loading import load_model
+from sophon_hf.tasks.base import load_task
 
 
 def small_unet() -> UNet2DModel:

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from sophon_hf import split_domain
-from sophon_hf.commands.demo import SWEEP, pretrain, small_classifier
-from sophon_hf.data import build_domain
-from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.tasks import infer_task
+from sophon_hf.cli.demo import SWEEP, pretrain, small_classifier
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.tasks.base import infer_task
 
-LOCAL_HUB = Path(__file__).parents[1] / "tests"
+LOCAL_HUB = Path(__file__).parents[1] / "tests" / "helpers"
 
 
 def main() -> None:

@@ -32,14 +32,14 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sophon_hf import AttackSuite, DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
-from sophon_hf.attacks import AttackResults
-from sophon_hf.attacks.ntl import train_ntl
-from sophon_hf.attacks.results import write_atomically
+from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.sweeps import scratch
-from sophon_hf.commands.demo import pretrain
-from sophon_hf.data import build_domain
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.tasks import Task, infer_task
+from sophon_hf.cli.demo import pretrain
+from sophon_hf.data.domain import build_domain
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.protection.ntl import train_ntl
+from sophon_hf.tasks.base import Task, infer_task
+from sophon_hf.utils import write_atomically
 
 METHODS = {"Scratch": "scratch", "Original": "original", "NTL": "ntl", "SOPHON": "protected"}
 EPOCHS = (0, 1, 5, 10, 15, 20)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from sophon_hf import SophonConfig, SophonTrainer
-from sophon_hf.commands.demo import pretrain, small_classifier
-from sophon_hf.data import build_domain
-from sophon_hf.data.glyphs import handwritten_digits, printed_letters
-from sophon_hf.plots import plot_stability
-from sophon_hf.tasks import infer_task
+from sophon_hf.attacks.plots import plot_stability
+from sophon_hf.cli.demo import pretrain, small_classifier
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.tasks.base import infer_task
 
 LOSSES = ("inverse_cross_entropy", "kl_from_uniform", "negated_cross_entropy")
 

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SophonTrainer": "trainer",
-    "SophonConfig": "config",
-    "FineTuningStrategy": "finetuning",
-    "StrategySpace": "finetuning",
-    "AttackSuite": "attacks",
-    "ClassificationTask": "tasks",
-    "DiffusionTask": "tasks",
-    "load_domain": "data",
-    "select_classes": "data",
-    "split_domain": "data",
+    "SophonTrainer": "protection.trainer",
+    "SophonConfig": "protection.config",
+    "FineTuningStrategy": "finetuning.strategy",
+    "StrategySpace": "finetuning.strategy",
+    "AttackSuite": "attacks.suite",
+    "ClassificationTask": "tasks.classification",
+    "DiffusionTask": "tasks.diffusion",
+    "load_domain": "data.domain",
+    "select_classes": "data.labels",
+    "split_domain": "data.labels",
+    "publish": "hub.publish",
+    "audit": "auditing.audit",
 }
 
 __all__ = [
@@ -32,18 +34,24 @@ __all__ = [
     "SophonTrainer",
     "StrategySpace",
     "__version__",
+    "audit",
     "load_domain",
+    "publish",
     "select_classes",
     "split_domain",
 ]
 
 if TYPE_CHECKING:
-    from sophon_hf.attacks import AttackSuite
-    from sophon_hf.config import SophonConfig
-    from sophon_hf.data import load_domain, select_classes, split_domain
-    from sophon_hf.finetuning import FineTuningStrategy, StrategySpace
-    from sophon_hf.tasks import ClassificationTask, DiffusionTask
-    from sophon_hf.trainer import SophonTrainer
+    from sophon_hf.attacks.suite import AttackSuite
+    from sophon_hf.auditing.audit import audit
+    from sophon_hf.data.domain import load_domain
+    from sophon_hf.data.labels import select_classes, split_domain
+    from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+    from sophon_hf.hub.publish import publish
+    from sophon_hf.protection.config import SophonConfig
+    from sophon_hf.protection.trainer import SophonTrainer
+    from sophon_hf.tasks.classification import ClassificationTask
+    from sophon_hf.tasks.diffusion import DiffusionTask
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sophon_hf.data import Domain
-from sophon_hf.tasks import Task, first_rows, to_device
+from sophon_hf.data.domain import Domain
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.evaluation import first_rows, to_device
 
 
 @dataclass
@@ -78,5 +79,5 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     """Whether the model's head has an output for every class."""
     if domain.labels is None:
         return True
-    outputs = task.anatomy(model, first_rows(task, domain, next(model.parameters()).device)).outputs
+    outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
     return domain.num_classes <= outputs

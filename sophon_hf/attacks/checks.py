@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sophon_hf.attacks.adaptive import NO_ORIGINAL_DATA
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import mean_of_finite
+from sophon_hf.finetuning.preparations import NO_ORIGINAL_DATA
 
 LEARNED = 0.02
 STILL_RISING = 0.01

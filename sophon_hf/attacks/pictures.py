@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sophon_hf.data import Domain
-from sophon_hf.plots import save_image_grid
-from sophon_hf.tasks import DiffusionTask, Task
+from sophon_hf.attacks.plots import save_image_grid
+from sophon_hf.data.domain import Domain
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.diffusion import DiffusionTask
 
 IMAGES = 4
 NOISE_SHARES = (0.05, 0.15, 0.3)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sophon_hf.attacks.attack import Curve
+from sophon_hf.attacks.plots import plot_curves
+from sophon_hf.attacks.run import Curve
 from sophon_hf.attacks.score import BestAttack, RecoveredTransfer, mean_of_finite, recovered_transfer
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.plots import plot_curves
-from sophon_hf.schema import finite_or_none
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.utils import finite_or_none, write_atomically
 
 # Of the original metric: points of accuracy, or a share of the MSE before.
 COLLAPSED = 0.10
@@ -25,7 +25,7 @@ UNTRAINED = "untrained"
 
 
 @dataclass
-class Cell:
+class AttackRun:
     """One attack on one model with one seed.
 
     Attributes:
@@ -57,7 +57,7 @@ class Cell:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Cell:
+    def from_dict(cls, values: dict[str, Any]) -> AttackRun:
         """The inverse of `to_dict`."""
         curve = None
         if values["curve"] is not None:
@@ -80,7 +80,7 @@ class AttackResults:
         pictures: Of a diffusion model: grids of clean, noisy and denoised images, by what they show.
     """
 
-    cells: list[Cell]
+    cells: list[AttackRun]
     metric: str
     greater_is_better: bool
     test_examples: int
@@ -89,13 +89,13 @@ class AttackResults:
     benign: dict[str, float] | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
 
-    def of(self, model: str) -> list[Cell]:
+    def of(self, model: str) -> list[AttackRun]:
         """The cells of a model that ended."""
         return [cell for cell in self.cells if cell.model == model and cell.curve is not None]
 
-    def by_strategy(self, model: str) -> Iterator[tuple[FineTuningStrategy, list[Cell]]]:
+    def by_strategy(self, model: str) -> Iterator[tuple[FineTuningStrategy, list[AttackRun]]]:
         """The cells of a model that ended, grouped by strategy."""
-        groups: dict[FineTuningStrategy, list[Cell]] = {}
+        groups: dict[FineTuningStrategy, list[AttackRun]] = {}
         for cell in self.of(model):
             groups.setdefault(cell.strategy, []).append(cell)
         yield from groups.items()
@@ -280,7 +280,7 @@ class AttackResults:
         for name in ("original_metric", "benign"):
             if values.get(name):
                 values[name] = {n: _number_or_nan(v) for n, v in values[name].items()}
-        return cls(**{**values, "cells": [Cell.from_dict(cell) for cell in values["cells"]], "pictures": pictures})
+        return cls(**{**values, "cells": [AttackRun.from_dict(cell) for cell in values["cells"]], "pictures": pictures})
 
 
 def _number_or_nan(value: float | None) -> float:
@@ -289,11 +289,3 @@ def _number_or_nan(value: float | None) -> float:
 
 def _start(strategy: FineTuningStrategy) -> str:
     return strategy.name.split(", ")[0]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sophon_hf.finetuning import FineTuningStrategy
+from sophon_hf.finetuning.strategy import FineTuningStrategy
 
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0

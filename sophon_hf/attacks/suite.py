@@ -16,27 +16,22 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.adaptive import untrained_copy
-from sophon_hf.attacks.attack import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
-from sophon_hf.attacks.budget import (
-    Budget,
-    check_disjoint,
-    check_same_architecture,
-    flops_per_example,
-    head_fits,
-)
-from sophon_hf.attacks.keys import cell_keys
+from sophon_hf.attacks.budget import Budget, check_disjoint, check_same_architecture, flops_per_example, head_fits
+from sophon_hf.attacks.cache import cell_keys
 from sophon_hf.attacks.pictures import draw_denoised
-from sophon_hf.attacks.results import UNTRAINED, AttackResults, Cell, write_atomically
+from sophon_hf.attacks.results import UNTRAINED, AttackResults, AttackRun
+from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
 from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
-from sophon_hf.data import Domain, build_domain, load_domain, split_domain
-from sophon_hf.data.domains import Source
+from sophon_hf.data.domain import Domain, Source, build_domain, load_domain
 from sophon_hf.data.fingerprint import fingerprint_domain
-from sophon_hf.data.preparation import ModelInputs
-from sophon_hf.finetuning import FineTuningStrategy, NotApplicableError
-from sophon_hf.finetuning.strategy import USUAL_EPOCHS
-from sophon_hf.tasks import Task, evaluate_model, hash_state, infer_task, load_model, load_processor, load_task
-from sophon_hf.tasks.models import refuse_half_precision
+from sophon_hf.data.labels import split_domain
+from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.finetuning.preparations import untrained_copy
+from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
+from sophon_hf.models.loading import hash_state, load_model, load_processor, refuse_half_precision
+from sophon_hf.tasks.base import Task, infer_task, load_task
+from sophon_hf.tasks.evaluation import evaluate_model
+from sophon_hf.utils import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -246,37 +241,37 @@ class AttackSuite:
             label=self.label_columns.get(name),
         )  # fmt: skip
 
-    def _cells(self, models: dict[str, nn.Module], budget: Budget) -> list[Cell]:
+    def _cells(self, models: dict[str, nn.Module], budget: Budget) -> list[AttackRun]:
         warm_ups = [] if budget.original is None else warming_up(self.strategies)
         by_model = {name: self.strategies for name in models}
         by_model |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
-        return [Cell(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
+        return [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
 
     def _measured(self, strategy: FineTuningStrategy, budget: Budget) -> list[float] | str:
         if self.measured_every is not None:
             return f"every {self.measured_every} steps"
         return measured_epochs(strategy, len(budget.training), self.measured_epochs)
 
-    def _read(self, key: str, cell: Cell) -> Cell | None:
+    def _read(self, key: str, cell: AttackRun) -> AttackRun | None:
         path = self.output_dir / "cells" / f"{key}.json"
         if not path.exists():
             return None
         try:
             # Models of equal weights share a file, so its name for the model may be the other one's. The strategy is equal;
             # one object of it for all cells is what a sweep of thousands has room for.
-            read = Cell.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            read = AttackRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
             return replace(read, model=cell.model, strategy=cell.strategy)
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is torn or not a result: it is computed again.", path)
             return None
 
     def _compute(
-        self, task: Task, models: dict[str, nn.Module], budget: Budget, missing: list[tuple[str, Cell]]
+        self, task: Task, models: dict[str, nn.Module], budget: Budget, missing: list[tuple[str, AttackRun]]
     ) -> None:
         state = process_state()
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
-        groups: dict[tuple, list[tuple[str, Cell]]] = {}
+        groups: dict[tuple, list[tuple[str, AttackRun]]] = {}
         for key, cell in missing:
             seed = None if self.stack_seeds and cell.model != UNTRAINED else cell.seed
             groups.setdefault((cell.model, cell.strategy, seed), []).append((key, cell))
@@ -298,7 +293,7 @@ class AttackSuite:
         task: Task,
         victim: nn.Module,
         budget: Budget,
-        cells: Sequence[Cell],
+        cells: Sequence[AttackRun],
         pictures: dict[int, Path],
         progress: Callable[[int], Any],
     ) -> None:

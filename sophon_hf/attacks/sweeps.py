@@ -6,9 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from sophon_hf.closest import hint
-from sophon_hf.finetuning import FineTuningStrategy
-from sophon_hf.finetuning.strategy import PREPARATIONS
+from sophon_hf.finetuning.strategy import PREPARATIONS, FineTuningStrategy
+from sophon_hf.utils import hint
 
 PAPER = FineTuningStrategy(optimizer="momentum", learning_rate=1e-4, weight_decay=1e-4, batch_size=200)
 
@@ -82,7 +81,7 @@ def adaptive() -> list[FineTuningStrategy]:
         *prepared,
         new_head.with_changes(learning_rate=1e-2),
         new_head.with_changes(optimizer="momentum", learning_rate=0.3, max_grad_norm=1.0),
-        new_head.with_changes(learning_rate=3e-3, schedule="cosine", warmup=0.1),
+        new_head.with_changes(learning_rate=3e-3, schedule="cosine", warmup_ratio=0.1),
         new_head.with_changes(epochs=200),
         FineTuningStrategy(epochs=200),
     ]

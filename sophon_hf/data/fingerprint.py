@@ -12,7 +12,7 @@ import datasets
 import torch
 
 if TYPE_CHECKING:
-    from sophon_hf.data.domains import Domain
+    from sophon_hf.data.domain import Domain
 
 _CHUNK = 256
 _HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from sophon_hf.data.streams import derive_seed
+from sophon_hf.data.batches import derive_seed
 
 LABEL_COLUMNS = ("labels", "label")
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
-from sophon_hf.tasks.anatomy import Anatomy
+from sophon_hf.models.structure import ModelStructure
 
 _REFUSAL = re.compile(
     "not (yet )?(supported|implemented)|does not support|only .* supported|support is limited|unsupported layer", re.I
@@ -18,7 +18,7 @@ _REFUSAL = re.compile(
 
 
 def add_adapter(
-    model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy, steps: int
+    model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure, steps: int
 ) -> tuple[list[nn.Parameter], Callable[[int], Any]]:
     """Put an adapter beside every linear and convolutional layer but the head, in place; the layers themselves freeze.
 
@@ -28,7 +28,7 @@ def add_adapter(
     Args:
         model: Unwrapped.
         strategy: Names the adapter and its rank.
-        anatomy: Where the head is.
+        structure: Where the head is.
         steps: Length of the fine-tuning, by which AdaLoRA allots its ranks.
 
     Returns:
@@ -41,7 +41,7 @@ def add_adapter(
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     before = {id(parameter) for parameter in model.parameters()}
-    targets = [name for name, module in model.named_modules() if _takes(strategy, module) and name != anatomy.head]
+    targets = [name for name, module in model.named_modules() if _takes(strategy, module) and name != structure.head]
     if not targets:
         raise NotApplicableError(f"{strategy.adapter} finds no layer of {type(model).__name__} that it could go to")
     config = _config(strategy, "|".join(re.escape(name) for name in targets), steps)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
-from sophon_hf.randomness import kept_random_state
-from sophon_hf.sharding import copy_of, distributed_like, is_sharded, local, shard_part
-from sophon_hf.tasks.anatomy import Anatomy
+from sophon_hf.models.sharding import copy_of, distributed_like, is_sharded, local, shard_part
+from sophon_hf.models.structure import ModelStructure
+from sophon_hf.utils import kept_random_state
 
 
-def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy, num_classes: int | None) -> set[str]:
+def initialize(
+    model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure, num_classes: int | None
+) -> set[str]:
     """Re-initialise what the strategy does not take over, in place.
 
     The head is replaced as a module, so that `preserved` puts the old one back untouched.
@@ -23,7 +25,7 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
     Args:
         model: Unwrapped.
         strategy: Which parts are new.
-        anatomy: Where they are.
+        structure: Where they are.
         num_classes: Outputs of a new head; the old number where None.
 
     Returns:
@@ -35,30 +37,30 @@ def initialize(model: nn.Module, strategy: FineTuningStrategy, anatomy: Anatomy,
     if strategy.initialization == "direct":
         return set()
     try:
-        renewed = [*anatomy.last_blocks(strategy.reinitialized_blocks)]
+        renewed = [*structure.last_blocks(strategy.reinitialized_blocks)]
     except ValueError as error:
         raise NotApplicableError(str(error)) from error
     if strategy.initialization == "scratch":
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
         # The head comes anew below, and may lie in the whole model, never in a block.
-        _copy_state(fresh, model.get_submodule(name), skip="" if name else anatomy.head)
-    model.set_submodule(anatomy.head, shard_part(_new_head(model, anatomy, num_classes), model))
-    prefixes = tuple(f"{name}." if name else "" for name in (*renewed, anatomy.head))
+        _copy_state(fresh, model.get_submodule(name), skip="" if name else structure.head)
+    model.set_submodule(structure.head, shard_part(_new_head(model, structure, num_classes), model))
+    prefixes = tuple(f"{name}." if name else "" for name in (*renewed, structure.head))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def _new_head(model: nn.Module, anatomy: Anatomy, num_classes: int | None) -> nn.Module:
-    head = model.get_submodule(anatomy.head)
+def _new_head(model: nn.Module, structure: ModelStructure, num_classes: int | None) -> nn.Module:
+    head = model.get_submodule(structure.head)
     weight = next(head.parameters())
-    same = num_classes in (None, anatomy.outputs) or num_classes == getattr(head, "out_features", None)
+    same = num_classes in (None, structure.outputs) or num_classes == getattr(head, "out_features", None)
     if same and not is_sharded(head):
         fresh = copy_of(head)
     elif isinstance(head, nn.Linear):
         fresh = nn.Linear(head.in_features, head.out_features if same else num_classes, bias=head.bias is not None)
     else:
         raise NotApplicableError(
-            f"The head {anatomy.head!r} is a {type(head).__name__} with {anatomy.outputs} outputs: only a linear head "
+            f"The head {structure.head!r} is a {type(head).__name__} with {structure.outputs} outputs: only a linear head "
             f"can be replaced by one with {num_classes}."
         )
     fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sophon_hf.data.streams import Batch
-from sophon_hf.finetuning.engine import FineTuning
+from sophon_hf.data.batches import Batch
+from sophon_hf.finetuning.loop import FineTuning
+from sophon_hf.models.loading import WithTensors
 from sophon_hf.tasks.evaluation import to_device
-from sophon_hf.tasks.models import WithTensors
 
 
 class StackedFineTuning(FineTuning):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sophon_hf.closest import hint
+from sophon_hf.utils import hint
 
 INITIALIZATIONS = ("direct", "new_head", "scratch")
 TRANSFERS = ("all", "head", "norm", "pattern")
@@ -72,7 +72,7 @@ class FineTuningStrategy:
         learning_rate: Its rate.
         weight_decay: Its weight decay.
         schedule: "constant", "linear" or "cosine" decay to zero over all steps.
-        warmup: Share of all steps during which the rate rises from zero.
+        warmup_ratio: Share of all steps during which the rate rises from zero.
         max_grad_norm: Gradients are clipped to this norm; 0 for never.
         batch_size: Examples a step.
         epochs: Length of an attack; not used where `steps` is set. A defender's simulation has K steps instead.
@@ -90,14 +90,14 @@ class FineTuningStrategy:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: str = "constant"
-    warmup: float = 0.0
+    warmup_ratio: float = 0.0
     max_grad_norm: float = 0.0
     batch_size: int = 50
     epochs: float = USUAL_EPOCHS
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "warmup", "max_grad_norm", "epochs"):
+        for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "epochs"):
             object.__setattr__(self, name, _as_number(getattr(self, name), name))
         check_choice(self.initialization, INITIALIZATIONS, "initialization")
         check_choice(self.transfer, TRANSFERS, "transfer")
@@ -120,7 +120,7 @@ class FineTuningStrategy:
             value = getattr(self, name)
             if (name, value) != ("steps", None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
-        for name, highest in (("weight_decay", math.inf), ("warmup", 1), ("max_grad_norm", math.inf)):
+        for name, highest in (("weight_decay", math.inf), ("warmup_ratio", 1), ("max_grad_norm", math.inf)):
             value = getattr(self, name)
             if not 0 <= value <= highest or value == math.inf:
                 raise ValueError(f"{name} is {value}, but must be finite and lie between 0 and {highest}.")
@@ -156,7 +156,7 @@ class FineTuningStrategy:
             for present, text in (
                 (self.weight_decay, f"decay {self.weight_decay:g}"),
                 (self.schedule != "constant", self.schedule),
-                (self.warmup, f"warm-up {self.warmup:g}"),
+                (self.warmup_ratio, f"warm-up {self.warmup_ratio:g}"),
                 (self.max_grad_norm, f"clip {self.max_grad_norm:g}"),
                 (self.steps is None and self.epochs != USUAL_EPOCHS, f"{self.epochs:g} epochs"),
             )

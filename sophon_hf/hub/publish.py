@@ -15,11 +15,11 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
+from sophon_hf.attacks.report import write_plots
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.claim import FILE_NAME, AttackReport, Claim
-from sophon_hf.reporting.card import CARD, update_card
-from sophon_hf.reporting.report import write_plots
-from sophon_hf.weights import hash_weights
+from sophon_hf.hub.card import CARD, update_card
+from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim
+from sophon_hf.hub.weights import hash_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sophon_hf.data.preparation import ModelInputs
-from sophon_hf.data.streams import Batch
-from sophon_hf.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
-from sophon_hf.metrics import accuracy
-from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
-from sophon_hf.tasks.models import as_integers, first_channels, forward_names, main_input, unwrap
+from sophon_hf.data.batches import Batch
+from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.models.loading import as_integers, first_channels, forward_names, main_input, unwrap
+from sophon_hf.models.structure import ModelStructure, find_structure
+from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
+from sophon_hf.tasks.metrics import accuracy
 
 
 class ClassificationTask:
@@ -46,9 +46,9 @@ class ClassificationTask:
             pad_token_id=getattr(getattr(unwrap(model), "config", None), "pad_token_id", None),
         )
 
-    def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy:
+    def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
         """Head and blocks of the model, found by running it on `batch`."""
-        return find_anatomy(unwrap(model), lambda: self.predict(model, batch), self.head)
+        return find_structure(unwrap(model), lambda: self.predict(model, batch), self.head)
 
     def collate(self, rows: Batch, seeds: list[int]) -> Batch:
         """A batch is its rows; `seeds` is for tasks that add noise."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sophon_hf.data.preparation import ModelInputs
-from sophon_hf.data.streams import Batch, derive_seed
-from sophon_hf.losses import at_least_float32, denial_of_service, negated_mse
-from sophon_hf.metrics import mean_squared_error
-from sophon_hf.tasks.anatomy import Anatomy, find_anatomy
-from sophon_hf.tasks.models import as_integers, evaluation_mode, forward_names, unwrap
+from sophon_hf.data.batches import Batch, derive_seed
+from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.models.loading import as_integers, evaluation_mode, forward_names, unwrap
+from sophon_hf.models.structure import ModelStructure, find_structure
+from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_mse
+from sophon_hf.tasks.metrics import mean_squared_error
 
 
 class DiffusionTask:
@@ -55,9 +55,9 @@ class DiffusionTask:
             symmetric=True,
         )
 
-    def anatomy(self, model: nn.Module, batch: Batch) -> Anatomy:
+    def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
         """Output convolution and blocks of the model, found by running it on `batch`."""
-        return find_anatomy(unwrap(model), lambda: self.predict(model, batch), self.head)
+        return find_structure(unwrap(model), lambda: self.predict(model, batch), self.head)
 
     def collate(self, rows: Batch, seeds: list[int]) -> Batch:
         """Add noise to clean images: `sample` (noisy), `timestep` and `target`, each example's from its own seed."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from sophon_hf.data.streams import Batch
-from sophon_hf.sharding import is_sharded
-from sophon_hf.tasks.models import evaluation_mode
+from sophon_hf.data.batches import Batch
+from sophon_hf.models.loading import evaluation_mode
+from sophon_hf.models.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from sophon_hf.data.domains import Domain
-    from sophon_hf.tasks import Task
+    from sophon_hf.data.domain import Domain
+    from sophon_hf.tasks.base import Task
 
 
 class Evaluation(NamedTuple):

@@ -1,0 +1,220 @@
+"""Is what a published model claims of itself true? Hashes and form without data; figures on the auditor's own."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sophon_hf.attacks.sweeps import load_sweep
+from sophon_hf.auditing.card_check import judge_card
+from sophon_hf.auditing.download import Download, check_configurations, fetch
+from sophon_hf.auditing.remeasure import Measurement, load_models, measure
+from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, Verdict, judge_consistency
+from sophon_hf.data.domain import Source
+from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.hub.claim import FILE_NAME, Claim, printable
+from sophon_hf.hub.weights import hash_weights
+from sophon_hf.utils import write_atomically
+
+
+@dataclass
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        source: Hub id, or base name of the folder.
+        commit: The commit on the Hub that was audited.
+        verdicts: One a claim.
+        notes: What else a reader of the verdicts must know.
+        facts: How it was measured.
+    """
+
+    source: str
+    commit: str | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 where everything that was checked was reproduced, 1 where something is weaker than claimed or tampered."""
+        return int(any(v.verdict in (WEAKER, TAMPERED) for v in self.verdicts))
+
+    def add(self, claim: str, verdict: str, why: str = "", claimed: str = "", measured: str = "") -> None:
+        """Add a verdict."""
+        self.verdicts.append(Verdict(claim, verdict, claimed, measured, why))
+
+    def summary(self) -> str:
+        """One line."""
+        counts = [
+            sum(v.verdict == kind for v in self.verdicts) for kind in (REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE)
+        ]
+        names = (REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE)
+        return ", ".join(f"{count} {name}" for count, name in zip(counts, names, strict=True) if count)
+
+    def to_text(self) -> str:
+        """The verdicts for a terminal, one a line, and the notes."""
+        title = f"Audit of {self.source}" + (f" at {self.commit}" if self.commit else "")
+        lines = [title, ""]
+        for v in self.verdicts:
+            figures = f"claimed {v.claimed}, measured {v.measured}: " if v.claimed and v.measured else ""
+            lines.append(f"{v.verdict:20}{v.claim}: {figures}{v.why}")
+        return "\n".join(printable(line) for line in [*lines, "", *self.notes, f"{self.summary()}."])
+
+    def to_markdown(self) -> str:
+        """The audit as a table and its notes."""
+        title = f"# Audit of {self.source}" + (f" at {self.commit}" if self.commit else "")
+        lines = [_inert(title), "", f"{self.summary()}.", "", "| claim | verdict | claimed | measured | why |"]
+        lines.append("|---" * 5 + "|")
+        lines += ["| " + " | ".join(_inert(value) for value in asdict(v).values()) + " |" for v in self.verdicts]
+        return "\n".join([*lines, "", *(f"- {_inert(note)}" for note in self.notes)]).rstrip() + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write audit.json and audit.md, each in full or not at all."""
+        values = {**asdict(self), "exit_code": self.exit_code}
+        write_atomically(folder / "audit.json", json.dumps(values, indent=1, allow_nan=False, default=str) + "\n")
+        write_atomically(folder / "audit.md", self.to_markdown())
+
+
+def audit(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike = "audit",
+    *,
+    revision: str | None = None,
+    unprotected: nn.Module | str | None = None,
+    restricted_dataset: Source | None = None,
+    eval_dataset: Source | None = None,
+    original_dataset: Source | None = None,
+    original_eval_dataset: Source | None = None,
+    sweep: str | Path | Sequence[FineTuningStrategy] = "strong",
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: float | None = None,
+    examples: int | None = None,
+    input_columns: dict[str, str | None] | None = None,
+    label_columns: dict[str, str | None] | None = None,
+) -> Audit:
+    """Check what a published model claims, and write audit.json and audit.md.
+
+    Args:
+        source: Hub id, or a folder that was published or is going to be.
+        output_dir: Also gets the attacks and their report; a second run computes what is missing.
+        revision: Branch, tag or commit on the Hub. The audit is pinned to the commit it names now.
+        unprotected: The model before protection: Hub id, folder, or the model itself; what the claim names by default.
+        restricted_dataset: The adversary's data. The sweep is left out where there are none.
+        eval_dataset: The restricted domain's test split.
+        original_dataset: Data of the original domain for attacks that warm up on it.
+        original_eval_dataset: The original domain's test split.
+        sweep: As `AttackSuite` takes it. The claim's own strongest attacks are always added.
+        seeds: Of every attack.
+        epochs: Of an ordinary attack; the claim's by default.
+        examples: The adversary's; as many as the claim's by default.
+        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        label_columns: The same for the label column.
+
+    Raises:
+        FileNotFoundError: There is no such model, or it holds no sophon.json, so that nothing is claimed.
+        ConnectionError: The Hub cannot be reached.
+        ValueError: Data or settings that fit no model.
+    """
+    if (restricted_dataset is None) != (eval_dataset is None):
+        raise ValueError(
+            "restricted_dataset and eval_dataset go together: attacks train on one and report on the other."
+        )
+    if isinstance(sweep, (str, Path)):
+        load_sweep(sweep)  # A misspelt name is refused even where no sweep is run.
+    output_dir = Path(output_dir)
+    found = Audit(str(source) if not os.path.isdir(source) else Path(source).resolve().name)
+    data = Measurement(
+        restricted_dataset, eval_dataset, original_dataset, original_eval_dataset, sweep, list(seeds), epochs, examples,
+        output_dir, input_columns or {}, label_columns or {},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="sophon-audit-") as stage:
+        download = fetch(source, Path(stage) / "protected", revision)
+        found.commit = download.commit
+        claim = _read_claim(found, download)
+        if claim is not None and _check_files(found, download, claim):
+            found.write(output_dir)
+            models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected)
+            found.verdicts.append(models.state)
+            if models.protected is not None:
+                verdicts, notes, found.facts = measure(claim, models, data)
+                found.verdicts += verdicts
+                found.notes += notes
+    found.write(output_dir)
+    return found
+
+
+# ---- Without data: is the repository whole, harmless, and in agreement with itself? ----
+
+
+def _read_claim(audit: Audit, download: Download) -> Claim | None:
+    if download.refused:
+        first = sorted(download.refused)[0]
+        audit.add("files", TAMPERED, f"{len(download.refused)} not touched, as {first!r}: {download.refused[first]}")
+    else:
+        audit.add("files", REPRODUCED, "every name stays inside the folder")
+    if download.ignored:
+        shown = ", ".join(repr(name) for name in download.ignored[:5])
+        more = f" and {len(download.ignored) - 5} more" if len(download.ignored) > 5 else ""
+        audit.notes.append(f"An audit does not read: {shown}{more}.")
+    if FILE_NAME in download.refused:
+        audit.add(FILE_NAME, TAMPERED, download.refused[FILE_NAME])
+        return None
+    if not (download.folder / FILE_NAME).exists():
+        raise FileNotFoundError(f"{audit.source} holds no {FILE_NAME}: nothing is claimed of it that could be audited.")
+    try:
+        claim = Claim.read(download.folder / FILE_NAME)
+        contradiction = judge_consistency(claim)
+    except (ValueError, ArithmeticError) as error:
+        audit.add(FILE_NAME, TAMPERED, str(error))
+        return None
+    if contradiction is not None:
+        audit.add(FILE_NAME, TAMPERED, contradiction)
+    else:
+        audit.add(FILE_NAME, REPRODUCED, "of the right form, and its score follows from its attacks")
+    return claim
+
+
+def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
+    """Whether the files are those that the claim is about, and may be loaded."""
+    found = hash_weights(download.folder)
+    wrong = sorted(name for name in {*found, *claim.weights} if found.get(name) != claim.weights.get(name))
+    if wrong:
+        kinds = {name: "differs" if name in found and name in claim.weights else "is missing" for name in wrong}
+        kinds |= {name: "is not claimed" for name in wrong if name not in claim.weights}
+        audit.add(
+            "weights", TAMPERED, f"{wrong[0]!r} {kinds[wrong[0]]}" + f" ({len(wrong)} such files)" * (len(wrong) > 1)
+        )
+    else:
+        audit.add("weights", REPRODUCED, f"SHA-256 of {len(found)} file{'s' * (len(found) != 1)}")
+    try:
+        check_configurations(download.folder)
+    except ValueError as error:
+        audit.add("configuration", NOT_CHECKABLE if claim.remote_code else TAMPERED, str(error))
+        return False
+    audit.add("configuration", REPRODUCED, "asks for no code and no other repository")
+    verdict, notes = judge_card(download.folder, claim)
+    audit.verdicts.append(verdict)
+    audit.notes += notes
+    if audit.exit_code:
+        audit.notes.append("Something is tampered with, so nothing was measured.")
+    return audit.exit_code == 0
+
+
+def _inert(text: str) -> str:
+    """The same as it may stand in a table: no markup, no new cell."""
+    return (
+        html.escape(printable(str(text)), quote=False)
+        .replace("|", "\\|")
+        .replace("`", "'")
+        .replace("[", "(")
+        .replace("]", ")")
+    )

@@ -1,0 +1,114 @@
+"""Does the model card say what sophon.json says? Its metadata are compared; its prose is the publisher's, but for one sentence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, Verdict
+from sophon_hf.hub.card import CARD, NOT_EVALUATED, evaluation_results, is_unedited
+from sophon_hf.hub.claim import Claim
+
+LARGEST_CARD = 2**20
+LARGEST_METADATA = 2**15
+DEEPEST = 20
+
+
+def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
+    """Compare the card's figures with the claim's; it may leave some out, but not say that nothing was evaluated.
+
+    Returns:
+        The verdict, and notes.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return Verdict("card", NOT_CHECKABLE, why=f"there is no {CARD}"), []
+    try:
+        text = _read(path)
+        header, body = split_card(text)
+        metadata = read_metadata(header)
+        found = _figures(metadata)
+    except ValueError as error:
+        return Verdict("card", NOT_CHECKABLE, why=f"its metadata cannot be read: {error}"), []
+    notes = [] if is_unedited(body) else ["The card's text was edited: what it says was not compared with the claim."]
+    if claim.attacks is not None and NOT_EVALUATED in " ".join(body.split()):
+        return Verdict("card", TAMPERED, why='it says "not evaluated", and the claim holds attacks'), notes
+    expected = {r.metric_name: float(r.metric_value) for r in evaluation_results(claim)}
+    for name, value in found:
+        if name not in expected:
+            return Verdict("card", TAMPERED, why=f"it states {name!r}, which the claim does not"), notes
+        if not abs(value - expected[name]) <= 1e-6 * max(1.0, abs(value)):
+            why = f"it states {value:.4g} for {name!r}, the claim {expected[name]:.4g}"
+            return Verdict("card", TAMPERED, why=why), notes
+    if "non-fine-tunable" in (metadata.get("tags") or []) and not any(
+        r.metric_type == "recovered_transfer" for r in evaluation_results(claim)
+    ):
+        return Verdict("card", TAMPERED, why="it is tagged non-fine-tunable, and the claim holds no score"), notes
+    missing = len(expected.keys() - dict(found))
+    missing = f"; it leaves out {missing} of its figures" if missing else ""
+    return Verdict("card", REPRODUCED, why=f"its metadata state what the claim does{missing}"), notes
+
+
+def split_card(text: str) -> tuple[str, str]:
+    """The YAML at the head of a card, and what follows it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = re.match(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    if found is None:
+        raise ValueError("the card has none")
+    return found[1], text[found.end() :]
+
+
+def read_metadata(header: str) -> dict[str, Any]:
+    """A stranger's YAML: plain values, no references, no great size.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if len(header) > LARGEST_METADATA:
+        raise ValueError(f"they have more than {LARGEST_METADATA // 1024} KiB")
+    try:
+        _check_events(header)
+        values = yaml.safe_load(header)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}, {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(values, dict):
+        raise ValueError("they are no mapping")
+    return values
+
+
+def _check_events(header: str) -> None:
+    """Whether the YAML can be built at little cost: a reference can name one value a billion times, and depth is slow."""
+    depth = 0
+    for event in yaml.parse(header, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("they hold references (*), which could unfold without end")
+        if depth > DEEPEST:
+            raise ValueError(f"they are nested more than {DEEPEST} deep")
+
+
+def _read(path: Path) -> str:
+    with open(path, encoding="utf-8") as file:
+        text = file.read(LARGEST_CARD + 1)
+    if len(text) > LARGEST_CARD:
+        raise ValueError(f"the card has more than {LARGEST_CARD // 1024} KiB")
+    return text
+
+
+def _figures(metadata: dict[str, Any]) -> list[tuple[str, float]]:
+    """The metrics of `model-index`, name and value: all that the Hub shows, also where two have one name."""
+    figures = []
+    try:
+        for model in metadata.get("model-index") or []:
+            for result in model["results"]:
+                for metric in result["metrics"]:
+                    figures.append((str(metric.get("name", metric["type"])), float(metric["value"])))
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"model-index is not of the Hub's form ({type(error).__name__})") from error
+    return figures

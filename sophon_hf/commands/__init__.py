@@ -1,1 +1,0 @@
-"""What `sophon-hf` does for each of its commands."""

@@ -1,0 +1,125 @@
+"""What an informed adversary does to a protected model before fine-tuning it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sophon_hf.data.batches import Stream, derive_seed
+from sophon_hf.data.domain import Domain
+from sophon_hf.finetuning.initialization import initialize
+from sophon_hf.finetuning.loop import FineTuning
+from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.evaluation import first_rows, to_device
+
+SHRINK, PERTURB = 0.5, 0.1
+STATISTICS_BATCHES = 20
+WARM_UP_STEPS = 100
+NO_ORIGINAL_DATA = "warming up needs data of the original domain, and none was given"
+
+
+def prepare_model(
+    model: nn.Module, task: Task, strategy: FineTuningStrategy, training: Domain, original: Domain | None, seed: int
+) -> None:
+    """Carry out the strategy's preparation, in place.
+
+    Args:
+        model: Unwrapped; a copy of the victim.
+        task: What is learned.
+        strategy: Names the preparation; nothing happens where it names none.
+        training: The adversary's data.
+        original: Data of the original domain, for the warm-up.
+        seed: Decides noise and order.
+
+    Raises:
+        NotApplicableError: The model has nothing that the preparation acts on, or original data are missing.
+    """
+    if strategy.preparation == "batch_norm":
+        reestimate_batch_norm(model, task, training, seed)
+    elif strategy.preparation == "rescale":
+        rescale_weights(model, task, training)
+    elif strategy.preparation == "shrink_and_perturb":
+        shrink_and_perturb(model, seed)
+    elif strategy.preparation == "warm_up":
+        if original is None:
+            raise NotApplicableError(NO_ORIGINAL_DATA)
+        _warm_up(model, task, original, strategy, seed)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: int = 0) -> None:
+    """Replace batch-norm statistics by the plain average over batches of `domain`."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not layers:
+        raise NotApplicableError(f"{type(model).__name__} has no batch norm to re-estimate")
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # A cumulative average.
+    device = next(model.parameters()).device
+    model.train()
+    stream = Stream(domain, task, derive_seed(seed, "batch norm"))
+    for _, batch in zip(range(STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
+        task.predict(model, to_device(batch, device))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+@torch.no_grad()
+def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
+    """Put every layer that feeds a normalisation back to the norm of a fresh initialisation.
+
+    Such layers are scale-invariant: the function does not change (running statistics move along), but an inflated
+    norm, which makes every gradient step small in proportion, is undone. A layer whose output goes elsewhere too (to a
+    skip connection, say) is not, and is left as it is.
+
+    Returns:
+        How many layers were rescaled.
+    """
+    sample = first_rows(task, domain, next(model.parameters()).device)
+    layers = scale_invariant_layers(model, lambda: task.predict(model, sample))
+    if not layers:
+        raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
+    norms = fresh_norms(layers)
+    for layer, normalisations in layers.items():
+        set_norm(layer, normalisations, norms[layer])
+    return len(layers)
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
+    """Halve every weight matrix and add noise of a tenth of its own spread (Ash and Adams, 2020)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "shrink and perturb"))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.mul_(SHRINK).add_(noise * parameter.std(correction=0) * PERTURB / SHRINK)
+
+
+def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> nn.Module:
+    """A newly initialised model of the same architecture, head included.
+
+    Where it warms up on original data as the protected model does, it shows what these data alone are worth.
+
+    Raises:
+        NotApplicableError: A part of the model cannot be re-initialised.
+    """
+    untrained = copy.deepcopy(model)
+    device = next(model.parameters()).device
+    structure = task.structure(untrained, first_rows(task, sample, device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, "untrained"))
+        initialize(untrained, FineTuningStrategy(initialization="scratch"), structure, None)
+    return untrained
+
+
+def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
+    warm_up = strategy.warm_up
+    batches = Stream(original, task, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
+    structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
+    for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, structure=structure):
+        pass

@@ -1,1 +1,0 @@
-"""What was measured, told: tables and plots."""

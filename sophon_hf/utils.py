@@ -1,0 +1,56 @@
+"""Four helpers that more than one room needs. Nothing heavy is imported here before it is used: the command line starts fast."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+def hint(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """End a message about an unknown name: " Did you mean ...?" where a known one is close, else `otherwise`."""
+    close = get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else otherwise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that JSON knows, or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy (which draws the masks of audio models) and torch on every device."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def kept_random_state(devices: Sequence[Any] = ()) -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch after the block; torch's on the CPU and on `devices`."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

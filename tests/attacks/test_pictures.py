@@ -1,0 +1,143 @@
+"""Grids of denoised images, which show what a diffusion model's error means."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
+from points import TinyNet, make_points
+from torch import nn
+
+from sophon_hf import AttackSuite, DiffusionTask, FineTuningStrategy
+from sophon_hf.attacks.plots import save_image_grid
+from sophon_hf.attacks.report import write_report
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.data.toy import handwritten_digits
+
+SHORT = FineTuningStrategy(epochs=1, batch_size=20)
+
+
+def make_unet(seed: int) -> UNet2DModel:
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+
+
+class Oracle(nn.Module):
+    """Knows the clean images, and predicts what the scheduler was told to have predicted."""
+
+    def __init__(self, clean: torch.Tensor, scheduler):
+        super().__init__()
+        self.clean, self.scheduler = nn.Parameter(clean), scheduler
+
+    def forward(self, sample, timestep, return_dict):
+        kept = self.scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noise = (sample - kept.sqrt() * self.clean) / (1 - kept).sqrt()
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * self.clean
+        return (
+            {"epsilon": noise, "sample": self.clean, "v_prediction": velocity}[self.scheduler.config.prediction_type],
+        )
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_a_model_that_knows_the_noise_gets_the_clean_image_back(scheduler, kind):
+    scheduler = scheduler(prediction_type=kind)
+    clean = torch.rand(3, 1, 8, 8) * 2 - 1
+    random_state = torch.get_rng_state()
+    noisy, denoised = DiffusionTask(scheduler).denoise(Oracle(clean, scheduler), clean, 0.3)
+    torch.testing.assert_close(denoised, clean, rtol=0, atol=1e-4)
+    kept = scheduler.alphas_cumprod[299].item()
+    assert (noisy - kept**0.5 * clean).std().item() == pytest.approx((1 - kept) ** 0.5, rel=0.2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_grid_shows_every_image_in_its_place(tmp_path):
+    images = np.linspace(-1, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 1, 4, 4))
+    pixels = np.asarray(Image.open(save_image_grid(images, tmp_path / "grid.png", tile=8)))
+    assert pixels.shape == (16, 24)
+    np.testing.assert_array_equal(pixels[::8, ::8], [[0, 51, 102], [153, 204, 255]])
+    assert all(np.ptp(pixels[i : i + 8, j : j + 8]) == 0 for i in (0, 8) for j in (0, 8, 16))
+    broken = save_image_grid(np.full((1, 1, 3, 4, 4), np.nan), tmp_path / "nan.png")
+    assert np.asarray(Image.open(broken)).max() == 0
+
+
+def test_a_diffusion_report_shows_every_model_after_its_best_attack(tmp_path):
+    digits = handwritten_digits(8)["train"]
+    arguments = {
+        "protected": make_unet(1), "original": make_unet(0), "restricted_dataset": digits.select(range(60)),
+        "eval_dataset": digits.select(range(60, 100)), "original_eval_dataset": digits.select(range(100, 120)),
+    }  # fmt: skip
+
+    def suite():
+        return AttackSuite([SHORT], tmp_path / "attacks", seeds=[0, 1], measured_epochs=[0])
+
+    results = suite().run(**arguments)
+    titles = [f"restricted domain, {m} after its best attack" for m in ("protected", "original", "scratch")]
+    titles += [f"original domain, {m}" for m in ("protected", "original")]
+    assert list(results.pictures) == titles
+    pictures = [np.asarray(Image.open(path)) for path in results.pictures.values()]
+    assert all(p.shape == (4 * 48, 7 * 48) for p in pictures)
+    # Clean and noisy columns are the same for every model, denoised ones are not.
+    columns = [p.reshape(192, 7, 48) for p in pictures]
+    for column, same in enumerate([True, True, False, True, False, True, False]):
+        assert np.array_equal(columns[0][:, column], columns[1][:, column]) is same
+    assert not np.array_equal(pictures[0], pictures[3])
+
+    # A second run computes nothing and shows the same, and so does what was stored.
+    assert suite().run(**arguments).pictures == results.pictures
+    loaded = AttackResults.load(tmp_path / "attacks" / "results.json")
+    assert {t: p.resolve() for t, p in loaded.pictures.items()} == {t: p.resolve() for t, p in results.pictures.items()}
+
+    report = tmp_path / "attacks" / "report"
+    write_report(loaded, report)
+    page, text = (report / "index.html").read_text(), (report / "report.md").read_text()
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(links) == 3 + 5 and all((report / link).exists() for link in links)
+    for path in results.pictures.values():
+        assert base64.b64encode(path.read_bytes()).decode() in page
+
+
+def test_a_picture_that_is_gone_is_left_out(tmp_path):
+    digits = handwritten_digits(8)["train"]
+    suite = AttackSuite([SHORT], tmp_path, seeds=[0], measured_epochs=[0])
+    arguments = {
+        "protected": make_unet(1), "original": make_unet(0), "restricted_dataset": digits.select(range(60)),
+        "eval_dataset": digits.select(range(60, 100)),
+    }  # fmt: skip
+    suite.run(**arguments)
+    for picture in (tmp_path / "cells").glob("*.png"):
+        picture.unlink()
+    assert suite.run(**arguments).pictures == {}
+
+
+def test_a_classifier_has_none(tmp_path):
+    points = make_points(1)
+    results = AttackSuite([SHORT], tmp_path, seeds=[0]).run(
+        protected=TinyNet(), original=TinyNet(), restricted_dataset=points.select(range(60)),
+        eval_dataset=points.select(range(60, 120)), original_eval_dataset=points,
+    )  # fmt: skip
+    assert results.pictures == {} and not list(tmp_path.rglob("*.png"))
+
+
+def test_another_process_finds_the_cells_of_a_diffusion_model(tmp_path):
+    digits, cells = handwritten_digits(8)["train"], []
+    for order in (1, -1):
+        scheduler = DDPMScheduler()
+        # diffusers makes this list from a set, whose order changes with the process.
+        defaults = sorted(scheduler.config["_use_default_values"])[::order]
+        scheduler.register_to_config(_use_default_values=defaults)
+        assert scheduler.config["_use_default_values"] == defaults
+        AttackSuite([SHORT], tmp_path, seeds=[0], measured_epochs=[0], task=DiffusionTask(scheduler)).run(
+            protected=make_unet(1), original=make_unet(0), restricted_dataset=digits.select(range(60)),
+            eval_dataset=digits.select(range(60, 100)),
+        )  # fmt: skip
+        cells.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")})
+    assert len(cells[0]) == 3 and cells[1] == cells[0]

@@ -1,0 +1,240 @@
+"""The report of a sweep: files, figures, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_results import A, B, cells, curve, make_results
+
+from sophon_hf import FineTuningStrategy
+from sophon_hf.attacks import report
+from sophon_hf.attacks.plots import plot_best_so_far, plot_curves, plot_heat_map, plot_stability
+from sophon_hf.attacks.report import write_report
+from sophon_hf.attacks.results import AttackResults, AttackRun
+
+FILES = ["best_so_far.png", "curves.png", "heat_map.png", "index.html", "report.json", "report.md"]
+HOSTILE = FineTuningStrategy(transfer="pattern", pattern=r"<script>alert(1)</script>|&amp;|\frac$|^\s$")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; every tag that opens must close."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture
+def results() -> AttackResults:
+    return make_results([0.70, 0.72, 0.74], [0.9] * 3, [0.6] * 3)
+
+
+def test_everything_is_written(results, tmp_path):
+    summary = write_report(results, tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == FILES
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(summary))
+    for name in FILES[:3]:
+        pixels = np.asarray(Image.open(tmp_path / "report" / name).convert("L"))
+        assert min(pixels.shape) > 100 and pixels.std() > 5
+
+
+def test_figures(results, tmp_path):
+    summary = write_report(results, tmp_path)
+    assert summary["recovered_transfer"] == pytest.approx(0.4)
+    assert summary["interval"][0] < 0.4 < summary["interval"][1]
+    assert summary["void"] is None and summary["failed_checks"] == []
+    assert summary["best"]["protected"] == {
+        "attack": A.name, "epoch": 1.0, "mean": pytest.approx(0.72), "sd": pytest.approx(0.02), "seeds": 3,
+    }  # fmt: skip
+    assert set(summary["best"]) == {"protected", "original", "scratch"}
+    assert summary["cost_to_recover"]["steps"] == 10
+    assert summary["original_metric"] == {"original": 0.9, "protected": 0.89}
+
+    text = (tmp_path / "report.md").read_text()
+    low, high = summary["interval"]
+    assert text.startswith(f"# Recovered transfer: 40% (95 % interval {low:.0%} to {high:.0%})")
+    assert f"| protected | {A.name} | 1 | 0.720 ±0.020 | 0.890 |" in text
+    assert f"| protected | {A.name} | 0.100 ±0.000 | 0.720 ±0.020 | 0.720 ±0.020 |" in text
+    page = Page((tmp_path / "index.html").read_text())
+    assert {"40%", "0.720 ±0.020", A.name} <= set(page.texts)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda r: r.original_metric.update(protected=0.5), "0.900 before, 0.500 after"),
+        (lambda r: r.facts["data"].update(validation="c"), "chosen on the split that reports"),
+        (lambda r: r.cells.extend(cells("original", [0.0] * 3, B)) or [r.cells.remove(c) for c in r.of("scratch")], "is missing"),
+        (lambda r: [c.curve.test.__setitem__(1, 0.61) for c in r.of("original")], "too close to scratch"),
+    ],
+)  # fmt: skip
+def test_a_void_score_is_absent_and_said_so(results, tmp_path, change, reason):
+    results.facts["data"] = dict(results.facts["data"])
+    change(results)
+    summary = write_report(results, tmp_path)
+    assert summary["recovered_transfer"] is None and summary["interval"] is None
+    assert reason in summary["void"]
+    assert any(f["voids"] for f in summary["failed_checks"])
+    assert (tmp_path / "report.md").read_text().startswith("# Recovered transfer: void (")
+    page = (tmp_path / "index.html").read_text()
+    assert '<p class="score">void</p>' in page and "(voids the score)" in page
+    assert not re.search(r'class="score">[^<]*%', page)
+    assert summary["cost_to_recover"] is None and "scratch&#x27;s result" not in page
+
+
+def test_the_page_is_self_contained(results, tmp_path):
+    write_report(results, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    page = Page(text)
+    assert "http" not in text and "script" not in page.tags and "url(" not in text
+    links = [value for name, value in page.attributes if name in ("src", "href")]
+    assert len(links) == 4 and all(link.startswith("data:") for link in links)
+    pictures = [base64.b64decode(link.split(",")[1]) for link in links if link.startswith("data:image/png")]
+    assert pictures == [(tmp_path / name).read_bytes() for name in ("curves.png", "heat_map.png", "best_so_far.png")]
+    assert all(value for name, value in page.attributes if name == "alt")
+
+
+def test_hostile_names_are_escaped(results, tmp_path):
+    results.cells += cells("protected", [0.8] * 3, HOSTILE)
+    results.cells.append(AttackRun("<img src=x onerror=alert(1)>", A, 0, curve([0.1, 0.2, 0.2])))
+    results.cells.append(AttackRun("protected", B, 0, error='RuntimeError: "><script>alert(2)</script>\n| a | b |'))
+    results.facts["note"] = "</pre><script>alert(3)</script>"
+    write_report(results, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and page.tags.count("img") == 3
+    assert HOSTILE.name in page.texts, "it reads as it was written"
+
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    widths = {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("| protected")}
+    assert widths == {7}, "a bar in a name begins no cell"
+
+
+def test_attacks_that_are_not_applicable_are_told_apart_from_resistance(results, tmp_path):
+    results.cells.append(AttackRun("protected", B, 0, error="the head has fewer outputs", applicable=False))
+    summary = write_report(results, tmp_path)
+    assert summary["not_applicable"] == [B.name]
+    for name in ("report.md", "index.html"):
+        assert f"Not applicable, which is no resistance: {B.name}." in (tmp_path / name).read_text()
+
+
+def test_a_sweep_without_a_single_result_is_reported(tmp_path):
+    results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
+    for cell in results.cells:
+        cell.curve, cell.error = None, "RuntimeError: out of memory"
+    summary = write_report(results, tmp_path)
+    assert summary["recovered_transfer"] is None and summary["best"] == {}
+    page = (tmp_path / "index.html").read_text()
+    assert "9 of 9; the first" in page
+    assert "scratch&#x27;s result" not in page, "nothing can be said about what an attack reaches"
+
+
+def test_the_report_of_an_error(tmp_path):
+    results = make_results([0.05] * 3, [0.02] * 3, [0.08] * 3, metric="mse", greater_is_better=False, start=1.0)
+    summary = write_report(results, tmp_path)
+    assert summary["recovered_transfer"] == pytest.approx(0.5)
+    assert "restricted mse" in (tmp_path / "report.md").read_text()
+
+
+# Plots.
+
+
+@pytest.mark.parametrize("panels", [0, 1, 2, 5])
+def test_curves_of_any_number_of_panels(tmp_path, panels):
+    lines = {"protected": ([0, 1], [[0.1, 0.2], [0.1, 0.3]]), "ntl": ([0, 1], [[0.1, 0.2]])}
+    path = plot_curves({f"panel {i}": lines for i in range(panels)}, tmp_path / "new" / "curves.png", title="t")
+    width, height = Image.open(path).size
+    assert width < 1600 and (height > 700) == (panels > 3)
+
+
+def test_other_plots_take_what_is_not_finite(tmp_path):
+    nan = float("nan")
+    values = np.array([[0.1, nan], [nan, nan]])
+    for path in (
+        plot_heat_map(["a", "b"], ["protected", "original"], values, tmp_path / "heat.png", "accuracy"),
+        plot_heat_map(["a"], ["protected"], np.array([[nan]]), tmp_path / "empty.png", "accuracy"),
+        plot_best_so_far({"protected": [nan, 0.2], "ntl": []}, tmp_path / "best.png", "accuracy"),
+        plot_stability({"ICE": [1.0, float("inf"), -5.0], "NaN": [nan, nan]}, tmp_path / "stability.png"),
+    ):
+        assert Image.open(path).size[0] > 100
+
+
+def test_plotting_leaves_the_backend_of_a_notebook_alone():
+    code = "import matplotlib; matplotlib.use('svg'); import sophon_hf.plots; print(matplotlib.get_backend())"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.stdout.split() == ["svg"], process.stderr
+
+
+@pytest.mark.parametrize(
+    "metric, benign, sentence",
+    [
+        (
+            "accuracy",
+            {"protected": 0.70, "original": 0.75, "scratch": 0.6, "difference": -0.05},
+            "original: -5 points; on",
+        ),
+        (
+            "mse",
+            {"protected": 0.04, "original": 0.05, "scratch": 0.06, "difference": 0.01},
+            "original: +0.01 (below 0:",
+        ),
+    ],
+)
+def test_benign_fine_tunability_is_told(tmp_path, metric, benign, sentence):
+    better = metric == "accuracy"
+    results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3, metric=metric, greater_is_better=better)
+    results.benign = benign
+    assert write_report(results, tmp_path)["benign"] == benign
+    for name in ("report.md", "index.html"):
+        text = " ".join((tmp_path / name).read_text().split())
+        assert f"Benign fine-tunability, protected minus {sentence}" in text
+        assert f"{benign['protected']:.3f} from the protected model" in text
+
+
+def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
+    epochs = [i / 10 for i in range(101)]
+    for cell in results.cells:
+        cell.curve = curve([0.1] * 100 + [0.77], epoch=epochs, step=list(range(101)))
+    write_report(results, tmp_path)
+    header = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| epoch 0 |" in line)
+    columns = [cell.strip() for cell in header.split("|")[3:-1]]
+    assert len(columns) <= 13 and columns[0] == "epoch 0" and columns[-1] == "epoch 10"
+    assert "0.770 ±0.000" in (tmp_path / "report.md").read_text()
+
+
+def test_a_heat_map_of_too_many_attacks_shows_the_strongest(tmp_path, monkeypatch):
+    rates = [A.with_changes(learning_rate=1e-4 * (1 + i)) for i in range(5)]
+    finals = [0.5, 0.9, 0.2, 0.7, 0.6]
+    made = [c for rate, final in zip(rates, finals) for m in ("protected", "original") for c in cells(m, [final], rate)]
+    drawn = []
+    monkeypatch.setattr(report, "ROWS", 3)
+    monkeypatch.setattr(report, "plot_heat_map", lambda *drawing: drawn.append(drawing) or drawing[3])
+    report.write_plots(AttackResults(made, "accuracy", True, 100), tmp_path)
+    report.write_plots(AttackResults(made, "mse", False, 100), tmp_path)
+    (names, models, values, *_), (least, *_) = drawn
+    assert names == [rates[i].name for i in (1, 3, 4)] and models == ["protected", "original"]
+    np.testing.assert_allclose(values, [[0.9, 0.9], [0.7, 0.7], [0.6, 0.6]])
+    assert least == [rates[i].name for i in (0, 2, 4)]

@@ -1,0 +1,350 @@
+"""An audit passes what is true, finds what is overstated, and says what it cannot tell."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from audited import (
+    SWEEP,
+    as_parts,
+    edit_claim,
+    full_audit,
+    make_images,
+    perturbed,
+    publish_folder,
+    verdict_of,
+    why_of,
+)
+from points import TinyNet, make_points
+from published import make_trainer, pixels, protect, unet
+
+from sophon_hf import AttackSuite, FineTuningStrategy, cli
+from sophon_hf.auditing import verdicts
+from sophon_hf.auditing.audit import audit as audit_model
+from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, as_results, compare
+from sophon_hf.hub.claim import AttackReport, Claim, Transfer
+from sophon_hf.hub.publish import with_report, write_card_and_claim
+
+# A true claim.
+
+
+def test_without_data_the_offline_part_is_checked(folder, tmp_path):
+    audit = audit_model(folder, tmp_path / "audit")
+    assert audit.exit_code == 0
+    found = {v.claim: v.verdict for v in audit.verdicts}
+    offline = ("files", "sophon.json", "weights", "configuration", "card", "state")
+    assert {name: found.pop(name) for name in offline} == dict.fromkeys(offline, REPRODUCED)
+    assert set(found.values()) == {NOT_CHECKABLE} and len(found) == 3
+    written = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert written["exit_code"] == 0 and [v["claim"] for v in written["verdicts"]] == [v.claim for v in audit.verdicts]
+    assert "| weights | reproduced |" in (tmp_path / "audit" / "audit.md").read_text()
+
+
+def test_a_true_claim_is_reproduced_on_its_own_data(truth, tmp_path):
+    audit = full_audit(truth, truth["folder"], tmp_path / "audit", fresh=True)
+    assert {v.verdict for v in audit.verdicts} == {REPRODUCED} and audit.exit_code == 0
+    assert why_of(audit, "recovered transfer") == "the same figure on the same data"
+    assert (tmp_path / "audit" / "report" / "index.html").exists()
+    assert any("the claim's own data" in note for note in audit.notes)
+
+
+def test_a_true_claim_is_reproduced_on_other_data_of_the_same_domains(truth, tmp_path):
+    audit = full_audit(
+        truth, truth["folder"], tmp_path / "audit", eval_dataset=make_images(14, 4000, shift=1),
+        original_eval_dataset=make_images(12, 4000),
+    )  # fmt: skip
+    assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
+    assert verdict_of(audit, "recovered transfer") == REPRODUCED
+    # An accuracy is one on certain data; only the score can be carried over.
+    assert verdict_of(audit, "strongest attack's accuracy") == NOT_CHECKABLE
+    assert audit.exit_code == 0
+
+
+# An imprecise audit lets no claim pass.
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"seeds": [0]}, "1 seeds tell little"),
+        ({"eval_dataset": make_images(14, 40, shift=1)}, "void"),
+    ],
+)
+def test_a_poor_audit_says_so(truth, tmp_path, changes, reason):
+    audit = full_audit(truth, truth["folder"], tmp_path / "audit", **changes)
+    assert verdict_of(audit, "recovered transfer") == NOT_CHECKABLE and reason in why_of(audit, "recovered transfer")
+
+
+def test_an_adversary_with_fewer_examples_than_the_claims_passes_nothing(truth, folder, tmp_path):
+    edit_claim(folder, attacks__data__training__examples=1000)
+    audit = full_audit(truth, folder, tmp_path / "audit")
+    for name in ("recovered transfer", "strongest attack's accuracy"):
+        assert verdict_of(audit, name) == NOT_CHECKABLE
+        assert why_of(audit, name) == "the audit's adversary had 54 examples, the claim's 1000: give as many"
+
+
+def test_few_examples_of_the_original_domain_tell_nothing(truth, tmp_path):
+    audit = full_audit(
+        truth, truth["folder"], tmp_path / "audit", restricted_dataset=None, eval_dataset=None,
+        original_eval_dataset=make_images(12, 60),
+    )  # fmt: skip
+    assert verdict_of(audit, "original accuracy after protection") == NOT_CHECKABLE
+    assert "exact to" in why_of(audit, "original accuracy after protection")
+
+
+def test_without_the_unprotected_model_resistance_is_not_checkable(truth, tmp_path):
+    audit = full_audit(truth, truth["folder"], tmp_path / "audit", unprotected=None)
+    for name in ("recovered transfer", "strongest attack's accuracy"):
+        assert verdict_of(audit, name) == NOT_CHECKABLE and "--unprotected" in why_of(audit, name)
+    # On the claim's own data, the metric after protection needs no other model.
+    assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
+
+
+def test_a_model_without_attacks_claims_no_resistance(truth, tmp_path):
+    protected = perturbed(truth["original"])
+    publish_folder(tmp_path / "model", protected, None)
+    audit = full_audit(truth, tmp_path / "model", tmp_path / "audit")
+    assert {v.claim for v in audit.verdicts}.isdisjoint({"recovered transfer", "strongest attack's accuracy"})
+    assert any("no resistance is claimed" in note for note in audit.notes)
+    assert not (tmp_path / "audit" / "report").exists()
+
+
+# A false claim.
+
+
+def better(report: AttackReport, by: float) -> AttackReport:
+    """A forger who is careful: every figure of the attacks on the protected model, and the score that follows."""
+    attacks = [
+        replace(a, test=[t - by for t in a.test], final=[t - by for t in a.final]) if a.model == "protected" else a
+        for a in report.attacks
+    ]
+    report = replace(report, attacks=attacks)
+    return report
+
+
+def test_a_score_that_was_forged_with_care_is_found_by_measuring(truth, folder, tmp_path):
+    claim = Claim.read(folder)
+    forged = better(claim.attacks, 0.12)
+    again = as_results(forged, claim).recovered_transfer()
+    forged = replace(forged, recovered_transfer=Transfer(again.value, list(again.interval), None))
+    replace(claim, attacks=forged).write(folder)
+    (folder / "README.md").unlink()
+    assert verdict_of(audit_model(folder, tmp_path / "offline"), "sophon.json") == REPRODUCED
+    audit = full_audit(truth, folder, tmp_path / "audit")
+    assert verdict_of(audit, "recovered transfer") == WEAKER
+    assert verdict_of(audit, "strongest attack's accuracy") == WEAKER
+    assert audit.exit_code == 1
+
+
+def test_a_broken_model_that_claims_to_be_intact_is_found(truth, tmp_path):
+    torch.manual_seed(1)
+    broken = perturbed(truth["original"])
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    claim = truth["claim"]
+    publish_folder(tmp_path / "model", broken, None, attacks=claim.attacks)
+    for data in (truth["data"]["original_test"], make_images(12, 2000)):
+        audit = full_audit(
+            truth, tmp_path / "model", tmp_path / "audit", restricted_dataset=None, eval_dataset=None,
+            original_eval_dataset=data,
+        )  # fmt: skip
+        assert verdict_of(audit, "original accuracy after protection") == WEAKER and audit.exit_code == 1
+
+
+def test_a_stronger_sweep_shows_a_claim_to_be_too_good(truth, tmp_path):
+    """The claim tried one useless attack only; the audit's own finds what that left."""
+    useless = [FineTuningStrategy(learning_rate=1e-6, batch_size=12, epochs=8)]
+    claim = truth["claim"]
+    report = claim.attacks
+    weak = [
+        replace(a, strategy=useless[0].to_dict(), test=[0.7] * 3, final=[0.7] * 3, validation=0.7)
+        for a in report.attacks
+        if a.model == "protected"
+    ][:1]
+    report = replace(report, attacks=[*weak, *(a for a in report.attacks if a.model != "protected")])
+    again = as_results(report, claim).recovered_transfer()
+    report = replace(report, recovered_transfer=Transfer(again.value, list(again.interval), None))
+    publish_folder(tmp_path / "model", perturbed(truth["original"]), None, attacks=report)
+    audit = full_audit(truth, tmp_path / "model", tmp_path / "audit")
+    assert verdict_of(audit, "recovered transfer") == WEAKER
+    assert useless[0].to_dict() in audit.facts["attacks"]  # What the publisher found strongest is repeated.
+
+
+# The rule.
+
+
+@pytest.mark.parametrize(
+    "claimed, measured, error, expected",
+    [
+        (0.5, 0.5, 0.1, REPRODUCED), (0.5, 0.2, 0.1, REPRODUCED), (0.5, 0.59, 0.1, REPRODUCED),
+        (0.5, 0.61, 0.1, WEAKER), (0.5, 0.5, 0.3, NOT_CHECKABLE), (0.5, 0.7, 0.3, NOT_CHECKABLE),
+        (0.5, 0.9, 0.3, WEAKER), (math.nan, 0.5, 0.1, NOT_CHECKABLE), (0.5, 0.5, math.inf, NOT_CHECKABLE),
+    ],
+)  # fmt: skip
+def test_the_rule(claimed, measured, error, expected):
+    assert compare(claimed, measured, error, precision=0.2)[0] == expected
+
+
+def test_an_imprecise_measurement_passes_only_as_the_same_figure_on_the_same_data():
+    assert compare(0.5, 0.501, 0.9, 0.2, same_data=True)[0] == REPRODUCED
+    assert compare(0.5, 0.4, 0.9, 0.2, same_data=True)[0] == NOT_CHECKABLE
+    assert compare(0.5, 0.4, 0.1, 0.2, width=0.9)[0] == NOT_CHECKABLE
+
+
+def test_a_true_claim_passes_as_often_as_the_error_says(truth):
+    """Accuracies of two test splits of one truth: wrongly found weaker in one of forty, as a one-sided 2.5 % goes."""
+    generator, examples, count = np.random.default_rng(0), 4000, 4000
+    claim = replace(truth["claim"], attacks=None, data={"eval_original": replace_examples(truth, examples)})
+    found = []
+    for _ in range(count):
+        before, after, ours_before, ours_after = (
+            generator.binomial(examples, rate) / examples for rate in (0.9, 0.88, 0.9, 0.88)
+        )
+        stated = replace(claim, protection=replace(claim.protection, original_before=before, original_after=after))
+        found.append(verdicts.judge_intactness(stated, ours_before, ours_after, examples, same_data=False).verdict)
+    assert 0.01 < found.count(WEAKER) / count < 0.04
+    assert found.count(NOT_CHECKABLE) == 0
+
+
+@pytest.mark.parametrize(
+    "metric, stated, before, after, same_data, expected",
+    [
+        ("accuracy", (0.90, 0.88), 0.90, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.90, 0.87, True, WEAKER),
+        # The drop is as claimed, but the model is worse than stated.
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, True, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.78, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), 0.80, 0.70, False, WEAKER),
+        ("accuracy", (0.90, 0.88), 0.80, 0.95, False, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.88, False, NOT_CHECKABLE),
+        ("accuracy", (0.90, 0.88), None, 0.88, True, REPRODUCED),
+        ("accuracy", (0.90, 0.88), None, 0.70, True, WEAKER),
+        ("accuracy", (None, None), 0.9, 0.9, True, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.020, 0.021, True, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.020, 0.022, True, WEAKER),
+        ("mse", (0.020, 0.021), 0.040, 0.042, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.043, False, REPRODUCED),
+        ("mse", (0.020, 0.021), 0.040, 0.046, False, WEAKER),
+        ("mse", (0.0, 0.021), 0.040, 0.042, False, NOT_CHECKABLE),
+        ("mse", (0.020, 0.021), 0.0, 0.042, False, NOT_CHECKABLE),
+    ],
+)
+def test_intactness(truth, metric, stated, before, after, same_data, expected):
+    protection = replace(truth["claim"].protection, original_before=stated[0], original_after=stated[1])
+    claim = replace(
+        truth["claim"], attacks=None, protection=protection, data={"eval_original": replace_examples(truth, 4000)},
+        metric=metric, greater_is_better=metric == "accuracy",
+    )  # fmt: skip
+    assert verdicts.judge_intactness(claim, before, after, 4000, same_data).verdict == expected
+
+
+def replace_examples(truth, examples: int):
+    return replace(truth["claim"].attacks.data["original_test"], examples=examples)
+
+
+def test_a_claims_figures_give_its_own_score_again(truth):
+    claim = truth["claim"]
+    again, results = as_results(claim.attacks, claim).recovered_transfer(), truth["results"].recovered_transfer()
+    assert asdict(again) == asdict(results)
+
+
+# The command line.
+
+
+def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tmp_path, capsys):
+    parts = as_parts(truth["data"], tmp_path / "data")
+    (tmp_path / "sweep.json").write_text(json.dumps([strategy.to_dict() for strategy in SWEEP]))
+    arguments = [
+        "audit", str(folder), "--restricted", parts["restricted"], "--whole", "--original", parts["original"], "--sweep",
+        str(tmp_path / "sweep.json"), "--unprotected", str(truth["root"] / "original"), "--output_dir",
+        str(tmp_path / "audit"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out = capsys.readouterr().out
+    assert ended.value.code == 0, out
+    assert "reproduced" in out and "audit.md" in out
+    edit_claim(folder, attacks__recovered_transfer__value=0.01)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", str(folder), "--output_dir", str(tmp_path / "audit")])
+    assert ended.value.code == 1 and "tampered" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing/model"], "cannot be reached"),
+        (["./missing"], "not the form of a Hub id"),
+        (["FOLDER", "--restricted", "./nowhere"], "no folder"),
+        (["FOLDER", "--unprotected", "./nowhere"], "There is no folder './nowhere'"),
+        (["FOLDER", "--sweep", "stron"], "There is no sweep 'stron'. Did you mean 'strong'?"),
+        (["FOLDER", "--revision", "main", "--output_dir", "FILE"], "FILE"),
+    ],
+)
+def test_what_cannot_be_carried_out_exits_with_2(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    arguments = [str(folder) if argument == "FOLDER" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_nothing_claimed_is_nothing_to_audit(truth, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", str(truth["root"] / "original"), "--output_dir", str(tmp_path / "audit")])
+    assert ended.value.code == 2 and "holds no sophon.json" in capsys.readouterr().err
+
+
+def test_a_broken_library_ends_in_2_not_in_1(folder, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr("sophon_hf.cli.audit.audit", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", str(folder)])
+    assert ended.value.code == 2 and "CUDA error" in capsys.readouterr().err
+
+
+# Other models.
+
+
+def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
+    original, trainer = unet(), protect("unet", tmp_path / "out")
+    data = {
+        "restricted_dataset": pixels(3, "sample"), "eval_dataset": pixels(4, "sample"),
+        "original_eval_dataset": pixels(6, "sample"),
+    }  # fmt: skip
+    sweep = [FineTuningStrategy(batch_size=12, epochs=2)]
+    AttackSuite(sweep, tmp_path / "attacks", task=trainer.task).run(protected=trainer.model, original=original, **data)
+    claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
+    write_card_and_claim(tmp_path / "out", claim, "alice/model")
+    original.save_pretrained(tmp_path / "original")
+    audit = audit_model(
+        tmp_path / "out", tmp_path / "audit", unprotected=str(tmp_path / "original"), sweep=sweep, **data
+    )
+    assert verdict_of(audit, "state") == REPRODUCED and audit.exit_code == 0
+    assert verdict_of(audit, "strongest attack's mse") == REPRODUCED
+    assert verdict_of(audit, "original mse after protection") in (REPRODUCED, NOT_CHECKABLE)
+
+
+def test_a_plain_module_is_audited_with_the_module_itself(tmp_path):
+    original, points = TinyNet(), make_points(2)
+    protected = copy.deepcopy(original)
+    trainer = make_trainer("module", tmp_path / "out", model=protected)
+    trainer.train()
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", original_eval_dataset=points)
+    assert verdict_of(audit, "state") == NOT_CHECKABLE and "no config.json" in why_of(audit, "state")
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", unprotected=original, original_eval_dataset=points)
+    assert verdict_of(audit, "state") == REPRODUCED
+    x, labels = torch.tensor(points["x"]), torch.tensor(points["label"])
+    after, before = ((model.eval()(x).argmax(1) == labels).float().mean() for model in (trainer.model.cpu(), original))
+    intact = next(v for v in audit.verdicts if v.claim == "original accuracy after protection")
+    assert intact.measured == f"{after:.3f} ({before:.3f} before)"

@@ -1,0 +1,492 @@
+"""Publishing, by the trainer and by the command, against a Hub on this machine."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickletools
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from huggingface_hub import HfApi, ModelCard, load_torch_model, snapshot_download
+from points import TinyNet
+from published import attack, classifier, make_trainer, protect
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from two_processes import launch
+
+from sophon_hf import SophonConfig
+from sophon_hf.cli.main import main
+from sophon_hf.hub.claim import Claim
+from sophon_hf.hub.publish import publish
+from sophon_hf.hub.saving import replaced_together
+from sophon_hf.hub.weights import hash_weights
+from sophon_hf.models.loading import load_model
+
+CLASSIFIER = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "sophon.json",
+}
+PLOTS = {"plots/best_so_far.png", "plots/curves.png", "plots/heat_map.png"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A protected classifier on disk with all that a run leaves there, and what attacks found on it."""
+    home = tmp_path_factory.mktemp("publisher")
+    trainer = protect("classifier", home / "model")
+    attack(trainer.model, home / "attacks")
+    return home
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of it that a test may change, beside what should never leave a machine."""
+    shutil.copytree(trained, tmp_path / "home")
+    model = tmp_path / "home" / "model"
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        "trainer_state.json",
+        "runs/events.out",
+        "secrets.json",
+        "all.log",
+    ):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"private")
+    return model
+
+
+def files(hub, repo_id="alice/model") -> set[str]:
+    return set(hub.repositories[repo_id].files)
+
+
+def assert_clean(hub, repo_id="alice/model") -> None:
+    """In no commit a pickle, a state, a token, or a name of this machine."""
+    for commit in hub.repositories[repo_id].commits.values():
+        for name, file in commit.items():
+            assert not name.endswith((".bin", ".pt", ".pth", ".pkl", ".log")) and "checkpoint" not in name, name
+            assert b"private" not in file.content
+            for token in hub.users:
+                assert token.encode() not in file.content
+            assert b"/tmp/" not in file.content and os.getcwd().encode() not in file.content, name
+            with pytest.raises(ValueError):
+                list(pickletools.genops(file.content))
+
+
+# The command.
+
+
+def test_the_command_publishes_what_is_needed_and_nothing_else(hub, folder, capsys, caplog):
+    commits_before = len(hub.requests)
+    with caplog.at_level(logging.DEBUG):
+        main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
+    assert files(hub) == CLASSIFIER | PLOTS
+    assert_clean(hub)
+    assert len(hub.repositories["alice/model"].commits) == 2, "the empty repository, and one commit"
+    assert len([r for r in hub.requests[commits_before:] if "/commit/" in r[1]]) == 1
+    shown = capsys.readouterr()
+    assert f"{hub.endpoint}/alice/model/commit/" in shown.out
+    for token in hub.users:
+        assert token not in caplog.text + shown.out + shown.err
+    assert "Not published: all.log, checkpoint-1/" in caplog.text
+    card = hub.repositories["alice/model"].files["README.md"].content.decode()
+    assert "Recovered transfer" in card and 'from_pretrained("alice/model")' in card
+    claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
+    assert claim.attacks is not None and claim == Claim.read(folder)
+
+
+def test_stock_libraries_load_what_was_published(hub, folder):
+    publish(folder, "alice/model")
+    loaded = AutoModelForImageClassification.from_pretrained("alice/model")
+    local = AutoModelForImageClassification.from_pretrained(folder)
+    for name, tensor in local.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert AutoImageProcessor.from_pretrained("alice/model").size["height"] == 8
+    downloaded = snapshot_download("alice/model")
+    assert hash_weights(downloaded) == Claim.read(downloaded).weights
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_new_repository_is_private_where_asked(hub, folder, private):
+    main(["publish", str(folder), "alice/model", *(["--private"] if private else [])])
+    assert hub.repositories["alice/model"].private is private
+
+
+def test_a_public_repository_does_not_take_what_is_to_be_private(hub, folder):
+    hub.add_repository("alice/model", {"README.md": b"# x\n"})
+    with pytest.raises(SystemExit, match="exists and is public"):
+        main(["publish", str(folder), "alice/model", "--private"])
+    assert files(hub) == {"README.md"}
+
+
+def test_publishing_again_replaces_the_weights_and_keeps_other_files(hub, folder):
+    old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    # Left there, they are the model before protection.
+    formats = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "unet/model.ckpt")
+    hub.add_repository("alice/model", {**old, **dict.fromkeys(formats, b"unprotected")})
+    publish(folder, "alice/model")
+    assert files(hub) == CLASSIFIER - {".gitattributes"} | {"notes.txt"}
+
+
+def test_an_edited_card_is_published_as_it_is(hub, folder, caplog):
+    card = (folder / "README.md").read_text() + "\nMy own words.\n"
+    (folder / "README.md").write_text(card)
+    with caplog.at_level(logging.WARNING):
+        publish(folder, "alice/model")
+    assert hub.repositories["alice/model"].files["README.md"].content.decode() == card
+    assert "was edited" in caplog.text
+
+
+def test_license_and_base_model_come_from_the_original_on_the_hub(hub, tmp_path):
+    classifier().save_pretrained(tmp_path / "base")
+    card = b"---\nlicense: mit\nlanguage: en\ntags: [trusted]\n---\n# The original\n"
+    content = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} | {"README.md": card}
+    commit = hub.add_repository("owner/base", content).head
+    trainer = protect("classifier", tmp_path / "out", model=load_model("owner/base"))
+    trainer.push_to_hub("alice/model")
+    data = ModelCard.load("alice/model").data
+    assert (data.license, data.language, data.base_model, data.tags) == ("mit", "en", "owner/base", ["sophon"])
+    claim = Claim.read(tmp_path / "out")
+    assert (claim.base_model, claim.base_revision, claim.remote_code) == ("owner/base", commit, False)
+
+
+# What is refused.
+
+
+def test_without_a_token_it_says_how_to_log_in(hub, folder, tmp_path):
+    (tmp_path / "huggingface" / "token").unlink()
+    with pytest.raises(SystemExit, match="hf auth login"):
+        main(["publish", str(folder), "alice/model"])
+    assert "alice/model" not in hub.repositories
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_token_a_report_leaves_the_folder_as_it_was(hub, folder, tmp_path):
+    """Card and claim disagreed: the claim held the attacks already, the card said that there were none."""
+    (tmp_path / "huggingface" / "token").unlink()
+    before = contents(folder)
+    with pytest.raises(SystemExit, match="hf auth login"):
+        main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
+    assert contents(folder) == before and not (folder / "plots").exists()
+
+
+@pytest.mark.parametrize("unwritable", ["sophon_hf.hub.claim.write_atomically", "sophon_hf.hub.card.write_atomically"])
+def test_card_and_claim_change_together_or_not_at_all(hub, folder, monkeypatch, unwritable):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(folder)
+    monkeypatch.setattr(unwritable, full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(folder, "alice/model", report=folder.parent / "attacks")
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {name.split("/")[1] for name in PLOTS}
+
+
+def test_a_wrong_token_says_how_to_log_in_and_does_not_show_it(hub, folder, tmp_path, caplog, capsys):
+    wrong = "hf_" + "w" * 34
+    (tmp_path / "huggingface" / "token").write_text(wrong)
+    with (
+        caplog.at_level(logging.DEBUG),
+        pytest.raises(SystemExit, match="does not accept the token.*hf auth login") as error,
+    ):
+        main(["publish", str(folder), "alice/model"])
+    out = capsys.readouterr()
+    assert wrong not in str(error.value) + caplog.text + out.out + out.err
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_repository_of_another_owner_is_refused(hub, folder, exists):
+    hub.add_user("bob")
+    if exists:
+        hub.add_repository("bob/model", {"README.md": b"# bob's\n"})
+    with pytest.raises(SystemExit, match="may not write to bob/model"):
+        main(["publish", str(folder), "bob/model"])
+    assert not exists or files(hub, "bob/model") == {"README.md"}
+
+
+def test_a_folder_without_a_claim_is_refused(hub, tmp_path):
+    classifier().save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit, match=r"has no sophon\.json"):
+        main(["publish", str(tmp_path / "plain"), "alice/model"])
+    assert "alice/model" not in hub.repositories
+
+
+@pytest.mark.parametrize("change", ["has changed", "is missing", "is new"])
+def test_weights_that_are_not_the_claims_are_refused(hub, folder, change):
+    weights = folder / "model.safetensors"
+    if change == "has changed":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    elif change == "is missing":
+        weights.unlink()
+    else:
+        shutil.copy(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match=f"safetensors {change} since"):
+        main(["publish", str(folder), "alice/model"])
+    assert "alice/model" not in hub.repositories
+
+
+def test_a_report_about_another_model_is_refused(hub, folder, tmp_path):
+    attack(classifier(), tmp_path / "others")
+    with pytest.raises(SystemExit, match="about other weights"):
+        main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "others")])
+    with pytest.raises(SystemExit, match=r"no results\.json"):
+        main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "nothing")])
+    assert Claim.read(folder).attacks is None
+    assert "alice/model" not in hub.repositories
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "alice/", "../x", "alice/mo del"])
+def test_an_invalid_id_is_refused(hub, folder, repo_id):
+    with pytest.raises(SystemExit, match="publish"):
+        main(["publish", str(folder), repo_id])
+    assert not hub.repositories
+
+
+# A connection that is cut.
+
+
+@pytest.mark.parametrize("where", ["upload", "commit"])
+def test_a_cut_leaves_nothing_half_published_and_a_second_try_completes(hub, folder, where):
+    publish(folder, "alice/model", commit_message="first")
+    before = dict(hub.repositories["alice/model"].files)
+    # Other weights, so that there is something to upload.
+    trainer = protect("classifier", folder.parent / "other", seed=7)
+    assert trainer is not None
+    hub.cut(where)
+    with pytest.raises(ConnectionError, match="nothing is published"):
+        publish(folder.parent / "other", "alice/model")
+    assert hub.repositories["alice/model"].files == before
+    hub.mend()
+    publish(folder.parent / "other", "alice/model")
+    claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
+    assert claim.weights["model.safetensors"] == hub.repositories["alice/model"].files["model.safetensors"].sha256
+
+
+# The trainer.
+
+
+def test_the_trainer_pushes_the_same(hub, tmp_path):
+    trainer = protect("classifier", tmp_path / "out")
+    assert not any(name.endswith((".bin", ".pkl")) for name in os.listdir(tmp_path / "out"))
+    commit = trainer.push_to_hub("alice/model", private=True)
+    assert commit.commit_url.startswith(f"{hub.endpoint}/alice/model/commit/")
+    assert files(hub) == CLASSIFIER and hub.repositories["alice/model"].private
+    assert_clean(hub)
+    attack(trainer.model, tmp_path / "attacks")
+    trainer.push_to_hub("alice/model", report=tmp_path / "attacks")
+    assert files(hub) == CLASSIFIER | PLOTS
+    trainer.push_to_hub("alice/model")
+    assert Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content).attacks is not None
+
+
+def test_a_trainer_made_anew_pushes_the_protected_model_and_not_its_own(hub, folder):
+    """In a session of its own, after the attacks."""
+    saved = Claim.read(folder)
+    make_trainer("classifier", folder).push_to_hub("alice/model", report=folder.parent / "attacks")
+    claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
+    assert claim == Claim.read(folder) and claim.attacks is not None
+    assert (claim.protection, claim.weights) == (saved.protection, saved.weights)
+    assert claim.protection.status == "protected"
+    assert claim.weights["model.safetensors"] == hub.repositories["alice/model"].files["model.safetensors"].sha256
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_pushing_while_training(hub, tmp_path, strategy):
+    protect("classifier", tmp_path / "out", push_to_hub=True, hub_model_id="alice/model", hub_strategy=strategy)
+    assert files(hub) == CLASSIFIER
+    assert_clean(hub)
+    claims = [
+        Claim.from_json(commit["sophon.json"].content)
+        for commit in hub.repositories["alice/model"].commits.values() if "sophon.json" in commit
+    ]  # fmt: skip
+    statuses = [claim.protection.status for claim in claims]
+    assert statuses == ["in progress"] * (2 if strategy == "every_save" else 0) + ["protected"]
+    for commit in hub.repositories["alice/model"].commits.values():
+        if "sophon.json" in commit:
+            claim = Claim.from_json(commit["sophon.json"].content)
+            assert claim.weights == {"model.safetensors": commit["model.safetensors"].sha256}
+
+
+# What is read of the environment is read before a test file's own setting of it.
+TWO_PROCESSES = """
+import sys
+
+import huggingface_hub.constants
+from published import protect
+
+trainer = protect("classifier", sys.argv[1] + "/out", push_to_hub=True, hub_model_id="alice/model", hub_strategy="every_save")
+assert trainer.args.world_size == 2
+commit = trainer.push_to_hub("alice/again")
+assert (commit is not None) == trainer.is_world_process_zero()
+"""
+
+
+def test_one_of_two_processes_pushes(hub, tmp_path):
+    launch(tmp_path, TWO_PROCESSES, timeout=300)
+    for repo_id, pushes in (("alice/model", 3), ("alice/again", 1)):
+        published = [commit for commit in hub.repositories[repo_id].commits.values() if "sophon.json" in commit]
+        assert files(hub, repo_id) == CLASSIFIER and len(published) == pushes
+        assert_clean(hub, repo_id)
+        claim = Claim.from_json(published[-1]["sophon.json"].content)
+        assert claim.protection.status == "protected"
+        assert claim.weights == {"model.safetensors": published[-1]["model.safetensors"].sha256}
+
+
+def test_a_push_that_fails_does_not_end_the_training(hub, tmp_path, caplog):
+    trainer = make_trainer("classifier", tmp_path / "out", push_to_hub=True, hub_model_id="alice/model")
+    hub.cut("upload")
+    with caplog.at_level(logging.WARNING), pytest.raises(ConnectionError):
+        trainer.train()
+    assert "it was not pushed, training goes on" in caplog.text
+    assert Claim.read(tmp_path / "out").protection.status == "protected", "it was saved here all the same"
+    hub.mend()
+    publish(tmp_path / "out", "alice/model")
+    assert files(hub) == CLASSIFIER
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"hub_strategy": "checkpoint"}, "optimizer states"), ({"hub_strategy": "all_checkpoints"}, "optimizer states"), ({"hub_token": "hf_secret"}, "hf auth login")],
+)  # fmt: skip
+def test_settings_that_would_publish_states_or_keep_tokens_are_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message) as error:
+        SophonConfig(str(tmp_path), **setting)
+    assert "hf_secret" not in str(error.value)
+
+
+def test_pushing_without_a_login_is_refused_before_any_work(hub, tmp_path):
+    (tmp_path / "huggingface" / "token").unlink()
+    with pytest.raises(PermissionError, match="hf auth login"):
+        make_trainer("classifier", tmp_path / "out", push_to_hub=True, hub_model_id="alice/model")
+
+
+def test_a_unet_is_published_as_a_pipeline_that_generates(hub, tmp_path):
+    trainer = protect("unet", tmp_path / "out")
+    trainer.push_to_hub("alice/model")
+    assert files(hub) == {
+        ".gitattributes", "README.md", "sophon.json", "model_index.json", "scheduler/scheduler_config.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    assert_clean(hub)
+    pipeline = DDPMPipeline.from_pretrained("alice/model")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(pipeline.unet.state_dict()[name], tensor)
+    assert pipeline.scheduler.config.num_train_timesteps == 20
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_a_unet_that_came_from_a_folder_does_not_name_it(hub, tmp_path):
+    from published import unet
+
+    from sophon_hf.models.loading import load_model
+
+    (tmp_path / "secret-user").mkdir()
+    unet().save_pretrained(tmp_path / "secret-user" / "base")
+    trainer = protect("unet", tmp_path / "out", model=load_model(tmp_path / "secret-user" / "base"))
+    trainer.push_to_hub("alice/model")
+    assert not any(b"secret-user" in file.content for file in hub.repositories["alice/model"].files.values())
+    assert Claim.read(tmp_path / "out").base_model == "base"
+
+
+def test_a_plain_module_is_loaded_through_its_class(hub, tmp_path):
+    trainer = protect("module", tmp_path / "out")
+    trainer.push_to_hub("alice/model")
+    assert files(hub) == {".gitattributes", "README.md", "sophon.json", "model.safetensors"}
+    loaded = TinyNet()
+    load_torch_model(loaded, snapshot_download("alice/model"), strict=True)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "unet", "module"])
+def test_large_models_are_sharded_and_load_and_resume(hub, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("sophon_hf.hub.saving.MAX_SHARD_SIZE", 600 if kind == "module" else "2KB")
+    trainer = protect(kind, tmp_path / "out")
+    shards = hash_weights(tmp_path / "out")
+    assert len(shards) > 1 and Claim.read(tmp_path / "out").weights == shards
+    trainer.push_to_hub("alice/model")
+    assert set(shards) < files(hub) and any(name.endswith(".index.json") for name in files(hub))
+    state = trainer.model.state_dict()
+    if kind == "classifier":
+        loaded = AutoModelForImageClassification.from_pretrained("alice/model").state_dict()
+    elif kind == "unet":
+        loaded = DDPMPipeline.from_pretrained("alice/model").unet.state_dict()
+    else:
+        model = TinyNet()
+        load_torch_model(model, snapshot_download("alice/model"), strict=True)
+        loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    resumed = make_trainer(kind, tmp_path / "out")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert all(torch.equal(resumed.model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert Claim.read(tmp_path / "out").compute.iterations == 2
+    monkeypatch.setattr("sophon_hf.hub.saving.MAX_SHARD_SIZE", "5GB")
+    resumed.save_model()
+    assert len(hash_weights(tmp_path / "out")) == 1 and not list((tmp_path / "out").glob("*.index.json"))
+    resumed.push_to_hub("alice/model")
+    assert not set(shards) & files(hub)
+
+
+# A full disk.
+
+
+@pytest.mark.parametrize("at", ["weights", "claim"])
+def test_a_full_disk_leaves_the_earlier_save_whole(folder, monkeypatch, at):
+    trainer = make_trainer("classifier", folder.parent / "unused")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if at == "weights":
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    else:
+        monkeypatch.setattr("sophon_hf.hub.claim.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model(str(folder))
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    monkeypatch.undo()
+    trainer.save_model(str(folder))
+    assert Claim.read(folder).weights == hash_weights(folder) != json.loads(before["sophon.json"])["weights"]
+
+
+def test_a_folder_is_replaced_together_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    with replaced_together(folder) as beside:
+        (beside / "unet").mkdir()
+        (beside / "unet" / "a").write_text("1")
+        assert os.listdir(folder) == [beside.name]
+    with pytest.raises(KeyError), replaced_together(folder) as beside:
+        (beside / "b").write_text("2")
+        raise KeyError
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == ["unet", "unet/a"]
+
+
+def test_saving_removes_no_other_model_in_the_folder(folder):
+    other = folder / "another" / "model.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"weights")
+    (folder / "mine.safetensors").write_bytes(b"weights")
+    make_trainer("classifier", folder.parent / "unused").save_model(str(folder))
+    assert other.exists() and (folder / "mine.safetensors").exists()
+    assert set(Claim.read(folder).weights) == {"model.safetensors"}
+
+
+def test_a_saved_model_takes_no_token_along(hub, folder, tmp_path):
+    publish(folder, "alice/model")
+    token = HfApi().token or (tmp_path / "huggingface" / "token").read_text()
+    for path in folder.rglob("*"):
+        assert not path.is_file() or token.encode() not in path.read_bytes()

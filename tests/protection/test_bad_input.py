@@ -1,0 +1,505 @@
+"""Whatever does not fit is refused before any work, by a message that says what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from points import TinyNet, make_points
+from torch import nn
+from transformers import TrainerCallback
+
+from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf.protection.checks import refuse_arguments
+
+SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
+
+
+def config(tmp_path, **changes) -> SophonConfig:
+    settings = {
+        "max_steps": 1, "K": 2, "strategy_space": SPACE, "per_device_train_batch_size": 8, "save_strategy": "no",
+        "disable_tqdm": True, "use_cpu": True, "tolerance": 1.0,
+    }  # fmt: skip
+    return SophonConfig(str(tmp_path / "output"), **{**settings, **changes})
+
+
+@pytest.fixture
+def build(tmp_path, model):
+    """Builds a trainer of the tiny model, with some parts replaced."""
+
+    def build(model=model, restricted=None, original=None, **kwargs) -> SophonTrainer:
+        space = kwargs.pop("space", SPACE)
+        return SophonTrainer(
+            model,
+            make_points(1) if restricted is None else restricted,
+            make_points(2) if original is None else original,
+            config(tmp_path, strategy_space=space),
+            **kwargs,
+        )
+
+    return build
+
+
+def unlabelled() -> datasets.Dataset:
+    return make_points(1).remove_columns("label")
+
+
+def with_value(row: int, value: float) -> datasets.Dataset:
+    x = np.asarray(make_points(1)["x"])
+    x[row, 2] = value
+    return make_points(1).remove_columns("x").add_column("x", x.tolist())
+
+
+def with_labels(labels: list) -> datasets.Dataset:
+    points = make_points(1, examples=len(labels)).remove_columns("label")
+    return datasets.Dataset.from_dict({"x": points["x"], "label": labels})
+
+
+def mislabelled() -> datasets.Dataset:
+    """Three classes of which the features name two."""
+    features = datasets.Features(
+        {"x": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    table = with_labels([0, 1, 2, 2] * 10).with_format("arrow")[:]
+    return datasets.Dataset(table.cast(features.arrow_schema), info=datasets.DatasetInfo(features=features))
+
+
+def of_width(width: int) -> datasets.Dataset:
+    """Points of another width than the six numbers that the model takes."""
+    x = np.random.default_rng(0).normal(size=(60, width))
+    return datasets.Dataset.from_dict({"x": x.tolist(), "label": [i % 3 for i in range(60)]})
+
+
+# ---- Data of either domain ----
+
+BAD_DOMAINS = {
+    "missing folder": (lambda: "./no/such/folder", FileNotFoundError, "no folder './no/such/folder'.*Hub id"),
+    "no data set at all": (lambda: 7, TypeError, "Hub id, a folder, or a Dataset.*not int"),
+    "empty": (lambda: make_points(1).select([]), ValueError, "is empty: check its path, its split"),
+    "no such split": (
+        lambda: datasets.DatasetDict(dev=make_points(1)), ValueError, r"no split 'train'; it has \['dev'\]. Name one",
+    ),
+    "too few to hold some out": (lambda: make_points(1).select([0, 1]), ValueError, "has 2 examples: it takes at least 4"),
+    "no labels": (unlabelled, ValueError, r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns"),
+    "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
+    "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),
+    "names for labels": (lambda: with_labels(["a", "b"] * 20), ValueError, "not one class index.*class_encode_column"),
+    "NaN": (lambda: with_value(5, float("nan")), ValueError, "1 examples of the {name} domain hold NaN.*'x'.*drop or"),
+    "infinity": (lambda: with_value(5, float("inf")), ValueError, "hold NaN or infinity in 'x'.*drop or repair"),
+    "labels beyond their features": (
+        mislabelled, ValueError, "{name} domain has label 2, but its features name 2 classes: repair",
+    ),
+    "nothing the model takes": (
+        lambda: make_points(1).remove_columns("x").add_column("number", list(range(120))),
+        ValueError, r"{name} domain has no column that the model could take.*the model takes \['x'\]",
+    ),
+    "text without a tokenizer": (
+        lambda: make_points(1).remove_columns("x").add_column("text", ["word"] * 120),
+        ValueError, "holds text: pass the model's tokenizer as `processing_class`",
+    ),
+    "two columns to choose from": (
+        lambda: make_points(1).rename_column("x", "a").add_column("b", make_points(2)["x"]),
+        ValueError, r"{name} domain has several columns of tensors, \['a', 'b'\]: name one as `input_column`",
+    ),
+    "examples of different sizes": (
+        lambda: datasets.Dataset.from_dict(
+            {"x": [np.zeros((2, 3 + i % 2)).tolist() for i in range(40)], "label": [i % 3 for i in range(40)]}
+        ),
+        ValueError, "different sizes.*`processing_class`",
+    ),
+    # Sizes that the model cannot run are known as soon as it is run once on each domain.
+    "another width": (lambda: of_width(7), ValueError, "{name} domain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["restricted", "original"])
+@pytest.mark.parametrize("case", BAD_DOMAINS)
+def test_a_domain_that_does_not_fit_is_refused(build, case, name):
+    make, error, message = BAD_DOMAINS[case]
+    with pytest.raises(error, match=message.replace("{name}", name)):
+        build(**{name: make()})
+
+
+@pytest.mark.parametrize("name", ["restricted", "original"])
+def test_data_to_evaluate_on_is_looked_at_too(build, name):
+    held_out = {"original": make_points(3), "restricted": make_points(4)}
+    with pytest.raises(ValueError, match="no label column"):
+        build(eval_dataset={**held_out, name: unlabelled()})
+    with pytest.raises(ValueError, match=f"{name} domain"):
+        build(eval_dataset={**held_out, name: of_width(7)})
+
+
+@pytest.mark.parametrize(
+    "columns", [{"input_columns": {"restricted": "pixels"}}, {"label_columns": {"restricted": "kind"}}]
+)
+def test_an_unknown_column_is_refused(build, columns):
+    with pytest.raises(ValueError, match=r"no column '(pixels|kind)'.*has \['x', 'label'\]"):
+        build(**columns)
+
+
+@pytest.mark.parametrize("columns", [{"input_columns": {"restrict": "x"}}, {"label_columns": {"restrict": "label"}}])
+def test_columns_of_an_unknown_domain_are_refused(build, columns):
+    with pytest.raises(ValueError, match="original.*restricted"):
+        build(**columns)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("original",), ("original", "restricted", "other"), ("test",), ()],
+    ids=lambda keys: " ".join(keys) or "none",
+)
+def test_other_keys_of_eval_dataset_are_refused(build, keys):
+    with pytest.raises(ValueError, match="eval_dataset has the keys.*'original' and 'restricted'"):
+        build(eval_dataset={key: make_points(3) for key in keys})
+
+
+def test_one_data_set_to_evaluate_on_is_refused(build):
+    with pytest.raises((ValueError, TypeError), match="'original' and 'restricted'"):
+        build(eval_dataset=make_points(3))
+    with pytest.raises((ValueError, TypeError), match="'?original'?"):
+        build().evaluate(make_points(3))
+
+
+def test_a_hub_id_without_a_network_is_refused(build):
+    """HF_HUB_OFFLINE is set for all tests."""
+    with pytest.raises(ConnectionError, match="Hub cannot be reached.*pass its folder"):
+        build(restricted="nobody/no-such-data")
+    with pytest.raises(OSError, match="Hub cannot be reached.*pass its folder"):
+        build(model="nobody/no-such-model")
+
+
+def test_a_missing_folder_of_a_model_is_refused(build):
+    with pytest.raises(OSError, match="no/such/folder"):
+        build(model="./no/such/folder")
+
+
+# ---- Classes ----
+
+
+def test_domains_and_held_out_data_are_apart(build):
+    with pytest.raises(ValueError, match="are the same data"):
+        build(restricted=make_points(2))
+    for name in ("original", "restricted"):
+        data = {"original": make_points(3), "restricted": make_points(4)}
+        data[name] = make_points(2 if name == "original" else 1)
+        with pytest.raises(ValueError, match=rf"eval_dataset\['{name}'\] is the data"):
+            build(eval_dataset=data)
+
+
+def test_a_model_that_predicts_no_number_is_refused(build, model):
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="prediction for the original domain is not finite"):
+        build()
+
+
+def test_a_tolerance_in_points_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="tolerance is 5, but it is a share of accuracy: 0.05 means 5 points"):
+        SophonTrainer(model, make_points(1), make_points(2), config(tmp_path, tolerance=5))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_original_labels_outside_the_head_are_refused(build, held_out):
+    more = make_points(2, num_classes=5)
+    data = {"eval_dataset": {"original": more, "restricted": make_points(3)}} if held_out else {"original": more}
+    with pytest.raises(ValueError, match="label 4, but the model's head has 3 outputs.*select_classes"):
+        build(**data)
+
+
+class WithHead(nn.Module):
+    """A head of two layers, which only its name tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 16)
+        self.head = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_labels_outside_a_head_of_several_layers_are_refused(build):
+    """How many outputs there are is what the model returns, whatever its head is made of."""
+    task = ClassificationTask(head="head")
+    with pytest.raises(ValueError, match="label 4, but the model's head has 3 outputs"):
+        build(WithHead(), original=make_points(2, num_classes=5), task=task)
+    with pytest.raises(ValueError, match="5 classes and the model's head 3 outputs"):
+        space = {**SPACE, "initializations": ["direct"]}
+        build(WithHead(), restricted=make_points(1, num_classes=5), task=task, space=space)
+
+
+def test_a_head_that_cannot_be_replaced_is_refused(build):
+    """Only new heads fit five classes, and a head of several layers cannot be made anew for them."""
+    with pytest.raises(ValueError, match="[Hh]ead"):
+        build(WithHead(), restricted=make_points(1, num_classes=5), task=ClassificationTask(head="head"))
+
+
+def test_more_restricted_classes_than_outputs_are_refused_where_every_strategy_is_direct(build):
+    space = {**SPACE, "initializations": ["direct"]}
+    with pytest.raises(ValueError, match="5 classes and the model's head 3 outputs.*Add initialization 'new_head'"):
+        build(restricted=make_points(1, num_classes=5), space=space)
+
+
+def test_a_single_restricted_class_is_refused(build):
+    with pytest.raises(ValueError, match="one class only"):
+        build(restricted=make_points(1).filter(lambda row: row["label"] == 1))
+
+
+# ---- The model ----
+
+
+def test_a_frozen_model_is_refused(build, model):
+    with pytest.raises(ValueError, match="frozen.*Set requires_grad"):
+        build(model.requires_grad_(False))
+
+
+class WithoutHead(nn.Module):
+    """Three logits out of six numbers by two layers that have other widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.body(x)[:, :3]
+
+
+class WithoutLogits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return {"scores": self.body(x)}
+
+
+def test_a_head_that_cannot_be_found_is_refused(build):
+    with pytest.raises(ValueError, match=r"head cannot be found. Pass its name.*\['body'\]"):
+        build(WithoutHead())
+    with pytest.raises(ValueError, match="no module 'classifier' that could be its head; it has .*'head'"):
+        build(task=ClassificationTask(head="classifier"))
+
+
+def test_a_model_without_logits_is_refused(build):
+    with pytest.raises(ValueError, match="returned dict without logits.*`.logits`"):
+        build(WithoutLogits())
+
+
+def test_more_new_blocks_than_the_model_has_are_refused(build):
+    with pytest.raises(
+        ValueError, match=r"re-initialises 3 blocks, but the model has 0.*reinitialized_blocks to at most 0.*\[0\]"
+    ):
+        build(space={**SPACE, "initializations": ["new_head"], "reinitialized_blocks": [3]})
+
+
+def test_a_model_without_normalisation_is_refused_where_that_is_all_to_transfer(build):
+    with pytest.raises(ValueError, match="no parameter of TinyNet to update"):
+        build(TinyNet(batch_norm=False), space={**SPACE, "initializations": ["direct"], "transfers": ["norm"]})
+
+
+def test_a_suppression_loss_of_another_task_is_refused(tmp_path, model):
+    args = config(tmp_path, suppression_loss="denial_of_service")
+    with pytest.raises(ValueError, match="does not fit the task: choose one of inverse_cross_entropy, kl_from_uniform"):
+        SophonTrainer(model, make_points(1), make_points(2), args)
+
+
+# ---- Images ----
+
+
+def unet(channels: int = 3) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 8),
+        norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def tensors(*shape: int, examples: int = 24) -> datasets.Dataset:
+    values = np.random.default_rng(0).normal(size=(examples, *shape)).astype(np.float32)
+    return datasets.Dataset.from_dict({"sample": values.tolist()})
+
+
+def images(size: int, mode: str = "RGB") -> datasets.Dataset:
+    pixels = np.random.default_rng(0).integers(0, 255, (24, size, size, 3), dtype=np.uint8)
+    return datasets.Dataset.from_dict({"image": [Image.fromarray(p).convert(mode) for p in pixels]})
+
+
+@pytest.mark.parametrize("name", ["restricted", "original"])
+@pytest.mark.parametrize("shape", [(3, 12, 12), (3, 7, 7), (1, 8, 8), (8, 8)], ids=str)
+def test_ready_tensors_of_another_size_than_the_unets_are_refused(build, shape, name):
+    data = {"restricted": tensors(3, 8, 8), "original": tensors(3, 8, 8), name: tensors(*shape)}
+    with pytest.raises(ValueError, match=rf"{name} domain.*8"):
+        build(unet(), **data)
+
+
+@pytest.mark.parametrize(("size", "mode", "channels"), [(12, "RGB", 3), (8, "L", 3), (12, "RGB", 1)])
+def test_images_are_brought_to_the_size_and_channels_of_the_unet(build, size, mode, channels):
+    trainer = build(unet(channels), restricted=images(size, mode), original=images(size, mode).select(range(20)))
+    for domain in trainer.domains.values():
+        pixels = domain.rows(torch.arange(2))["sample"]
+        assert pixels.shape == (2, channels, 8, 8)
+        assert -1 <= pixels.min() < 0 < pixels.max() <= 1
+
+
+def test_images_for_a_unet_of_other_channels_than_images_have_are_refused(build):
+    with pytest.raises(ValueError, match="takes 2 channels, but images have 1, 3 or 4: pass ready tensors"):
+        build(unet(2), restricted=images(8), original=images(8))
+
+
+def test_one_restricted_image_is_refused(build):
+    """R_i and T_i are disjoint, so there must be one for each."""
+    held_out = {name: tensors(3, 8, 8) for name in ("original", "restricted")}
+    with pytest.raises(ValueError, match="restricted domain.*(1|one) example"):
+        build(unet(), restricted=tensors(3, 8, 8, examples=1), original=tensors(3, 8, 8), eval_dataset=held_out)
+
+
+def test_a_class_conditional_unet_is_refused(build):
+    model = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, num_class_embeds=3,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Class-conditional.*without class embedding"):
+        build(model, restricted=tensors(3, 8, 8), original=tensors(3, 8, 8))
+
+
+# ---- Hyper-parameters ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"K": 0}, "K is 0, but must be a whole number of at least 1"),
+        ({"N": 0}, "N is 0, but must be a whole number of at least 1"),
+        ({"K": 2.5}, "K is 2.5"),
+        ({"N": 1.5}, "N is 1.5"),
+        ({"max_steps": -1}, "max_steps is -1, but must be a whole number of at least 1"),
+        ({"l_FTS": -1}, "l_FTS is -1, but must be a whole number of at least 0"),
+        ({"l_NTR": 0}, "l_NTR is 0.*at least 1"),
+        ({"alpha": 0}, "alpha is 0, but must be a number between 0 and 1"),
+        ({"alpha": float("nan")}, "alpha is nan, but must be a number between 0 and 1"),
+        ({"beta": 1.5}, "beta is 1.5, but must be a number between 0 and 1"),
+        ({"mu": -1}, "mu is -1, but must be a number that is not negative"),
+        ({"tolerance": -0.1}, "tolerance is -0.1, but must be a number that is not negative"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1"),
+        ({"validation_share": 1.0}, "validation_share is 1.0, but must be a number between 0 and 1"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size is 0, but must be a whole number of at least 1",
+        ),
+        (
+            {"per_device_eval_batch_size": 0},
+            "per_device_eval_batch_size is 0, but must be a whole number of at least 1",
+        ),
+        (
+            {"gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps is 0, but must be a whole number of at least 1",
+        ),
+        ({"learning_rate": 1e-4}, "two rates: set `beta`.*and `alpha`"),
+        ({"after_rollback": "halve"}, "after_rollback is 'halve'.*Did you mean 'halve_alpha'"),
+        ({"slack": -1.0}, "slack is -1.0, but must be a number that is not negative"),
+        ({"gamma": [1, 1, 1]}, r"gamma has shape \(3,\): give K = 2 finite weights"),
+        ({"gamma": [1, float("nan")]}, "finite weights"),
+        ({"gamma": [0, 0]}, "Every gamma is 0"),
+        ({"gamma": "[1, 2"}, "gamma.*JSON"),
+        ({"gamma": [1, -1]}, "none below 0"),
+        ({"gamma": [[1, 2], [3]]}, "gamma is .*give K = 2 finite weights"),
+        ({"gamma": '["a", 1]'}, "gamma is .*give K = 2 finite weights"),
+        ({"K": True}, "K is True"),
+        ({"alpha": True}, "alpha is True"),
+        ({"strategy_space": {"learning_rates": None}}, "learning_rates is None: give a non-empty list"),
+        ({"strategy_space": '{"optimizers": ["adam"'}, "strategy_space.*JSON"),
+        ({"strategy_space": {"optimizer": ["adam"]}}, "no field 'optimizer'. Did you mean 'optimizers'"),
+        ({"strategy_space": {"optimizers": ["adm"]}}, "optimizer is 'adm'.*Did you mean 'adam'"),
+        ({"strategy_space": {"optimizers": []}}, "optimizers is .*: give a non-empty list"),
+        ({"strategy_space": {"batch_sizes": [0]}}, "batch_size is 0"),
+        ({"strategy_space": {"learning_rates": [-1.0]}}, "learning_rate is -1.0, but must be positive"),
+        ({"strategy_space": {"initializations": ["scratch"]}}, "cannot hold 'scratch'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau"),
+        ({"fp16": True}, "use bf16=True or full precision"),
+        ({"fsdp": True}, "several processes, but there is one: use `accelerate launch`"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            "DeepSpeed shards.*not supported. Use `accelerate launch.*or FSDP2",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no place in Algorithm 1.*leave it out"),
+        (
+            {"torch_compile": True},
+            "no simulated adversary runs: leave it out, and call `compile\\(\\)` of the model's blocks",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20},
+            "load_best_model_at_end has no place in Algorithm 1",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_hyper_parameter_that_makes_no_sense_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_fp16_from_the_launcher_is_refused_too(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision fp16` sets it by this variable."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="use bf16"):
+        config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"weights are {dtype}: call its `float..` first.*bf16=True"):
+        SophonTrainer(TinyNet().to(dtype), make_points(1), make_points(2), config(tmp_path))
+
+
+def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
+    processes = SimpleNamespace(n_gpu=0, world_size=2, distillation=0.0)
+    with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
+        refuse_arguments(model, processes, None)
+    refuse_arguments(TinyNet(), processes, None)
+
+
+def test_a_rate_can_be_replaced_in_a_configuration(tmp_path):
+    assert replace(config(tmp_path), beta=1e-3).beta == 1e-3
+
+
+# ---- The output folder ----
+
+
+class NoWork(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise AssertionError("work has begun")
+
+
+@pytest.mark.parametrize("held", ["checkpoint-20/trainer_state.json", "model.safetensors"])
+def test_an_output_folder_that_holds_another_run_is_refused(build, tmp_path, held):
+    path = tmp_path / "output" / held
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ValueError, match=f"holds another run .{held.split('/')[0]}.*choose another output_dir"):
+        build(callbacks=[NoWork()]).train()
+    assert path.exists()
+
+
+def test_an_output_folder_with_other_things_is_taken(build, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "notes.txt").write_text("mine")
+    build().train()
+    assert (tmp_path / "output" / "notes.txt").read_text() == "mine"
+
+
+def test_probes_need_two_held_out_examples_of_the_restricted_domain(tmp_path):
+    """A probe that is fitted on none of them has no finite gradient."""
+    model, args = TinyNet(batch_norm=False), config(tmp_path, probe_depths=1)
+    domains = {"eval_dataset": {"original": make_points(3), "restricted": make_points(4)}}
+    with pytest.raises(ValueError, match="has 14 examples to protect with.*Give at least 15"):
+        SophonTrainer(model, make_points(1, examples=14), make_points(2), args, **domains)
+    trainer = SophonTrainer(model, make_points(1, examples=15), make_points(2), args, **domains)
+    trainer.train()
+    assert trainer.guard.state.dropped == 0
