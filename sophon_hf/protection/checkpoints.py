@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the Trainer's own files, and which checkpoint a run may go on from."""
+"""Checkpoint contents beside the Trainer's own files, which checkpoint a run may go on from, and the run's claim."""
 
 from __future__ import annotations
 
@@ -6,190 +6,272 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sophon_hf.data.domain import Domain
+from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
+from sophon_hf.finetuning.strategy import StrategySpace
+from sophon_hf.hub.claim import SCHEMA, Claim, Compute, Method, Protection
+from sophon_hf.hub.weights import hash_weights
+from sophon_hf.models.loading import hash_state
 from sophon_hf.models.sharding import is_sharded, local, with_local
-
-if TYPE_CHECKING:
-    from sophon_hf.protection.trainer import SophonTrainer
+from sophon_hf.protection.config import SophonConfig
+from sophon_hf.protection.guard import GuardState
+from sophon_hf.protection.suppression import last_evaluated
+from sophon_hf.tasks.base import Task
+from sophon_hf.utils import finite_or_none
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "sophon_state.pt"
 
-HYPER_PARAMETERS = (
-    "alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "slack", "after_rollback", "suppression_loss",
-    "strategy_space", "second_order", "probe_depths", "distillation", "mixup", "keep_norms", "num_persistent", "horizon", "seed",
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-)  # fmt: skip
+# What a run follows from: a checkpoint of other values belongs to another run, and the claim states them.
+_HYPER_PARAMETERS = (
+    *("alpha", "beta", "K", "N", "l_FTS", "l_NTR", "gamma", "mu", "tolerance", "on_violation", "suppression_loss"),
+    *("strategy_space", "second_order", "probe_depths", "distillation", "mixup", "keep_norms", "num_persistent"),
+    *("horizon", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
+    *("world_size", "eval_strategy", "eval_steps", "eval_delay", "warmup_steps", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+# Fields of `SophonConfig` that go beyond the paper.
+_ADDITIONS = ("probe_depths", "num_persistent", "distillation", "mixup", "keep_norms")
+_PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "safetensors")
 
 
-def run_facts(trainer: SophonTrainer) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be this run's, as JSON knows it."""
-    args, task = trainer.args, trainer.task
-    facts = {name: getattr(args, name) for name in HYPER_PARAMETERS}
-    if args.num_persistent:
-        for name in ("save_steps", "save_strategy", "save_only_model"):  # Where adversaries start anew.
-            facts[name] = getattr(args, name)
-    if args.distillation:
-        facts["base model"] = trainer.base_state  # What is distilled.
-    facts["model"] = type(trainer.model).__name__
-    facts["parameters"] = sum(p.numel() for p in trainer.model.parameters())
-    facts["head"] = getattr(task, "head", None)
-    facts |= {f"{name} data": domain.fingerprint for name, domain in trainer.domains.items()}
-    if hasattr(task, "noise_scheduler"):
-        # What begins with "_" tells how it was saved.
-        facts["noise_scheduler"] = {k: v for k, v in task.noise_scheduler.config.items() if not k.startswith("_")}
-    facts["mixed_precision"] = trainer.accelerator.mixed_precision
-    facts["reinforcement_loss"] = getattr(trainer.reinforcement_loss, "__qualname__", None)
-    return as_json(facts)
+@dataclass
+class Run:
+    """What checkpoint and claim tell of a run.
+
+    Attributes:
+        args: Its hyper-parameters.
+        task: What is learned.
+        space: Phi.
+        domains: The four domains.
+        base_state: Hash of the model that is distilled; None without distillation.
+        mixed_precision: As accelerate has it.
+        reinforcement_loss: Name of a loss of the user's own, or None.
+    """
+
+    args: SophonConfig
+    task: Task
+    space: StrategySpace
+    domains: dict[str, Domain]
+    base_state: str | None
+    mixed_precision: str
+    reinforcement_loss: str | None
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Return what must be the same for a checkpoint to be this run's, as JSON knows it."""
+        facts = {name: getattr(self.args, name) for name in _HYPER_PARAMETERS}
+        if self.args.num_persistent:
+            # Adversaries that live on are forgotten at every checkpoint, so it matters when these are.
+            facts |= {name: getattr(self.args, name) for name in ("save_steps", "save_strategy", "save_only_model")}
+        if self.base_state is not None:
+            facts["base model"] = self.base_state
+        facts["model"] = type(model).__name__
+        facts["parameters"] = sum(p.numel() for p in model.parameters())
+        facts["head"] = getattr(self.task, "head", None)
+        facts["metric"] = self.task.metric
+        facts |= {f"{name} data": domain.fingerprint for name, domain in self.domains.items()}
+        scheduler = getattr(self.task, "noise_scheduler", None)
+        if scheduler is not None:
+            # What begins with "_" tells how it was saved.
+            facts["noise_scheduler"] = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        facts["mixed_precision"] = self.mixed_precision
+        facts["reinforcement_loss"] = self.reinforcement_loss
+        return _as_json(facts)
+
+    def claim(
+        self,
+        model: nn.Module,
+        folder: Path,
+        data: dict[str, DataFingerprint],
+        protection: Protection,
+        compute: Compute,
+    ) -> Claim:
+        """Return what is claimed of the model that lies in `folder`; of attacks, nothing."""
+        names = [name for name in _HYPER_PARAMETERS if name != "strategy_space"]
+        hyper_parameters = {name: getattr(self.args, name) for name in names}
+        hyper_parameters["suppression_loss"] = self.args.suppression_loss or next(iter(self.task.suppression_losses))
+        hyper_parameters["reinforcement_loss"] = self.reinforcement_loss
+        added = [name.replace("_", " ") for name in _ADDITIONS if getattr(self.args, name)]
+        method = "SOPHON, Algorithm 1" + (f" with {', '.join(added)}" if added else "")
+        base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
+        if base and os.path.isdir(base):
+            base = os.path.basename(os.path.abspath(base))
+        return Claim(
+            schema=SCHEMA,
+            method=Method(method, _as_json(hyper_parameters), self.space.to_dict()),
+            model=type(model).__name__,
+            base_model=base if base and is_base_name_or_hub_id(base) else None,
+            base_revision=getattr(model, "hub_revision", None),
+            remote_code=type(model).__module__.startswith("transformers_modules"),
+            versions={package: version(package) for package in _PACKAGES},
+            data=data,
+            weights=hash_weights(folder),
+            state_hash=hash_state(model),
+            metric=self.task.metric,
+            greater_is_better=self.task.greater_is_better,
+            protection=protection,
+            compute=compute,
+            attacks=None,
+        )
+
+    def compute(self, iterations: int, seconds: float, sharded: bool) -> Compute:
+        """Return what the protection cost so far."""
+        processes = 1 if sharded else self.args.world_size  # Those of a sharded model share a pass.
+        # A step is a pass for the adversary's update, and one for the suppression loss where its weight is not 0.
+        rows = self.args.step_weights
+        passes = sum(last_evaluated(row) + sum(weight != 0 for weight in row) for row in rows)
+        return Compute(round(seconds, 1), iterations, iterations * self.args.l_FTS * processes * passes)
 
 
-def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON would give them back: enumerations by their value, what it does not know as text."""
+def protection_of(state: GuardState, iteration: int, in_progress: bool) -> Protection:
+    """Return what the guard saw, for the claim."""
+    after = simulated = None
+    if in_progress:
+        status = "in progress"
+    elif state.start is None:
+        status = "not measured"
+    elif state.best_step is not None:
+        status, iteration, after, simulated = "protected", state.best_step, state.best_original, state.best_score
+    else:
+        status, iteration = "not protected", state.good_step
+    measured = (finite_or_none(value) for value in (state.start, after, state.start_simulated, simulated))
+    return Protection(status, iteration, *measured, state.rollbacks, state.dropped)
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    # Enumerations by their value, what JSON does not know as text.
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 
-def checkpoint_to_resume(trainer: SophonTrainer, wanted: str | os.PathLike | bool | None) -> str | None:
-    """The checkpoint to go on from, or None for a new run.
+def checkpoint_to_resume(
+    output_dir: str, wanted: str | os.PathLike | bool | None, facts: dict[str, Any], begun: bool
+) -> str | None:
+    """Return the checkpoint to go on from, or None for a new run.
 
     Args:
-        trainer: Not trained yet.
+        output_dir: Of the run.
         wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
+        facts: What must be the same in the checkpoint.
+        begun: Whether the trainer has begun to train already.
 
     Raises:
-        ValueError: It is another run's, or there is none; or a new run would overwrite another one, or begin where one ended.
+        ValueError: It is another run's, or there is none; or a new run would overwrite another one, or begin where one
+            ended.
     """
     if not wanted:
-        if trainer.seconds():
+        if begun:
             raise ValueError(
-                "This trainer has begun to train already: its model is not the one from before protection any more. Make a new "
-                "trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
+                "This trainer has begun to train already: its model is not the one from before protection any more. "
+                "Make a new trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
             )
-        check_fresh_folder(trainer.args.output_dir)
+        names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+        made = ("checkpoint-", "model_index.json", "sophon.json")
+        found = [name for name in names if name.startswith(made) or name.endswith(".safetensors")]
+        if found:
+            raise ValueError(
+                f"{output_dir!r} holds another run ({min(found)}). Go on with it by "
+                "train(resume_from_checkpoint=True) if it has a complete checkpoint; else empty the folder, or choose "
+                "another output_dir."
+            )
         return None
-    checkpoint = last_complete_checkpoint(trainer.args.output_dir) if wanted is True else os.fspath(wanted)
-    check_same_run(checkpoint, run_facts(trainer))
-    return checkpoint
-
-
-def check_same_run(checkpoint: str, facts: dict[str, Any]) -> None:
-    """Whether a checkpoint is this run's.
-
-    Raises:
-        ValueError: It is not, and what differs.
-    """
-    path = os.path.join(checkpoint, STATE_FILE)
-    if not os.path.exists(path):
+    checkpoint = _last_complete_checkpoint(output_dir) if wanted is True else os.fspath(wanted)
+    if not os.path.exists(os.path.join(checkpoint, STATE_FILE)):
         raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {STATE_FILE}.")
-    saved = load_state(checkpoint)["facts"]
+    saved = _read(checkpoint, STATE_FILE)["facts"]
     for name, value in facts.items():
         if saved.get(name) != value:
             raise ValueError(
                 f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. "
                 "Resume with the same settings and data, or start in another output_dir."
             )
+    return checkpoint
 
 
-def check_fresh_folder(output_dir: str) -> None:
-    """Whether a folder is free for a new run.
-
-    Raises:
-        ValueError: It holds another one.
-    """
-    if not os.path.isdir(output_dir):
-        return
-    made = ("checkpoint-", "model_index.json", "sophon.json")
-    found = [n for n in os.listdir(output_dir) if n.startswith(made) or n.endswith(".safetensors")]
-    if found:
+def _last_complete_checkpoint(output_dir: str) -> str:
+    """Return the newest checkpoint that was written to its end: a killed process may leave a torn one behind."""
+    checkpoints = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        number = name.removeprefix("checkpoint-")
+        if not name.startswith("checkpoint-") or not number.isdigit():
+            continue
+        path = os.path.join(output_dir, name)
+        try:
+            # The Trainer writes its state last.
+            with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:
+                json.load(file)
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end and is passed over.", path)
+            continue
+        if os.path.exists(os.path.join(path, STATE_FILE)):
+            checkpoints.append((int(number), path))
+    if not checkpoints:
         raise ValueError(
-            f"{output_dir!r} holds another run ({sorted(found)[0]}). Go on with it by train(resume_from_checkpoint=True) "
-            "if it has a complete checkpoint; else empty the folder, or choose another output_dir."
+            f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another "
+            "one, "
+            "and train without resuming."
         )
+    return max(checkpoints)[1]
 
 
-def save_state(trainer: SophonTrainer, checkpoint: str) -> None:
+def save_state(
+    checkpoint: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    values: dict[str, Any],
+    process: int,
+) -> None:
     """Write the state file, in full or not at all; every process writes its own where the model is sharded."""
-    if not (trainer.args.should_save or is_sharded(trainer.model)):
-        return
-    optimizer, schedule = trainer.suppression_optimizer, trainer.suppression_scheduler.state_dict()
+    name = _own_file(model, process)
     state = {
         "optimizer": _with_moments(optimizer, optimizer.state_dict(), lambda moment, _: local(moment)),
-        "scheduler": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
-        "guard": trainer.guard.state_dict(),
-        "seconds": trainer.seconds(),
-        "facts": run_facts(trainer),
+        "scheduler": scheduler.state_dict(),
+        **values,
     }
-    name = _own_file(trainer)
     temporary = os.path.join(checkpoint, f".{name}")
     torch.save(state, temporary)
     os.replace(temporary, os.path.join(checkpoint, name))
-    if is_sharded(trainer.model):
-        trainer.accelerator.wait_for_everyone()  # The checkpoint is complete when the main process says so.
 
 
-def restore_state(trainer: SophonTrainer, checkpoint: str) -> float:
-    """Put back what the state file holds, and return the seconds spent until then."""
-    state = load_state(checkpoint, _own_file(trainer))
-    optimizer = trainer.suppression_optimizer
+def restore_state(
+    checkpoint: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    process: int,
+) -> dict[str, Any]:
+    """Put back optimizer and schedule, and return the other values that `save_state` wrote."""
+    state = _read(checkpoint, _own_file(model, process))
     optimizer.load_state_dict(_with_moments(optimizer, state["optimizer"], with_local))
-    trainer.suppression_scheduler.__dict__.update(state["scheduler"])
-    trainer.guard.load_state_dict(state["guard"])
-    return state["seconds"]
+    scheduler.load_state_dict(state["scheduler"])
+    return state
 
 
-def load_state(checkpoint: str, name: str = STATE_FILE) -> dict[str, Any]:
-    """Read a state file; it holds tensors and plain values only."""
+def _read(checkpoint: str, name: str) -> dict[str, Any]:
+    # It holds tensors and plain values only, so that no pickle can run.
     return torch.load(os.path.join(checkpoint, name), weights_only=True, map_location="cpu")
+
+
+def _own_file(model: nn.Module, process: int) -> str:
+    return STATE_FILE.replace(".", f"_{process}.") if process and is_sharded(model) else STATE_FILE
 
 
 def _with_moments(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Any]:
-    """An optimizer's state with its moments changed by `change(moment, parameter)`; the counts of steps stay."""
+    """Return an optimizer's state with its moments changed by `change(moment, parameter)`; step counts stay."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: change(value, parameters[number]) if value.ndim else value for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": moments}
-
-
-def _own_file(trainer: SophonTrainer) -> str:
-    process = trainer.args.process_index if is_sharded(trainer.model) else 0
-    return STATE_FILE.replace(".", f"_{process}.") if process else STATE_FILE
-
-
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end: a killed process may leave a torn one behind.
-
-    Raises:
-        ValueError: There is none.
-    """
-    checkpoints = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
-        path = os.path.join(output_dir, name)
-        number = name.removeprefix("checkpoint-")
-        if name.startswith("checkpoint-") and number.isdigit() and _is_complete(path):
-            checkpoints.append((int(number), path))
-    if not checkpoints:
-        raise ValueError(
-            f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another one, "
-            "and train without resuming."
-        )
-    return max(checkpoints)[1]
-
-
-def _is_complete(checkpoint: str) -> bool:
-    # The Trainer writes its state last.
-    try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            json.load(file)
-    except (OSError, ValueError):
-        logger.warning("%s was not written to its end and is passed over.", checkpoint)
-        return False
-    return os.path.exists(os.path.join(checkpoint, STATE_FILE))

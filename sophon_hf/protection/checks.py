@@ -1,24 +1,20 @@
-"""Before any work: build the domains, and find out whether data, model and strategies fit one another."""
+"""Refuse, before any work, what would fail later or end in something wrong. A check changes nothing."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from sophon_hf.data.domain import Domain, Source, build_domain, load_domain
-from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
@@ -26,89 +22,53 @@ from sophon_hf.models.loading import evaluation_mode
 from sophon_hf.models.sharding import is_sharded
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.protection.config import SophonConfig
-from sophon_hf.protection.environment import held_out_examples
-from sophon_hf.protection.probes import Probes
-from sophon_hf.protection.reinforcement import Distillation
+from sophon_hf.protection.simulation import held_out_examples
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows
 
 logger = logging.getLogger(__name__)
 
-FEWEST_EXAMPLES = 4
-FEWEST_WITH_BATCH_NORM = 20
+_FEWEST_WITH_BATCH_NORM = 20
 
 
-def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any) -> None:
-    """What cannot be protected, or does not go together, whatever the data are.
+def refuse_arguments(
+    model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any, task: Any, metric: Any
+) -> None:
+    """Refuse what cannot be protected, or does not go together, on any data.
 
     Raises:
-        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a model that is sharded already, or
-            batch norm that is synchronised over processes.
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a metric beside a task, a
+            model that is sharded already or frozen, or batch norm that is synchronised over processes.
     """
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+            f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES."
         )
     if reinforcement_loss is not None and args.distillation:
         raise ValueError(
-            "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixing: leave "
+            "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixup: leave "
             "`distillation` 0, or add the distance to your own loss."
         )
+    if task is not None and metric is not None:
+        raise ValueError("task and metric are both given, and a task has a metric: pass it to the task.")
     if isinstance(model, nn.Module) and is_sharded(model):
         raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in modules):
         raise ValueError(
-            "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: leave it "
+            "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: "
+            "leave it "
             "with BatchNorm."
         )
 
 
-def build_domains(
-    model: nn.Module,
-    task: Task,
-    args: SophonConfig,
-    sources: dict[str, Source],
-    evaluation: dict[str, Source] | None,
-    processing_class: Any | None,
-    input_columns: dict[str, str],
-    label_columns: dict[str, str],
-) -> dict[str, Domain]:
-    """The four domains: "original", "restricted", and "eval_..." of each, held out where `evaluation` is None."""
-    if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != set(sources)):
-        what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
-        raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")
-    for argument, columns in (("input_columns", input_columns), ("label_columns", label_columns)):
-        unknown = set(columns) - set(sources)
-        if unknown:
-            raise ValueError(f"{argument} has the keys {sorted(unknown)}: it takes 'original' and 'restricted'.")
-    domains, needs = {}, task.inputs(model)
-    for name, source in sources.items():
-        dataset, label = load_domain(source), label_columns.get(name)
-        if len(dataset) < FEWEST_EXAMPLES:
-            raise ValueError(f"The {name} domain has {len(dataset)} examples: it takes at least {FEWEST_EXAMPLES}.")
-        rows = held_rows = None
-        if evaluation is not None:
-            held_out = load_domain(evaluation[name], "validation")
-        else:
-            held_rows, rows = _hold_out(dataset, args, label_column(dataset, label) if needs.labelled else None)
-            held_out, dataset = dataset.select(held_rows), dataset.select(rows)
-        for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
-            domains[key] = build_domain(
-                part, needs, processing_class, name=name, input_column=input_columns.get(name), label=label,
-                row_numbers=numbers,
-            )  # fmt: skip
-    _check_apart(domains)
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if batch_norm and len(domains["restricted"]) < FEWEST_WITH_BATCH_NORM:
-        raise ValueError(
-            f"The restricted domain has {len(domains['restricted'])} examples to protect with: a model with batch norm "
-            f"needs at least {FEWEST_WITH_BATCH_NORM}, so that a simulated adversary can be evaluated on a tenth of them."
-        )
-    return domains
+def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
+    """Refuse domains that are the same data, and too few restricted examples for batch norm.
 
-
-def _check_apart(domains: dict[str, Domain]) -> None:
+    Raises:
+        ValueError: They are.
+    """
     if domains["original"].fingerprint == domains["restricted"].fingerprint:
         raise ValueError(
             "The original domain and the restricted domain are the same data: one is to be kept, the other not."
@@ -116,14 +76,16 @@ def _check_apart(domains: dict[str, Domain]) -> None:
     for name in ("original", "restricted"):
         if domains[name].fingerprint == domains[f"eval_{name}"].fingerprint:
             raise ValueError(
-                f"eval_dataset[{name!r}] is the data that the model is protected with: the guard would take memory for skill. "
-                "Give held-out data, or leave eval_dataset out."
+                f"eval_dataset[{name!r}] is the data that the model is protected with: the guard would take memory for "
+                "skill. Give held-out data, or leave eval_dataset out."
             )
-
-
-def _hold_out(dataset: datasets.Dataset, args: SophonConfig, label: str | None) -> tuple[np.ndarray, np.ndarray]:
-    share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
-    return split_indices(dataset, args.seed, share, label)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if batch_norm and len(domains["restricted"]) < _FEWEST_WITH_BATCH_NORM:
+        raise ValueError(
+            f"The restricted domain has {len(domains['restricted'])} examples to protect with: a model with batch norm "
+            f"needs at least {_FEWEST_WITH_BATCH_NORM}, so that a simulated adversary can be evaluated on a tenth of "
+            "them."
+        )
 
 
 def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> None:
@@ -162,7 +124,8 @@ def _check_class_order(given: list[str], model: nn.Module) -> None:
             "Number them as the model does: select_classes(dataset, list(model.config.id2label.values()))."
         )
     logger.warning(
-        "The original domain names its classes %s, the model %s: make sure that label 0 means the same for both, and so on.",
+        "The original domain names its classes %s, the model %s: make sure that label 0 means the same for both, and "
+        "so on.",
         given[:5], known[:5],
     )  # fmt: skip
 
@@ -210,22 +173,9 @@ def choose_loss(task: Task, name: str | None) -> Callable[[Tensor, Tensor], Tens
     return losses[name]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How strategies and model fit.
-
-    Attributes:
-        structure: Head and blocks of the model.
-        space: Phi, without what cannot be carried out.
-        outputs: How many outputs the model's own head has; None without labels.
-    """
-
-    structure: ModelStructure
-    space: StrategySpace
-    outputs: int | None
-
-
-def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], args: SophonConfig) -> Fit:
+def fit_strategies(
+    task: Task, model: nn.Module, domains: dict[str, Domain], args: SophonConfig
+) -> tuple[ModelStructure, StrategySpace, int | None]:
     """Run every domain once, find the head, check labels against it, and settle on Phi.
 
     Raises:
@@ -257,7 +207,7 @@ def fit_strategies(task: Task, model: nn.Module, domains: dict[str, Domain], arg
     if is_sharded(model):
         _check_shares(model, space, domains["restricted"], args.world_size)
     try_strategies(task, model, structure, space, classes or None)
-    return Fit(structure, space, outputs)
+    return structure, space, outputs
 
 
 def try_strategies(
@@ -288,14 +238,16 @@ def refuse_launcher_settings(accelerator: Any, args: SophonConfig) -> None:
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes, or "
+            f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes, "
+            "or "
             "FSDP2 for a model that does not fit on one GPU."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         _refuse_sharding(accelerator, args)
     elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
-            f"FSDP is asked for, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device.type}, where "
+            f"FSDP is asked for, but accelerate runs {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}, where "
             "it does not shard: start one process for each GPU, or leave FSDP out."
         )
 
@@ -331,53 +283,42 @@ def _check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, pr
     """Whether the processes of a sharded model can share every batch of a simulated adversary."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ValueError(
-            "A sharded model with batch norm would normalise each process's part of a batch by itself: it is not supported. "
+            "A sharded model with batch norm would normalise each process's part of a batch by itself: it is not "
+            "supported. "
             "Use plain processes."
         )
     smallest = min(*space.batch_sizes, held_out_examples(len(restricted)))
     if smallest < processes:
         raise ValueError(
-            f"The smallest batch of a simulated adversary has {smallest} examples, but the {processes} processes of a sharded "
-            "model share each batch: give more restricted data or larger batch_sizes in the strategy space, or use fewer "
+            f"The smallest batch of a simulated adversary has {smallest} examples, but the {processes} processes of a "
+            "sharded "
+            "model share each batch: give more restricted data or larger batch_sizes in the strategy space, or use "
+            "fewer "
             "processes."
         )
 
 
-def make_probes(
-    model: nn.Module, task: Task, structure: ModelStructure, restricted: Domain, args: SophonConfig
-) -> Probes | None:
-    """The probes that the arguments ask for; None where they ask for none.
+def check_probes(restricted: Domain) -> None:
+    """Refuse probes on a domain that they cannot be fitted on.
 
     Raises:
-        ValueError: The task has no labels, T_i too few examples, or the model too few blocks.
+        ValueError: The task has no labels, or T_i too few examples.
     """
-    if not args.probe_depths:
-        return None
     if restricted.labels is None:
         raise ValueError("A probe predicts labels, and this task has none: leave `probe_depths` 0.")
     if held_out_examples(len(restricted)) < 2:
         raise ValueError(
-            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe predicts "
-            "each example of T_i from the others, so T_i needs 2. Give at least 15, or leave `probe_depths` 0."
+            f"The restricted domain has {len(restricted)} examples to protect with, a tenth of which is T_i: a probe "
+            "predicts each example of T_i from the others, so T_i needs 2. Give at least 15, or leave `probe_depths` 0."
         )
-    loss = choose_loss(task, args.suppression_loss)
-    return Probes(model, structure, args.probe_depths, restricted.num_classes, loss)
 
 
-def make_distillation(
-    unprotected: nn.Module | None, task: Task, original: Domain, args: SophonConfig
-) -> Distillation | None:
-    """The distillation that the arguments ask for, from a copy of the model; None where they ask for none.
-
-    Mixing is left out, and the arguments say so from then on, where examples cannot be mixed.
-    """
-    if not args.distillation:
-        return None
-    if args.mixup:
-        main = task.inputs(unprotected).main
-        values = first_rows(task, original, args.device).get(main)
-        if original.labels is None or not values.is_floating_point():
-            what = "the task has no labels" if original.labels is None else f"{main!r} holds {values.dtype}"
-            logger.warning("mixing is for classifiers of continuous inputs, such as pixels, but %s: left out.", what)
-            args.mixup = False
-    return Distillation(unprotected, task, args.distillation, args.mixup)
+def can_mix(task: Task, model: nn.Module, original: Domain, device: torch.device) -> bool:
+    """Return whether examples can be mixed; where not, a warning says that mixup is left out."""
+    main = task.inputs(model).main
+    values = first_rows(task, original, device).get(main)
+    if original.labels is not None and values is not None and values.is_floating_point():
+        return True
+    what = "the task has no labels" if original.labels is None else f"{main!r} holds {getattr(values, 'dtype', None)}"
+    logger.warning("mixup is for classifiers of continuous inputs, such as pixels, but %s: left out.", what)
+    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -14,46 +13,13 @@ import torch
 from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
+from sophon_hf.protection.presets import PRESETS
 
-logger = logging.getLogger(__name__)
-
-AFTER_ROLLBACK = ("halve_alpha", "continue", "stop", "no_rollback")
+ON_VIOLATION = ("halve_alpha", "continue", "stop", "adapt_alpha")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
 )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "representation": {
-        "K": 2,
-        "l_NTR": 5,
-        "alpha": 6e-3,
-        "beta": 2e-3,
-        "max_steps": 1200,
-        "max_grad_norm": 1.0,
-        "lr_scheduler_type": "cosine",
-        "probe_depths": 2,
-        "num_persistent": 4,
-        "horizon": 64,
-        "distillation": 2.0,
-        "mixup": True,
-        "keep_norms": True,
-        "strategy_space": {
-            "initializations": ["direct", "new_head", "new_head", "new_head"],
-            "reinitialized_blocks": [0, 1, 1],
-            "learning_rates": [3e-4, 1e-3, 3e-3, 3e-3],
-            "batch_sizes": [50, 128],
-            "preparations": [None, "warm_up"],
-        },
-        "tolerance": 0.02,
-        "after_rollback": "no_rollback",
-        "slack": 6.0,
-        "eval_steps": 50,
-        "save_steps": 200,
-    },
-}
 
 
 @dataclass
@@ -74,7 +40,8 @@ class SophonConfig(TrainingArguments):
     gamma: list | str | None = field(
         default=None,
         metadata={
-            "help": "gamma: K weights of the adversaries' steps, or one such list for each of the N adversaries (JSON); "
+            "help": "gamma: K weights of the adversaries' steps, or one such list for each of the N adversaries "
+            "(JSON); "
             "each is divided by N. Left out, every step weighs 1 / K. A step of weight 0 costs no evaluation."
         },
     )
@@ -92,21 +59,16 @@ class SophonConfig(TrainingArguments):
             "(0.05 = 5 points) or, for diffusion, as a relative rise of the MSE."
         },
     )
-    after_rollback: str = field(
+    on_violation: str = field(
         default="halve_alpha",
         metadata={
-            "help": "What follows when the original metric fell by more than the tolerance and the last good state was "
-            "put back: halve_alpha and go on, continue unchanged, or stop; both Adam states start anew. With no_rollback "
-            "that is left out, a state outside the tolerance is only never the protected model, and `slack` counts."
-        },
-    )
-    slack: float = field(
-        default=0.0,
-        metadata={
-            "help": "With no_rollback: by how many tolerances more the original metric may fall at the start; in proportion less until "
-            "seven tenths of the iterations, and none from then on. Where it stays beyond that, and comes back too slowly to be inside the "
-            "tolerance then, alpha is halved; inside the tolerance it is doubled back. Beyond 2 (1 + slack) tolerances the last good state is put back all "
-            "the same, and alpha is quartered. 0: alpha follows its schedule."
+            "help": "What follows where the original metric fell by more than the tolerance. halve_alpha, continue and "
+            "stop put the last good state back first, with both optimizers' states cleared. adapt_alpha lets the "
+            "metric "
+            "fall further early (7 tolerances at first, 1 from seven tenths of the iterations on), halves alpha where "
+            "it "
+            "stays beyond that, and doubles it back inside the tolerance; only where the original domain is lost is a "
+            "state put back. A state outside the tolerance is never the protected model."
         },
     )
     suppression_loss: str | None = field(
@@ -125,7 +87,8 @@ class SophonConfig(TrainingArguments):
     num_persistent: int = field(
         default=0,
         metadata={
-            "help": "How many simulated adversaries live on over the iterations, taken in turn, K updates at a time; 0: "
+            "help": "How many simulated adversaries live on over the iterations, taken in turn, K updates at a time; "
+            "0: "
             "every one starts anew, as published. Each holds about three copies of the model."
         },
     )
@@ -135,29 +98,34 @@ class SophonConfig(TrainingArguments):
     probe_depths: int = field(
         default=0,
         metadata={
-            "help": "Depths of the model at which a closed-form probe, what a new head with a hidden layer could do, is suppressed too; 0: "
+            "help": "Depths of the model at which a closed-form probe, what a new head with a hidden layer could do, "
+            "is suppressed too; 0: "
             "none, as published. For classifiers."
         },
     )
     distillation: float = field(
         default=0.0,
         metadata={
-            "help": "Weight in L_beta of the distance to what the unprotected model predicts (KL, or MSE for diffusion); "
+            "help": "Weight in L_beta of the distance to what the unprotected model predicts (KL, or MSE for "
+            "diffusion); "
             "holds a second copy of the model."
         },
     )
     mixup: bool = field(
         default=False,
         metadata={
-            "help": "Distil on mixtures too: half of each batch of O is replaced by convex mixtures of two examples, images "
-            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation; left out "
+            "help": "Distil on mixtures too: half of each batch of O is replaced by convex mixtures of two examples, "
+            "images "
+            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation; left "
+            "out "
             "where inputs are not continuous."
         },
     )
     keep_norms: bool = field(
         default=False,
         metadata={
-            "help": "Hold layers whose scale does not matter at the norm of a fresh initialisation, so that no protection rests "
+            "help": "Hold layers whose scale does not matter at the norm of a fresh initialisation, so that no "
+            "protection rests "
             "on the scale of weights, and re-scaling them gains an adversary nothing."
         },
     )
@@ -201,7 +169,8 @@ class SophonConfig(TrainingArguments):
             self.eval_on_start = False  # No guard: a start that is never compared must not be put back either.
         elif not self.eval_on_start:
             raise ValueError(
-                "eval_on_start is off, but the guard has to measure the model before protection: leave it on, or switch "
+                "eval_on_start is off, but the guard has to measure the model before protection: leave it on, or "
+                "switch "
                 "the guard off by eval_strategy='no'."
             )
         if self.learning_rate is not None and self.learning_rate != self.beta:
@@ -228,20 +197,19 @@ class SophonConfig(TrainingArguments):
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "slack", "max_grad_norm", "distillation"):
+        for name in ("mu", "tolerance", "max_grad_norm", "distillation"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
         if self.num_persistent and self.second_order:
             raise ValueError("The exact gradient does not reach through earlier iterations: leave `num_persistent` 0.")
         if self.num_persistent and self.num_persistent < self.N * self.l_FTS:
             raise ValueError(
-                f"num_persistent is {self.num_persistent}, but an iteration simulates N x l_FTS = {self.N * self.l_FTS} adversaries."
+                f"num_persistent is {self.num_persistent}, but an iteration simulates N x l_FTS = "
+                f"{self.N * self.l_FTS} adversaries."
             )
         if self.mixup and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
-        check_choice(self.after_rollback, AFTER_ROLLBACK, "after_rollback")
-        if self.slack:
-            self._check_slack()
+        check_choice(self.on_violation, ON_VIOLATION, "on_violation")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()
@@ -270,21 +238,11 @@ class SophonConfig(TrainingArguments):
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
 
-    def _check_slack(self) -> None:
-        on_the_way = self.eval_strategy == "steps" and self.eval_steps < self.max_steps
-        if self.after_rollback != "no_rollback" or not on_the_way or not self.tolerance:
-            logger.warning(
-                "slack counts with after_rollback='no_rollback', a tolerance above 0 and evaluations on the way only, not with "
-                "%r, %g, eval_strategy=%r and eval_steps=%r of %d: it is 0.",
-                self.after_rollback, self.tolerance, str(getattr(self.eval_strategy, "value", self.eval_strategy)), self.eval_steps,
-                self.max_steps,
-            )  # fmt: skip
-            self.slack = 0.0
-
     def _check_warm_up(self) -> None:
         if not self.probe_depths:
             raise ValueError(
-                "While an adversary warms up on original data only probes are suppressed, and there are none: set `probe_depths`, or "
+                "While an adversary warms up on original data only probes are suppressed, and there are none: set "
+                "`probe_depths`, or "
                 "leave 'warm_up' out of the strategy space."
             )
         if not self.num_persistent or not self.l_FTS or self.save_strategy != "steps":
@@ -293,8 +251,10 @@ class SophonConfig(TrainingArguments):
         updates = iterations * self.N * self.l_FTS * self.K / self.num_persistent
         if iterations < self.max_steps and updates <= self.horizon / 2:
             raise ValueError(
-                f"save_steps is {self.save_steps:g}: persistent adversaries start anew at every checkpoint, after {updates:g} updates, "
-                f"and one that warms up would never end its warm-up of {self.horizon // 2}. Save less often, or lower `horizon`."
+                f"save_steps is {self.save_steps:g}: persistent adversaries start anew at every checkpoint, after "
+                f"{updates:g} updates, "
+                f"and one that warms up would never end its warm-up of {self.horizon // 2}. Save less often, or lower "
+                "`horizon`."
             )
 
     def _parse_gamma(self) -> list | None:
@@ -324,7 +284,8 @@ class SophonConfig(TrainingArguments):
             )
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use constant, linear or cosine."
+                f"lr_scheduler_type {self.lr_scheduler_type!r} waits for one metric, but there are two losses: use "
+                "constant, linear or cosine."
             )
         if self.hub_token is not None:
             raise ValueError(
@@ -339,7 +300,8 @@ class SophonConfig(TrainingArguments):
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")
         if self.torch_compile:
             raise ValueError(
-                "torch_compile compiles what the Trainer wraps, which no simulated adversary runs: leave it out, and call "
+                "torch_compile compiles what the Trainer wraps, which no simulated adversary runs: leave it out, and "
+                "call "
                 "`compile()` of the model's blocks before protection."
             )
         for name in (

@@ -1,21 +1,26 @@
-"""The guard: holds lambda of eq. 1 while protecting, and remembers the best state inside it."""
+"""The guard: a callback that holds lambda of eq. 1 at every evaluation, and remembers the best state inside it."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from sophon_hf.models.sharding import local
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-9  # So that an accuracy exactly at the tolerance is inside it.
-LEAST_RISE = 0.03
+_ROUNDING = 1e-9  # So that an accuracy exactly at the tolerance is inside it.
+_LEAST_RISE = 0.03
+# By how many tolerances more the original metric may fall while alpha adapts, and the share of the iterations by which
+# this slack is gone: what is left then is there for the original metric to come back.
+_SLACK, _SLACK_ENDS = 6.0, 0.7
 
 
 @dataclass
@@ -31,9 +36,11 @@ class GuardState:
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
         rollbacks: How often the last good state was put back.
-        applied: Suppression gradients that were applied to the model at hand; those of a state that was given up do not count.
+        applied: Suppression gradients that were applied to the model at hand; a roll-back takes back the count, too.
         good_applied: The same at `good_step`.
         dropped: Suppression gradients that were not finite and therefore not applied.
+        alpha_scale: What alpha's schedule is multiplied by.
+        seen: Iteration of the last evaluation.
         last: Iteration and original metric of the last two evaluations, the later one last.
     """
 
@@ -48,54 +55,137 @@ class GuardState:
     applied: int = 0
     good_applied: int = 0
     dropped: int = 0
+    alpha_scale: float = 1.0
+    seen: int | None = None
     last: tuple[tuple[int, float], ...] = ()
 
 
-class Guard:
-    """Watches the original metric at every evaluation.
+class Guard(TrainerCallback):
+    """Watches the original metric; where it falls by more than lambda, does as `on_violation` says.
 
     Args:
-        model: Unwrapped; its parameters and buffers are copied and put back, of a sharded model what this process holds.
+        model: Unwrapped; its parameters and buffers are copied and put back, of a sharded model what this process
+            holds.
         tolerance: lambda: absolute for a metric that is better when greater, relative for one that is better when less.
         greater_is_better: Which of the two the original metric is.
+        metric: Its name.
         error: What the simulated metric may be off by; smaller differences are ties.
         own_loss: Whether the reinforcement loss protects by itself, without a suppression loop.
+        on_violation: One of "halve_alpha", "continue", "stop", "adapt_alpha".
+        on_change: Called with True after the last good state was put back, and with False where only alpha changed.
     """
 
     def __init__(
-        self, model: nn.Module, tolerance: float, greater_is_better: bool, error: float = 0.0, own_loss: bool = False
+        self,
+        model: nn.Module,
+        tolerance: float,
+        greater_is_better: bool,
+        *,
+        metric: str = "accuracy",
+        error: float = 0.0,
+        own_loss: bool = False,
+        on_violation: str = "halve_alpha",
+        on_change: Callable[[bool], None] = lambda rolled_back: None,
     ):
-        self.model, self.tolerance, self.greater_is_better, self.error = model, tolerance, greater_is_better, error
-        self.own_loss = own_loss
+        self.model, self.tolerance, self.greater_is_better, self.metric = model, tolerance, greater_is_better, metric
+        self.error, self.own_loss, self.on_violation, self.on_change = error, own_loss, on_violation, on_change
+        self.begin()
+
+    def begin(self) -> None:
+        """Take the model as it stands for the state before protection."""
         self.state = GuardState()
         self.good = self._copy()
         self.best: dict[str, Tensor] | None = None
 
+    # ---- What the Trainer calls ----
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Observe an evaluation of the trainer's own domains while protecting; roll back or adapt alpha where asked."""
+        metrics = {} if metrics is None else metrics
+        original, simulated = (
+            metrics.get(f"eval_{name}_{self.metric}") for name in ("original", "restricted_simulated")
+        )
+        if original is None or simulated is None:
+            return
+        # Once a state: one that was put back is not another, later one. A resumed run measures its start again, too.
+        if state.global_step != self.state.seen:
+            self._act(state, control, original, simulated)
+            self.state.seen = state.global_step
+        metrics["rollbacks"] = float(self.state.rollbacks)
+
+    def _act(self, state, control, original: float, simulated: float) -> None:
+        step = state.global_step
+        inside = self.observe(step, original, simulated)
+        if self.on_violation == "adapt_alpha":
+            if self.tolerance:
+                self._adapt_alpha(step, state.max_steps, original, inside)
+            return
+        if inside:
+            return
+        self.roll_back()
+        if self.on_violation == "halve_alpha":
+            self._scale_alpha(1 / 2)
+        if self.on_violation == "stop":
+            control.should_training_stop = True
+        logger.warning(
+            "Iteration %d: the original %s is %.4f, beyond the tolerance of %g from its start %.4f. The state of "
+            "iteration %d is put back; then: %s.",
+            *(step, self.metric, original, self.tolerance, self.state.start, self.state.good_step, self.on_violation),
+        )
+
+    def _adapt_alpha(self, step: int, max_steps: int, original: float, inside: bool) -> None:
+        """Let alpha follow what of lambda and its slack is left.
+
+        Halve it where the original metric stays beyond them and will not be back when the slack ends, and double it
+        back inside the tolerance. Where the original domain is lost nothing comes back in time: put the last good state
+        back, and quarter alpha.
+        """
+        end = _SLACK_ENDS * max_steps
+        if self.lost(original, _SLACK):
+            self.roll_back()
+            self._scale_alpha(1 / 4)
+        elif self.stays_beyond(_SLACK * max(0.0, 1 - step / end)) and not self.comes_back(end):
+            self._scale_alpha(1 / 2)
+        elif inside and self.state.alpha_scale < 1:
+            self._scale_alpha(2)
+        else:
+            return
+        logger.info(
+            "Iteration %d: the original %s is %.4f (start %.4f): alpha is now %g of its schedule.",
+            *(step, self.metric, original, self.state.start, self.state.alpha_scale),
+        )
+
+    def _scale_alpha(self, factor: float) -> None:
+        self.state.alpha_scale *= factor
+        self.on_change(False)
+
+    # ---- What it knows ----
+
     def within(self, original: float, slack: float = 0.0) -> bool:
-        """Whether an original metric is inside 1 + slack times the tolerance; NaN is not."""
+        """Return whether an original metric is inside 1 + slack times the tolerance; NaN is not."""
         if self.state.start is None:
             return original == original
-        tolerance = (1 + slack) * self.tolerance + ROUNDING
+        tolerance = (1 + slack) * self.tolerance + _ROUNDING
         if self.greater_is_better:
             return original >= self.state.start - tolerance
         return original <= self.state.start * (1 + tolerance)
 
     def lost(self, original: float, slack: float) -> bool:
-        """Whether it is twice as far off as slack ever allows, or an accuracy below half its start: from there nothing comes back."""
-        half_gone = self.greater_is_better and original < self.state.start / 2
+        """Return whether it is twice as far off as slack ever allows, or below half its start: too far to come back."""
+        half_gone = self.greater_is_better and self.state.start is not None and original < self.state.start / 2
         return half_gone or not self.within(original, 1 + 2 * slack)
 
     def stays_beyond(self, slack: float) -> bool:
-        """Whether the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
+        """Return whether the last two evaluations were beyond 1 + slack times the tolerance: one alone may be a dip."""
         return len(self.state.last) == 2 and not any(self.within(original, slack) for _, original in self.state.last)
 
     def comes_back(self, end: float) -> bool:
-        """Whether the original metric is inside the tolerance at iteration `end`, at the pace of the last two evaluations."""
+        """Return whether the metric is inside the tolerance at iteration `end`, at the pace of two evaluations."""
         (before, original), (now, latest) = self.state.last
         return now < end and self.within(latest + (latest - original) / (now - before) * (end - now))
 
     def observe(self, step: int, original: float, simulated: float) -> bool:
-        """Take note of an evaluation.
+        """Take note of an evaluation, and keep the state where it is a good or the best one.
 
         Args:
             step: The iteration, 0 before protection.
@@ -103,11 +193,10 @@ class Guard:
             simulated: What fixed simulated adversaries reach in the restricted domain; worse for them is better.
 
         Returns:
-            False where the original metric fell by more than the tolerance: the caller then calls `roll_back`, or asks
-            `lost`, `stays_beyond` and `comes_back`.
+            False where the original metric fell by more than the tolerance.
 
         Raises:
-            ValueError: There is no metric to begin with: it is not finite.
+            ValueError: The metric before protection is not finite, so that nothing can be compared with it.
         """
         if self.state.start is None and not math.isfinite(original):
             raise ValueError(
@@ -119,7 +208,7 @@ class Guard:
         if not self.within(original):
             return False
         if step == 0:
-            return True  # The copy that was made first counts: norms may have been re-scaled since.
+            return True  # The copy that `begin` made counts: norms may have been re-scaled since.
         self.good, self.state.good_step, self.state.good_applied = self._copy(), step, self.state.applied
         if self.suppressed and self._is_as_good(simulated):
             self.best = self.good
@@ -128,11 +217,11 @@ class Guard:
 
     @property
     def suppressed(self) -> bool:
-        """False where no suppression gradient was applied: such a state was reinforced, but not protected."""
+        """Whether any suppression gradient was applied: a state without was reinforced, but not protected."""
         return self.state.applied > 0 or self.own_loss
 
     def _is_as_good(self, simulated: float) -> bool:
-        """Whether no earlier state was better by more than the error: ties go to the later, longer suppressed one."""
+        """Return whether no earlier state was better by more than the error: ties go to the longer suppressed one."""
         if not math.isfinite(simulated):
             return False
         sign = 1 if self.greater_is_better else -1
@@ -140,62 +229,51 @@ class Guard:
         self.state.least_score = sign * min(sign * least, sign * simulated)
         return sign * (simulated - self.state.least_score) <= self.error
 
-    def roll_back(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Put the last good state back, because the original metric fell; the optimizers' states start anew."""
+    # ---- What it puts back ----
+
+    def roll_back(self) -> None:
+        """Put the last good state back, because the original metric fell."""
         self.state.rollbacks += 1
         self.state.applied = self.state.good_applied
         self.state.last = ()  # What is put back is not what was measured.
-        for optimizer in optimizers:
-            getattr(optimizer, "optimizer", optimizer).state.clear()
-        self.restore_good()
-
-    def restore_good(self) -> None:
-        """The same, without counting it."""
         self._put_back(self.good)
+        self.on_change(True)
 
-    def restore_best(self) -> bool:
-        """Put the best state back; False where there is none, and the model is left as it is."""
-        if self.best is None:
-            return False
-        self._put_back(self.best)
-        return True
-
-    def finish(self, metric: str) -> None:
-        """Leave the model in the best state inside the tolerance, or in the last good one, and say which.
-
-        Args:
-            metric: Its name, for the message.
-        """
+    def finish(self) -> None:
+        """Leave the model in the best state inside the tolerance, or in the last good one, and say which."""
         state = self.state
-        if self.restore_best():
+        if self.best is not None:
+            self._put_back(self.best)
             logger.info(
-                "The protected model is the state of iteration %d: original %s %.4f (start %.4f), simulated %.4f (start %s).",
-                state.best_step, metric, state.best_original, state.start, state.best_score, state.start_simulated,
-            )  # fmt: skip
+                "The protected model is the state of iteration %s: original %s %.4f (start %.4f), simulated %.4f (%s).",
+                *(state.best_step, self.metric, state.best_original, state.start, state.best_score),
+                f"start {state.start_simulated}",
+            )
             if not self.weakens_adversaries:
                 logger.warning(
-                    "Hardly anything is suppressed: simulated adversaries reach %.4f in the restricted domain, and %.4f before "
-                    "protection. Raise alpha or max_steps, or allow more tolerance, and attack the model before you publish it.",
-                    state.best_score, state.start_simulated,
-                )  # fmt: skip
+                    "Hardly anything is suppressed: simulated adversaries reach %.4f in the restricted domain, and "
+                    "%.4f before protection. Raise alpha or max_steps, or allow more tolerance, and attack the model "
+                    "before you publish it.",
+                    *(state.best_score, state.start_simulated),
+                )
         elif state.start is None:
             logger.warning(
                 "eval_strategy is 'no', so the guard has seen nothing: whether the model still works in the original "
                 "domain, and is protected, has not been measured. It is the state of the last iteration."
             )
         else:
-            self.restore_good()
+            self._put_back(self.good)
             logger.warning(
                 "The model is put back to iteration %d and is NOT protected: %s", state.good_step, self.failure
             )
 
     @property
     def weakens_adversaries(self) -> bool:
-        """Whether the simulated metric of the best state is worse than at the start, by more than its error, or for an MSE by 3 %."""
-        if self.state.start_simulated is None:
-            return True  # Resumed from a checkpoint that does not know the start's.
+        """Whether the best state's simulated metric is worse than at the start, by more than error (an MSE: 3 %)."""
+        if self.state.start_simulated is None or self.state.best_score is None:
+            return True  # There is nothing to compare.
         sign = 1 if self.greater_is_better else -1
-        least = self.error if self.greater_is_better else LEAST_RISE * self.state.start_simulated
+        least = self.error if self.greater_is_better else _LEAST_RISE * self.state.start_simulated
         return sign * (self.state.start_simulated - self.state.best_score) > least
 
     @property
@@ -203,23 +281,26 @@ class Guard:
         """Why no state is a protected one, and what to do about it."""
         never = not self.suppressed and not self.state.rollbacks
         if never and not self.state.dropped:
-            return "no suppression gradient was applied: let l_FTS be 1 or more, and max_steps such that a state is evaluated."
+            return (
+                "no suppression gradient was applied: let l_FTS be 1 or more, and max_steps such that a state is "
+                "evaluated."
+            )
         if never:
             return (
-                f"all {self.state.dropped} suppression gradients were not finite and were dropped. Lower the learning rates of "
-                "the strategy space, or K."
+                f"all {self.state.dropped} suppression gradients were not finite and were dropped. Lower the learning "
+                "rates of the strategy space, or K."
             )
         return (
-            f"no evaluated state kept the original domain within the tolerance of {self.tolerance:g}. Lower alpha, raise beta "
-            "or l_NTR, or allow more tolerance."
+            f"no evaluated state kept the original domain within the tolerance of {self.tolerance:g}. Lower alpha, "
+            "raise beta or l_NTR, or allow more tolerance."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return what a checkpoint holds of the guard."""
         return {"state": asdict(self.state), "good": self.good, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.state = GuardState(**state["state"])
         self.good, self.best = state["good"], state["best"]
 

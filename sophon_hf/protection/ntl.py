@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sophon_hf.data.batches import Stream, derive_seed
+from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.evaluation import to_device
+from sophon_hf.utils import derive_seed
 
 KERNELS, MULTIPLIER = 5, 2.0
 
@@ -71,7 +72,7 @@ def train_ntl(
         ValueError: The restricted domain has labels that the head has no outputs for.
     """
     device = next(model.parameters()).device
-    streams = [Stream(d, task, derive_seed(seed, "ntl", d.name)) for d in (original, restricted)]
+    streams = [Stream(d, task.collate, derive_seed(seed, "ntl", d.name)) for d in (original, restricted)]
     sample = to_device(streams[0].batch(0, 2), device)
     head = model.get_submodule(task.structure(model, sample).head)
     outputs = task.predict(model, sample).shape[1]

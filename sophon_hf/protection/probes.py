@@ -1,8 +1,8 @@
 """Closed-form probes: what a new head could do with features, differentiated through its solution.
 
 What a new head can do with a representation does not show in the loss of the model's own head. A probe shows it without
-training one: kernel ridge regression on the features of a batch, judged on each example by the regression on all others. The
-kernel is that of a new head with a hidden layer, which can use what a linear one cannot.
+training one: kernel ridge regression on the features of a batch, judged on each example by the regression on all
+others. The kernel is that of a new head with a hidden layer, which can use what a linear one cannot.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
     """The neural tangent kernel of a network with one hidden layer of ReLUs, in the limit of infinite width.
 
     k(x, x') = |x| |x'| / d (kappa_1(u) + u kappa_0(u)), where u is the cosine between them, t = arccos u its angle,
-    kappa_0 = (pi - t) / pi and kappa_1 = (sin t + u (pi - t)) / pi (Cho and Saul, 2009; Jacot et al., 2018). Ridge regression
-    with it predicts what such a network learns by gradient descent from both layers.
+    kappa_0 = (pi - t) / pi and kappa_1 = (sin t + u (pi - t)) / pi (Cho and Saul, 2009; Jacot et al., 2018). Ridge
+    regression with it predicts what such a network learns by gradient descent from both layers.
 
     Args:
         a: Shape (n, d).
@@ -49,10 +49,10 @@ def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
 def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Logits of the kernel ridge regression from features to one-hot labels, for each example fitted on all others.
 
-    With C = G^-1 - G^-1 1 1' G^-1 / (1' G^-1 1), G = k(H, H) + ridge I, the regression with a free intercept that has not seen
-    example i predicts y_i - (C Y)_i / C_ii for it (Golub et al., 1979): n regressions for the price of one. Features are
-    standardised by all examples. It costs the cube of the examples and their square times the features, and its gradient
-    goes through the solution.
+    With C = G^-1 - G^-1 1 1' G^-1 / (1' G^-1 1), G = k(H, H) + ridge I, the regression with a free intercept that has
+    not seen example i predicts y_i - (C Y)_i / C_ii for it (Golub et al., 1979): n regressions for the price of one.
+    Features are standardised by all examples. It costs the cube of the examples and their square times the features,
+    and its gradient goes through the solution.
 
     Args:
         features: Shape (n, d), n at least 2.
@@ -99,7 +99,8 @@ class Probes:
     ):
         if depths > max(len(structure.blocks), 1):
             raise ValueError(
-                f"probe_depths is {depths}, but {type(model).__name__} has {len(structure.blocks)} blocks that features can be "
+                f"probe_depths is {depths}, but {type(model).__name__} has {len(structure.blocks)} blocks that "
+                "features can be "
                 "probed after: ask for at most as many, or for 1, which is what the head sees."
             )
         self.model, self.head, self.num_classes, self.suppress = model, structure.head, num_classes, loss

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sophon_hf.data.batches import Batch, Stream, derive_seed
+from sophon_hf.data.batches import Batch, Stream
 from sophon_hf.data.domain import Domain
+from sophon_hf.models.sharding import is_sharded, local
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.tasks.base import Task
+from sophon_hf.utils import derive_seed
 
 
 class ReinforcementBatches(Dataset):
@@ -22,7 +25,7 @@ class ReinforcementBatches(Dataset):
     """
 
     def __init__(self, domain: Domain, task: Task, args: SophonConfig):
-        self.stream, self.args = Stream(domain, task, derive_seed(args.seed, "original")), args
+        self.stream, self.args = Stream(domain, task.collate, derive_seed(args.seed, "original")), args
 
     def __len__(self) -> int:
         return self.args.max_steps * self.args.gradient_accumulation_steps
@@ -46,17 +49,17 @@ class Distillation:
         unprotected: A copy of the model as it is before protection.
         task: What is learned.
         weight: Of the distance.
-        mixing: Replace the second half of every batch by mixtures, which the task's loss leaves out.
+        mixup: Replace the second half of every batch by mixtures, which the task's loss leaves out.
     """
 
-    def __init__(self, unprotected: nn.Module, task: Task, weight: float, mixing: bool = False):
+    def __init__(self, unprotected: nn.Module, task: Task, weight: float, mixup: bool = False):
         self.unprotected, self.task, self.weight = unprotected.eval().requires_grad_(False), task, weight
-        self.mixing = mixing
+        self.mixup = mixup
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """L_beta, a scalar, and the model's prediction."""
         labelled = None
-        if self.mixing:
+        if self.mixup:
             batch, labelled = mix_second_half(batch)
         prediction = self.task.predict(model, batch)
         with torch.no_grad():
@@ -89,3 +92,40 @@ def mix_second_half(batch: Batch) -> tuple[Batch, int]:
         mixture = torch.lerp(turned[half:], turned[: size - half], along(share, values).to(values.dtype))
         mixed[name] = torch.cat([values[:half], mixture])
     return {**batch, **mixed}, half
+
+
+@torch.no_grad()
+def average_and_clip(
+    gradients: dict[str, Tensor], loss: Tensor, model: nn.Module, accelerator: Accelerator, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Average gradients and loss over the processes in one message, and clip the gradients, in place.
+
+    Those of a sharded model are means over the processes already.
+
+    Args:
+        gradients: By parameter name.
+        loss: A scalar that is averaged with them.
+        model: Whose parameters they belong to.
+        accelerator: Of the processes.
+        max_norm: What the norm of all gradients together is clipped to; 0 for never.
+
+    Returns:
+        The gradients' norm before clipping, and the loss.
+    """
+    tensors = [local(gradient) for gradient in gradients.values()]
+    if is_sharded(model):
+        squares = torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+        squares, loss = accelerator.reduce(torch.stack([squares, loss.detach().to(squares.dtype)]), reduction="sum")
+        norm, loss = squares.sqrt(), loss / accelerator.num_processes
+        if max_norm > 0:
+            torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1))
+        return norm, loss
+    vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
+    vector = accelerator.reduce(vector, reduction="mean")
+    loss, vector = vector[-1], vector[:-1]
+    norm = vector.norm()
+    if max_norm > 0:
+        vector *= (max_norm / (norm + 1e-6)).clamp(max=1)
+    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return norm, loss

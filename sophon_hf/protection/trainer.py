@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
+from accelerate.utils import broadcast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
-from sophon_hf.data.domain import Source
+from sophon_hf.data.loading import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.hub.card import update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
@@ -27,33 +31,21 @@ from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
 from sophon_hf.hub.saving import load_weights, save_protected
 from sophon_hf.models.loading import hash_state, load_model, load_processor, refuse_half_precision, restore_precision
 from sophon_hf.models.sharding import is_sharded, shard, skeleton, with_state
-from sophon_hf.protection.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress
-from sophon_hf.protection.checkpoints import checkpoint_to_resume, restore_state, save_state
-from sophon_hf.protection.checks import (
-    build_domains,
-    choose_loss,
-    fit_strategies,
-    make_distillation,
-    make_probes,
-    refuse_arguments,
-    refuse_launcher_settings,
-)
+from sophon_hf.protection import checks
+from sophon_hf.protection.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress, StepLog
+from sophon_hf.protection.checkpoints import Run, checkpoint_to_resume, protection_of, restore_state, save_state
 from sophon_hf.protection.config import SophonConfig
+from sophon_hf.protection.domains import as_domains, build_domains
 from sophon_hf.protection.guard import Guard
-from sophon_hf.protection.measuring import measure_domains, simulated_error, simulated_metric
-from sophon_hf.protection.reinforcement import ReinforcementBatches
+from sophon_hf.protection.probes import Probes
+from sophon_hf.protection.reinforcement import Distillation, ReinforcementBatches, average_and_clip
+from sophon_hf.protection.second_order import SecondOrderSuppression
 from sophon_hf.protection.simulation import Adversaries
-from sophon_hf.protection.step_log import StepLog
-from sophon_hf.protection.suppression import Suppression
-from sophon_hf.protection.updates import (
-    consult_guard,
-    make_suppression_optimizer,
-    make_suppression_scheduler,
-    reinforcement_loop,
-    suppression_loop,
-)
+from sophon_hf.protection.suppression import Suppression, simulated_error
 from sophon_hf.tasks.base import Task, infer_task, load_task
-from sophon_hf.tasks.evaluation import first_rows
+from sophon_hf.tasks.evaluation import evaluate_model, first_rows
+
+logger = logging.getLogger(__name__)
 
 
 class SophonTrainer(Trainer):
@@ -68,19 +60,21 @@ class SophonTrainer(Trainer):
         args: Hyper-parameters; the paper's by default.
         eval_dataset: {"original": ..., "restricted": ...} to evaluate on. Left out, a seeded, stratified share of each
             domain is held out. The guard chooses by it, so a test set does not belong here.
-        processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left out,
-            it is what is saved with a model that is given by its id or folder.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
+            out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
+        metric: What guard, log and claim speak of: "accuracy", "mse", or an `evaluate.EvaluationModule`. Left out, the
+            task's own. It does not go with `task`, which has a metric already.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
-        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It does
-            not go with `distillation`.
+        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It
+            does not go with `distillation`.
         callbacks: Further callbacks of the Trainer.
 
     Raises:
         ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, weights in half precision, a head that cannot be found, a strategy space that leaves no strategy, a `reinforcement_loss`
-            beside distillation, or a model or settings that FSDP2 cannot shard here (docs/scaling.md).
+            a frozen model, weights in half precision, a head that cannot be found, a strategy space that leaves no
+            strategy, a `reinforcement_loss` beside distillation, or a model or settings that FSDP2 cannot shard here.
     """
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
@@ -96,13 +90,14 @@ class SophonTrainer(Trainer):
         eval_dataset: dict[str, Source] | None = None,
         processing_class: Any | None = None,
         task: Task | None = None,
+        metric: str | evaluate.EvaluationModule | None = None,
         input_columns: dict[str, str] | None = None,
         label_columns: dict[str, str] | None = None,
         reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = SophonConfig() if args is None else args
-        refuse_arguments(model, args, reinforcement_loss)
+        checks.refuse_arguments(model, args, reinforcement_loss, task, metric)
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
@@ -112,77 +107,141 @@ class SophonTrainer(Trainer):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
         self.task = infer_task(model) if task is None else task
         self.reinforcement_loss = reinforcement_loss
-        self.input_columns = input_columns or {}
+        self._input_columns = input_columns or {}
         self.domains = build_domains(
-            model, self.task, args, {"original": original_dataset, "restricted": restricted_dataset}, eval_dataset,
-            processing_class, self.input_columns, label_columns or {},
-        )  # fmt: skip
+            self.task.inputs(model),
+            args,
+            {"original": original_dataset, "restricted": restricted_dataset},
+            eval_dataset,
+            processing_class,
+            {"input": self._input_columns, "label": label_columns or {}},
+        )
+        checks.check_domains(self.domains, model)
+        self.guard = Guard(
+            model,
+            args.tolerance,
+            self.task.greater_is_better,
+            metric=self.task.metric,
+            own_loss=reinforcement_loss is not None,
+            on_violation=args.on_violation,
+            on_change=self._follow_guard,
+        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.domains["original"],
             eval_dataset={name: self.domains[f"eval_{name}"] for name in ("original", "restricted")},
             processing_class=processing_class,
-            callbacks=callbacks,
+            # The guard acts before anyone else looks at an evaluation.
+            callbacks=[self.guard, *(callbacks or [])],
         )
-        refuse_launcher_settings(self.accelerator, args)
+        self.label_names = ["labels"]
+        checks.refuse_launcher_settings(self.accelerator, args)
+        self._build(args)
+
+    def _build(self, args: SophonConfig) -> None:
+        """Build what the two loops need, on the device and in the shards where the model is now."""
         unprotected = copy.deepcopy(self.model) if args.distillation else None
-        self.base_state = hash_state(self.model) if args.distillation else None
+        base_state = hash_state(self.model) if args.distillation else None
         if self.accelerator.is_fsdp2:
             self._skeleton = skeleton(self.model)
             self.model = self.model_wrapped = shard(self.model, self.accelerator)
             unprotected = None if unprotected is None else shard(unprotected, self.accelerator)
+        self.guard.model = self.model
+        restricted, original = self.domains["restricted"], self.domains["original"]
+        self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
+        self.guard.error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
+        loss = checks.choose_loss(self.task, args.suppression_loss)
+        probes = None
+        if args.probe_depths:
+            checks.check_probes(restricted)
+            probes = Probes(self.model, self.structure, args.probe_depths, restricted.num_classes, loss)
+        self.suppression = (SecondOrderSuppression if args.second_order else Suppression)(
+            self.model,
+            self.task,
+            self.structure,
+            loss,
+            num_classes=restricted.num_classes or None,
+            autocast=self.accelerator.autocast,
+            probes=probes,
+        )
+        process = 0 if is_sharded(self.model) else args.process_index
+        self.adversaries = Adversaries(restricted, original, self.task, self.space, args, process)
+        self.distillation = None
+        if unprotected is not None:
+            # Claim and checkpoints tell what was done, not what was asked for.
+            args.mixup = args.mixup and checks.can_mix(self.task, unprotected, original, args.device)
+            self.distillation = Distillation(unprotected, self.task, args.distillation, args.mixup)
+        self.reinforcement_batches = ReinforcementBatches(original, self.task, args)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
         self.add_callback(EvaluateLastStep())
-        self.label_names = ["labels"]
-        fit = fit_strategies(self.task, self.model, self.domains, args)
-        self.structure, self.space, self.outputs = fit.structure, fit.space, fit.outputs
-        self.suppression = Suppression(
-            self.model, self.task, self.structure, choose_loss(self.task, args.suppression_loss),
-            num_classes=self.domains["restricted"].num_classes or None, autocast=self.accelerator.autocast,
-            probes=make_probes(self.model, self.task, self.structure, self.domains["restricted"], args),
-            second_order=args.second_order,
-        )  # fmt: skip
-        shared = is_sharded(self.model)
-        restricted, original = self.domains["restricted"], self.domains["original"]
-        self.adversaries = Adversaries(restricted, original, self.task, self.space, args, shared)
-        self.distillation = make_distillation(unprotected, self.task, self.domains["original"], args)
         self.keep_norms: KeepNorms | None = None
         if args.keep_norms:
-            sample = first_rows(self.task, self.domains["original"], args.device)
+            sample = first_rows(self.task, original, args.device)
             self.keep_norms = KeepNorms(self.model, lambda: self.task.predict(self.model, sample))
             self.add_callback(self.keep_norms)
-        self.reinforcement_batches = ReinforcementBatches(self.domains["original"], self.task, args)
-        self.guard = self._new_guard()
         self.suppression_optimizer: torch.optim.Optimizer | None = None
         self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        own_loss = getattr(self.reinforcement_loss, "__qualname__", None)
+        precision = self.accelerator.mixed_precision
+        self.run = Run(args, self.task, self.space, self.domains, base_state, precision, own_loss)
         self.step_log = StepLog(self.task)
-        self._micro_step = 0
-        self._consulted_at: int | None = None
-        self._started: float | None = None
-        self._seconds = 0.0
+        self._micro_step, self._started, self._seconds = 0, None, 0.0
 
-    # ---- The two loops of Algorithm 1 ----
+    # ---- Algorithm 1 ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
-        """One iteration: all suppression loops, then the reinforcement loops; the Trainer applies the last of these."""
+        """Carry out one iteration of Algorithm 1; the Trainer applies the last reinforcement loop's gradient."""
+        args, step = self.args, self.state.global_step
         if is_sharded(self.model):
             # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
             model.set_requires_gradient_sync(True)
         if self._micro_step == 0:
-            for loop in range(self.args.l_FTS):
-                suppression_loop(self, loop)
-            for loop in range(self.args.l_NTR - 1):
-                reinforcement_loop(self, model, loop, super().training_step)
+            # Fine-tuning suppression (lines 3 to 15): theta <- Adam(theta, alpha, gradient of L_FTS).
+            for loop in range(args.l_FTS):
+                adversaries = self.adversaries.draw(step, loop)  # phi_i from Phi, R_i and T_i from A; i = 1..N
+                suppressed = self.suppression(adversaries, args.step_weights)  # sum over i, and over k = 1..K
+                norm, suppressed.loss = average_and_clip(
+                    suppressed.gradient, suppressed.loss, self.model, self.accelerator, args.max_grad_norm
+                )
+                if torch.isfinite(norm):
+                    for name, parameter in self.model.named_parameters():
+                        parameter.grad = suppressed.gradient.get(name)
+                    self.suppression_optimizer.step()
+                    self.suppression_optimizer.zero_grad()
+                    self.guard.state.applied += 1
+                else:
+                    self.guard.state.dropped += 1
+                    logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
+                self.step_log.add_suppression(suppressed, norm)
+            if args.l_FTS:
+                self.suppression_scheduler.step()
+            # Normal training reinforcement (lines 16 to 21): theta <- Adam(theta, beta, gradient of mu L_beta on O).
+            for loop in range(args.l_NTR - 1):
+                self._reinforcement_loop(model, step, loop)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_log.add_reinforcement(loss, first_micro_batch=self._micro_step == 0)
-        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
+        self._micro_step = (self._micro_step + 1) % args.gradient_accumulation_steps
         return loss
 
+    def _reinforcement_loop(self, model: nn.Module, step: int, loop: int) -> None:
+        """Carry out a reinforcement loop other than the last one, which the Trainer itself closes."""
+        losses = []
+        for micro_step in range(self.args.gradient_accumulation_steps):
+            batch = self.reinforcement_batches.batch(step, loop, micro_step)
+            with nullcontext() if is_sharded(self.model) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch))
+        # The Trainer's first micro-batch may run without gradient averaging, so average by hand as for suppression.
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        average_and_clip(gradients, torch.stack(losses).sum(), self.model, self.accelerator, self.args.max_grad_norm)
+        # The optimizer that accelerate wraps, since accelerate's own would wait for the Trainer's last micro-batch.
+        getattr(self.optimizer, "optimizer", self.optimizer).step()
+        model.zero_grad()
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """mu * L_beta (eq. 6), the mean over the batch."""
+        """Return mu * L_beta (eq. 6), the mean over the batch."""
         if self.reinforcement_loss is not None:
             loss, prediction = self.reinforcement_loss(model, inputs), None
         elif self.distillation is not None:
@@ -194,46 +253,73 @@ class SophonTrainer(Trainer):
         return (loss, {"prediction": prediction}) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of O for the last reinforcement loop of each iteration: a function of seed, step and rank."""
+        """Return batches of O for the last reinforcement loop of each iteration, by seed, step and rank."""
         return DataLoader(
-            self.reinforcement_batches, batch_size=1, collate_fn=itemgetter(0),
+            self.reinforcement_batches,
+            batch_size=1,
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
-        )  # fmt: skip
+        )
+
+    # ---- Two optimizers over one model ----
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Two Adams over one model: beta's is the Trainer's own, alpha's stands beside it."""
+        """Create beta's optimizer, which is the Trainer's own, and beside it Adam with alpha."""
         optimizer = super().create_optimizer(model)
         self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
         if self.suppression_optimizer is None:
-            self.suppression_optimizer = make_suppression_optimizer(self.model, self.args)
+            args, parameters = self.args, [p for p in self.model.parameters() if p.requires_grad]
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.suppression_optimizer = torch.optim.Adam(parameters, args.alpha, betas, args.adam_epsilon)
         return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: SophonConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """The Trainer's optimizer, at the rate beta."""
+        """Return the Trainer's optimizer, at the rate beta."""
         optimizer, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer, {**arguments, "lr": args.beta}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """One schedule for both rates."""
+        """Create one schedule for both rates; alpha's is multiplied by the guard's scale, too."""
         if is_sharded(self.model):
-            # accelerate, by now, has looked the parameters up by their addresses, but all empty shards have the same one.
+            # accelerate has looked the parameters up by their addresses, but all empty shards have the same one.
             for group, parameters in zip(self.optimizer.param_groups, self._parameter_groups, strict=True):
                 group["params"] = parameters
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.suppression_scheduler is None:
-            self.suppression_scheduler = make_suppression_scheduler(
-                self.suppression_optimizer, self.args, num_training_steps
+            self.suppression_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                self.suppression_optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
+            schedules, state = self.suppression_scheduler.lr_lambdas, self.guard
+            self.suppression_scheduler.lr_lambdas = [
+                lambda step, schedule=schedule: state.state.alpha_scale * schedule(step) for schedule in schedules
+            ]
         return scheduler
 
-    # ---- Measuring, and the guard ----
+    def _follow_guard(self, rolled_back: bool) -> None:
+        """Let alpha have the guard's scale at once; after a roll-back, forget the path that was given up."""
+        if rolled_back:
+            for optimizer in (self.optimizer, self.suppression_optimizer):
+                getattr(optimizer, "optimizer", optimizer).state.clear()
+            self.adversaries.forget()
+            if self.keep_norms is not None:
+                self.keep_norms.set_norms()  # The state from before the first iteration has its own.
+        scheduler = self.suppression_scheduler
+        rates = zip(self.suppression_optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, alpha, schedule in rates:
+            group["lr"] = alpha * schedule(scheduler.last_epoch)
+
+    # ---- Measuring ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure both domains: `eval_original_*` and `eval_restricted_*`.
+        """Measure both domains: `eval_original_*` and `eval_restricted_*`. The model stays as it is.
 
-        While training, the guard acts on the result: the model may then be put back to the last good state.
+        While protecting, the guard is a callback that sees the result, and may put an earlier state back.
 
         Args:
             eval_dataset: {name: `Domain` or anything that a domain can be built from} in place of the trainer's own.
@@ -242,33 +328,46 @@ class SophonTrainer(Trainer):
 
         Returns:
             Metric and loss of each domain (a label that the head has no output for counts as wrong, and the loss is
-            then NaN); while training also `*_restricted_simulated_*`, what fixed simulated
-            adversaries (Adam 1e-3, own head and new head; K steps, or the horizon of persistent ones) reach.
+            then NaN); while training also `*_restricted_simulated_*`, what fixed simulated adversaries (Adam 1e-3, own
+            head and new head; K steps, or the horizon of those that live on) reach.
         """
-        metrics = measure_domains(self, self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
+        domains = (
+            self.eval_dataset
+            if eval_dataset is None
+            else as_domains(
+                eval_dataset, self.domains, self.task.inputs(self.model), self.processing_class, self._input_columns
+            )
+        )
+        args, metrics = self.args, {}
+        # DDP sends batch-norm statistics along only before a forward pass, and all processes must measure one model.
+        for buffer in self.model.buffers() if args.world_size > 1 else ():
+            broadcast(buffer)
+        for name, domain in domains.items():
+            result = evaluate_model(
+                self.task,
+                self.model,
+                domain,
+                args.per_device_eval_batch_size,
+                rank=args.process_index,
+                world_size=args.world_size,
+                autocast=self.accelerator.autocast,
+                with_loss=domain.labels is None or int(domain.labels.max()) < self.outputs,
+            )
+            metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
+            metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
         if self.is_in_train and eval_dataset is None:
-            domains = (self.domains["restricted"], self.domains["eval_restricted"])
-            steps = self.args.horizon if self.args.num_persistent else self.args.K
-            simulated = simulated_metric(
-                self.suppression, self.space, *domains, steps, self.args.seed, self.args.per_device_eval_batch_size
+            known = (self.domains["restricted"], self.domains["eval_restricted"])
+            steps = args.horizon if args.num_persistent else args.K
+            simulated = self.suppression.simulated_metric(
+                self.space, *known, steps, args.seed, args.per_device_eval_batch_size
             )
             metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
-            # Once a state: one that was put back is not another, later one. A resumed run measures its start again, too.
-            if self.state.global_step != self._consulted_at:
-                self._consulted_at = self.state.global_step
-                consult_guard(self, metrics[f"{metric_key_prefix}_original_{self.task.metric}"], simulated)
-            metrics["rollbacks"] = float(self.guard.state.rollbacks)
-        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.log(dict(metrics))
         return metrics
 
-    def _new_guard(self) -> Guard:
-        error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
-        own_loss = self.reinforcement_loss is not None
-        return Guard(self.model, self.args.tolerance, self.task.greater_is_better, error, own_loss)
-
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add what the loops since the last entry showed."""
+        """Log, and add what the loops since the last entry showed."""
         if "loss" in logs and self.step_log:
             logs = {**logs, **self.step_log.collect()}
             logs["alpha"] = self.suppression_optimizer.param_groups[0]["lr"]
@@ -285,15 +384,16 @@ class SophonTrainer(Trainer):
             kwargs: As `Trainer.train` takes them.
 
         Raises:
-            ValueError: `output_dir` holds another run, there is no complete checkpoint to go on from, or this trainer has
-                protected its model already.
+            ValueError: `output_dir` holds another run, there is no complete checkpoint to go on from, or this trainer
+                has protected its model already.
         """
-        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        facts, begun = self.run.facts(self.model), self.seconds() > 0
+        checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint, facts, begun)
         self.accelerator.wait_for_everyone()
-        self._micro_step, self.step_log, self._consulted_at = 0, StepLog(self.task), None
+        self._micro_step, self.step_log = 0, StepLog(self.task)
         self.suppression_optimizer = self.suppression_scheduler = None
-        self.guard = self._new_guard()
-        self.adversaries.start_anew()
+        self.guard.begin()
+        self.adversaries.forget()
         self._started, self._seconds = time.monotonic(), 0.0
         try:
             output = super().train(checkpoint, **kwargs)
@@ -301,21 +401,37 @@ class SophonTrainer(Trainer):
             self.is_in_train = False  # The Trainer leaves it so where it is interrupted.
         restore_precision(self.model)
         self._started, self._seconds = None, self.seconds()
-        self.guard.finish(self.task.metric)
+        self.guard.finish()
         if self.args.save_strategy != "no":
             self.save_model()
         return output
 
+    def seconds(self) -> float:
+        """Return the wall-clock time spent on protection, in the runs before a resumption too."""
+        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    @cached_property
+    def _data_fingerprints(self) -> dict[str, DataFingerprint]:
+        return {name: fingerprint_domain(domain) for name, domain in self.domains.items()}
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(self, output_dir)
-        self.adversaries.start_anew()  # So that nothing of those that live on has to be in a checkpoint.
+        if self.args.should_save or is_sharded(self.model):
+            own = (self.model, self.suppression_optimizer, self.suppression_scheduler)
+            values = {"guard": self.guard.state_dict(), "seconds": self.seconds(), "facts": self.run.facts(self.model)}
+            save_state(output_dir, *own, values, self.args.process_index)
+        if is_sharded(self.model):
+            self.accelerator.wait_for_everyone()  # The checkpoint is complete when the main process says so.
+        self.adversaries.forget()  # So that nothing of those that live on has to be in a checkpoint.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._seconds = restore_state(self, checkpoint)
-            self._consulted_at = self.state.global_step
+            own = (self.model, self.suppression_optimizer, self.suppression_scheduler)
+            values = restore_state(checkpoint, *own, self.args.process_index)
+            self.guard.load_state_dict(values["guard"])
+            self.guard.state.seen = self.state.global_step
+            self._seconds = values["seconds"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if hasattr(self.model, "save_pretrained") and not is_sharded(self.model):
@@ -325,18 +441,20 @@ class SophonTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save what may be published, and no pickle beside it."""
-        if self.args.should_save:
-            model = with_state(self._skeleton, state_dict) if is_sharded(self.model) else self.model
-            save_protected(self, model, output_dir or self.args.output_dir)
-
-    @cached_property
-    def data_fingerprints(self) -> dict[str, DataFingerprint]:
-        """Of the four domains, for the claim."""
-        return {name: fingerprint_domain(domain) for name, domain in self.domains.items()}
-
-    def seconds(self) -> float:
-        """Wall-clock time spent on protection, in the runs before a resumption too."""
-        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
+        if not self.args.should_save:
+            return
+        sharded, iteration = is_sharded(self.model), self.state.global_step
+        model = with_state(self._skeleton, state_dict) if sharded else self.model
+        protection = protection_of(self.guard.state, iteration, in_progress=self.is_in_train)
+        compute = self.run.compute(iteration, self.seconds(), sharded)
+        save_protected(
+            Path(output_dir or self.args.output_dir),
+            model,
+            self.task,
+            self.processing_class,
+            lambda folder: self.run.claim(model, folder, self._data_fingerprints, protection, compute),
+            self.repository_name,
+        )
 
     # ---- Publishing ----
 
@@ -352,7 +470,7 @@ class SophonTrainer(Trainer):
             self.hub_model_id = create_repository(self.repository_name, private)
 
     def create_model_card(self, model_name: str | None = None) -> None:
-        """Bring README.md in `output_dir` up to date with what is saved there, unless it was edited; it names `model_name`."""
+        """Bring README.md in `output_dir` up to date with what is saved there, unless it was edited."""
         if self.is_world_process_zero():
             update_card(self.args.output_dir, Claim.read(self.args.output_dir), model_name or self.repository_name)
 
@@ -367,8 +485,8 @@ class SophonTrainer(Trainer):
     ) -> CommitInfo | None:
         """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
 
-        A trainer that was made anew, after an attack of hours say, holds the model as it was before protection: where
-        `output_dir` holds a saved one, that is published as it is.
+        A new trainer, made after an attack of hours, say, holds the model as it was before protection: where
+        `output_dir` holds a saved one, the saved one is published.
 
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
@@ -381,7 +499,7 @@ class SophonTrainer(Trainer):
             The commit, on the main process.
 
         Raises:
-            PermissionError, ConnectionError, ValueError: As `sophon_hf.hub.publish.publish`.
+            PermissionError, ConnectionError, ValueError: As `sophon_hf.publish`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.state.global_step > 0 or not os.path.exists(os.path.join(self.args.output_dir, FILE_NAME)):
@@ -389,10 +507,13 @@ class SophonTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         return publish(
-            self.args.output_dir, repo_id or self.repository_name, report=report, commit_message=commit_message,
+            self.args.output_dir,
+            repo_id or self.repository_name,
+            report=report,
+            commit_message=commit_message,
             private=self.args.hub_private_repo if private is None else private,
             revision=self.args.hub_revision if revision is None else revision,
-        )  # fmt: skip
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint's model, without its states."""

@@ -1,6 +1,7 @@
 """Suppression as one would write it down, on a small smooth model, and finite differences of its loss."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from sophon_hf import ClassificationTask, FineTuningStrategy
 from sophon_hf.data.domain import Domain
 from sophon_hf.models.structure import ModelStructure
-from sophon_hf.protection.environment import Environment, sample_environment
+from sophon_hf.protection.second_order import SecondOrderSuppression
+from sophon_hf.protection.simulation import SimulatedAdversary
 from sophon_hf.protection.suppression import Suppression, SuppressionGradient
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.losses import inverse_cross_entropy
@@ -42,14 +44,50 @@ def make_net(noisy: bool = True) -> Net:
     return model
 
 
+@dataclass
+class Environment:
+    """(phi_i, R_i, T_i) and the seed, from which as many adversaries as wanted can start."""
+
+    domain: Domain
+    task: Task
+    strategy: FineTuningStrategy
+    seed: int
+    original: Domain | None = None
+    held_out: Domain | None = None
+
+    def adversary(self, updates: int = 1) -> SimulatedAdversary:
+        return SimulatedAdversary(
+            self.domain, self.task, self.strategy, self.seed, updates, self.original, self.held_out
+        )
+
+    @property
+    def fine_tuning(self):
+        return self.adversary().R
+
+    @property
+    def evaluation(self):
+        return self.adversary().T
+
+    @property
+    def warm_up(self):
+        return self.adversary().warm_up
+
+
 def make_environment(domain: Domain, seed: int, task: Task | None = None, **fields) -> Environment:
     fields = {"batch_size": 20, **fields}
-    return sample_environment(domain, task or ClassificationTask(), FineTuningStrategy(**fields), seed)
+    return Environment(domain, task or ClassificationTask(), FineTuningStrategy(**fields), seed)
+
+
+def start(environments, gamma) -> list[SimulatedAdversary]:
+    """Adversaries whose horizon is K, where environments are given; those that live on as they are."""
+    return [e if isinstance(e, SimulatedAdversary) else e.adversary(len(w)) for e, w in zip(environments, gamma)]
 
 
 def suppress(model, environments, gamma, *, loss=inverse_cross_entropy, task=None, **options) -> SuppressionGradient:
     structure = options.pop("structure", SMOOTH)
-    return Suppression(model, task or ClassificationTask(), structure, loss, **options)(environments, gamma)
+    kind = SecondOrderSuppression if options.pop("second_order", False) else Suppression
+    suppression = kind(model, task or ClassificationTask(), structure, loss, **options)
+    return suppression(start(environments, gamma), gamma)
 
 
 def make_optimizer(name: str, parameters, rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:

@@ -401,8 +401,7 @@ def test_a_class_conditional_unet_is_refused(build):
             "gradient_accumulation_steps is 0, but must be a whole number of at least 1",
         ),
         ({"learning_rate": 1e-4}, "two rates: set `beta`.*and `alpha`"),
-        ({"after_rollback": "halve"}, "after_rollback is 'halve'.*Did you mean 'halve_alpha'"),
-        ({"slack": -1.0}, "slack is -1.0, but must be a number that is not negative"),
+        ({"on_violation": "halve"}, "on_violation is 'halve'.*Did you mean 'halve_alpha'"),
         ({"gamma": [1, 1, 1]}, r"gamma has shape \(3,\): give K = 2 finite weights"),
         ({"gamma": [1, float("nan")]}, "finite weights"),
         ({"gamma": [0, 0]}, "Every gamma is 0"),
@@ -461,8 +460,8 @@ def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
     processes = SimpleNamespace(n_gpu=0, world_size=2, distillation=0.0)
     with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
-        refuse_arguments(model, processes, None)
-    refuse_arguments(TinyNet(), processes, None)
+        refuse_arguments(model, processes, None, None, None)
+    refuse_arguments(TinyNet(), processes, None, None, None)
 
 
 def test_a_rate_can_be_replaced_in_a_configuration(tmp_path):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
+from naive_suppression import Environment, assert_gradient, evaluation_mode, make_environment, make_net, start, suppress
 from points import make_points
 from protected import HEAD_ONLY, build
 from torch.nn import functional as F
@@ -15,8 +15,6 @@ from transformers import TrainerCallback
 from sophon_hf import ClassificationTask, FineTuningStrategy, SophonTrainer
 from sophon_hf.data.domain import build_domain
 from sophon_hf.models.structure import ModelStructure
-from sophon_hf.protection.environment import sample_environment
-from sophon_hf.protection.persistent import PersistentAdversary
 from sophon_hf.protection.probes import Probes, leave_one_out_logits
 from sophon_hf.protection.suppression import Suppression
 from sophon_hf.tasks.losses import inverse_cross_entropy
@@ -31,8 +29,8 @@ def test_two_visits_are_one_long_simulation_where_theta_does_not_move(float64_do
     fields = {"learning_rate": 0.01, "optimizer": "momentum", "initialization": initialization, "batch_size": 5}
     environment = make_environment(float64_domain, 1, **fields)
     suppression = Suppression(model, ClassificationTask(), ModelStructure("head", ()), inverse_cross_entropy)
-    whole = suppression([environment], [[0.25] * 4])
-    adversary = PersistentAdversary(environment, 4)
+    whole = suppression(start([environment], [[0.25] * 4]), [[0.25] * 4])
+    adversary = environment.adversary(4)
     first, second = (suppression([adversary], [[0.25] * 2]) for _ in range(2))
     assert adversary.finished
     assert_gradient(
@@ -46,7 +44,7 @@ def test_it_goes_on_from_where_theta_is_then_with_its_own_head_and_optimizer(flo
         float64_domain, 1, learning_rate=0.1, optimizer="momentum", initialization="new_head", batch_size=5
     )
     suppression = Suppression(model, ClassificationTask(), ModelStructure("head", ()), inverse_cross_entropy)
-    adversary = PersistentAdversary(environment, 2)
+    adversary = environment.adversary(2)
     reference = copy.deepcopy(model)
     suppression([adversary], [[1.0]])
     with torch.no_grad():
@@ -80,9 +78,7 @@ def test_it_goes_on_from_where_theta_is_then_with_its_own_head_and_optimizer(flo
 def test_theta_is_as_before_after_every_visit(float64_domain):
     model = make_net()
     before, head = copy.deepcopy(model.state_dict()), model.head
-    adversary = PersistentAdversary(
-        make_environment(float64_domain, 1, initialization="new_head", learning_rate=0.1), 6
-    )
+    adversary = make_environment(float64_domain, 1, initialization="new_head", learning_rate=0.1).adversary(6)
     for _ in range(3):
         suppress(model, [adversary], [[1.0, 1.0]], structure=ModelStructure("head", ()))
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -93,21 +89,22 @@ class Ages:
     """What the trainer lets live on."""
 
     def __init__(self, trainer: SophonTrainer):
-        self.seen, simulate = [], trainer.suppression.simulate
+        self.seen, draw = [], trainer.adversaries.draw
 
-        def watch(adversary, *rest):
-            self.seen.append((id(adversary), adversary.age, adversary.updates))
-            return simulate(adversary, *rest)
+        def watch(step, loop):
+            drawn = draw(step, loop)
+            self.seen += [(adversary.age, adversary.updates) for adversary in drawn]
+            return drawn
 
-        trainer.suppression.simulate = watch
+        trainer.adversaries.draw = watch
 
 
 def test_the_trainer_takes_them_in_turn_and_replaces_the_old(tmp_path):
     trainer = build(tmp_path, num_persistent=2, horizon=4, max_steps=8, save_strategy="no")
     ages = Ages(trainer)
     trainer.train()
-    assert [age for _, age, _ in ages.seen] == [0, 0, 0, 2, 2, 0, 0, 2]
-    assert [updates for _, _, updates in ages.seen] == [2, 4, 4, 4, 4, 4, 4, 4]
+    assert [age for age, _ in ages.seen] == [0, 0, 0, 2, 2, 0, 0, 2]
+    assert [updates for _, updates in ages.seen] == [2, 4, 4, 4, 4, 4, 4, 4]
 
 
 class StopAt(TrainerCallback):
@@ -139,7 +136,7 @@ def test_a_resumed_run_with_persistent_adversaries_ends_as_an_uninterrupted_one(
 def warming_up(domain, seed: int, **fields):
     original = build_domain(make_points(2, 100), ClassificationTask().inputs(make_net()))
     strategy = FineTuningStrategy(preparation="warm_up", optimizer="momentum", batch_size=5, **fields)
-    return sample_environment(domain, ClassificationTask(), strategy, seed, original)
+    return Environment(domain, ClassificationTask(), strategy, seed, original)
 
 
 def warm_up_and_fine_tune(model, environment, updates: int, learning_rate: float, head_seed: int = 0):
@@ -167,7 +164,7 @@ def test_an_adversary_warms_up_on_original_data_before_its_new_head(float64_doma
     if visits == 1:
         result = suppress(model, [environment], [gamma], structure=HEAD_ONLY)
     else:
-        adversary = PersistentAdversary(environment, 4)
+        adversary = environment.adversary(4)
         parts = [suppress(model, [adversary], [[weight]], structure=HEAD_ONLY) for weight in gamma]
         assert adversary.finished
         result = parts[-1]
@@ -193,7 +190,7 @@ def test_an_adversary_warms_up_on_original_data_before_its_new_head(float64_doma
 def test_an_adversary_with_no_step_to_evaluate_is_born_at_its_next_visit(float64_domain):
     model = make_net()
     environments = [make_environment(float64_domain, seed, learning_rate=0.1) for seed in (1, 2)]
-    adversaries = [PersistentAdversary(environment, 4) for environment in environments]
+    adversaries = [environment.adversary(4) for environment in environments]
     suppress(model, adversaries, [[0.0, 0.0], [1.0, 1.0]], structure=HEAD_ONLY)
     assert [adversary.age for adversary in adversaries] == [0, 2]
     suppress(model, adversaries, [[1.0, 1.0], [1.0, 1.0]], structure=HEAD_ONLY)

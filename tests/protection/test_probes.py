@@ -145,7 +145,7 @@ def test_more_depths_than_blocks_are_refused(tmp_path):
 
 
 def test_a_task_without_labels_has_no_probes(tmp_path):
-    config = SophonConfig(str(tmp_path), probes=1, use_cpu=True)
+    config = SophonConfig(str(tmp_path), probe_depths=1, use_cpu=True)
     with pytest.raises(ValueError, match="A probe predicts labels"):
         SophonTrainer(unet(), images(1), images(2), config)
 

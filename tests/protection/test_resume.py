@@ -315,7 +315,7 @@ def test_a_folder_of_something_else_is_no_checkpoint(interrupted, tmp_path):
         ({"l_NTR": 2}, "l_NTR"),
         ({"gamma": [0, 1]}, "gamma"),
         ({"tolerance": 0.1}, "tolerance"),
-        ({"after_rollback": "stop"}, "after_rollback"),
+        ({"on_violation": "stop"}, "on_violation"),
         ({"suppression_loss": "kl_from_uniform"}, "suppression_loss"),
         ({"strategy_space": {"learning_rates": [1e-2], "batch_sizes": [8]}}, "strategy_space"),
         ({"seed": 7}, "seed"),

@@ -283,7 +283,7 @@ def test_the_model_is_put_back_bit_for_bit(float64_domain, second_order, call):
         with pytest.raises(ZeroDivisionError):
             suppress(model, environments, [[1.0, 1.0]] * 2, loss=lambda *_: 1 / 0, second_order=second_order)
     elif call == "measure":
-        Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy).measure(environments[1], 3)
+        Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy).measure(environments[1].adversary(3))
     else:
         suppress(model, environments, [[1.0, 1.0]] * 2, second_order=second_order)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -319,7 +319,7 @@ def test_gamma_must_have_a_row_for_every_environment(float64_domain):
 def test_measuring_gives_the_scores_of_the_fine_tuned_adversary(float64_domain):
     model = make_net()
     environment = make_environment(float64_domain, 1, learning_rate=0.05)
-    scores = Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy).measure(environment, 5)
+    scores = Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy).measure(environment.adversary(5))
     adversary = copy.deepcopy(model)
     for _ in simulate(adversary, environment, [0.0] * 5, inverse_cross_entropy):
         pass
@@ -331,10 +331,10 @@ def test_measuring_gives_the_scores_of_the_fine_tuned_adversary(float64_domain):
 @pytest.mark.parametrize("batch_size", (1, 7, 50))
 def test_measuring_in_batches_gives_the_same_scores(float64_domain, batch_size):
     model, environment = make_net(), make_environment(float64_domain, 1, learning_rate=0.05)
-    environment = replace(environment, evaluation=environment.fine_tuning)
+    environment = replace(environment, held_out=float64_domain)
     suppression, sizes = Suppression(model, ClassificationTask(), SMOOTH, inverse_cross_entropy), []
-    expected = suppression.measure(environment, 3)
+    expected = suppression.measure(environment.adversary(3))
     model.body.register_forward_pre_hook(lambda body, inputs: None if body.training else sizes.append(len(inputs[0])))
-    scores = suppression.measure(environment, 3, batch_size)
+    scores = suppression.measure(environment.adversary(3), batch_size)
     assert scores.keys() == expected.keys() and all(torch.equal(scores[n], expected[n]) for n in scores)
-    assert sum(sizes) == len(scores["references"]) == 90 and max(sizes) == batch_size
+    assert sum(sizes) == len(scores["references"]) == 100 and max(sizes) == batch_size

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, TrainerCallback
 
 from sophon_hf import SophonConfig, SophonTrainer
-from sophon_hf.data.batches import Stream, derive_seed
-from sophon_hf.protection.environment import sample_environment
+from sophon_hf.data.batches import Stream
+from naive_suppression import Environment
+from sophon_hf.utils import derive_seed
 
 # ---- Algorithm 1 ----
 
@@ -37,7 +38,7 @@ def naive_suppression(theta: nn.Module, restricted, task, args: SophonConfig, st
     for i in range(args.N):
         seed = derive_seed(args.seed, "adversary", step, loop, i)
         phi = args.space.sample(derive_seed(seed, "strategy"))
-        environment = sample_environment(restricted, task, phi, seed)
+        environment = Environment(restricted, task, phi, seed)
         R = environment.fine_tuning.batches(phi.batch_size)
         T = batches_without_repetition(environment.evaluation, phi.batch_size)
         vartheta = copy.deepcopy(theta)
@@ -69,7 +70,7 @@ def naive_sophon(theta: nn.Module, restricted, original, task, args: SophonConfi
     """Algorithm 1, line by line."""
     suppress = torch.optim.Adam(theta.parameters(), lr=args.alpha)
     reinforce = torch.optim.Adam(theta.parameters(), lr=args.beta)
-    stream = Stream(original, task, derive_seed(args.seed, "original"))
+    stream = Stream(original, task.collate, derive_seed(args.seed, "original"))
     batches = stream.batches(args.per_device_train_batch_size)
     for step in range(args.max_steps):
         for loop in range(args.l_FTS):
@@ -239,14 +240,14 @@ def test_the_logged_first_losses_are_those_of_the_start(tmp_path):
     args = config(tmp_path, max_steps=1, K=1, alpha=1e-30, strategy_space=space)
     trainer = SophonTrainer(model, make_points(1), make_points(2), args, callbacks=[observer])
     seed = derive_seed(args.seed, "adversary", 0, 0, 0)
-    batch = sample_environment(
+    batch = Environment(
         trainer.domains["restricted"], trainer.task, args.space.sample(0), seed
     ).evaluation.batch(0, 11)
     trainer.train()
     assert len(trainer.domains["restricted"]) == 108
     p = start(batch["x"]).softmax(dim=1).gather(1, batch["labels"][:, None])
     assert observer.steps[0]["L_FTS"] == pytest.approx((-torch.log(1 - p).mean()).item(), rel=1e-5)
-    batch = Stream(trainer.domains["original"], trainer.task, derive_seed(args.seed, "original")).batch(0, 16)
+    batch = Stream(trainer.domains["original"], trainer.task.collate, derive_seed(args.seed, "original")).batch(0, 16)
     assert observer.steps[0]["L_NTR"] == pytest.approx(
         F.cross_entropy(start(batch["x"]), batch["labels"]).item(), rel=1e-5
     )

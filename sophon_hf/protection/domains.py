@@ -1,0 +1,95 @@
+"""The four domains of a protection: original and restricted, and what is held out of each for evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.data.loading import Source, load_domain
+from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.protection.config import SophonConfig
+
+_FEWEST_EXAMPLES = 4
+
+
+def build_domains(
+    needs: ModelInputs,
+    args: SophonConfig,
+    sources: dict[str, Source],
+    evaluation: dict[str, Source] | None,
+    processing_class: Any | None,
+    columns: dict[str, dict[str, str]],
+) -> dict[str, Domain]:
+    """Build "original", "restricted", and "eval_..." of each, held out where `evaluation` is None.
+
+    Args:
+        needs: What the model takes.
+        args: The held-out share and the seed.
+        sources: {"original": ..., "restricted": ...}.
+        evaluation: The same for evaluation.
+        processing_class: Image processor, tokenizer or feature extractor.
+        columns: "input" and "label": the raw column of each domain, where it is not found by itself.
+
+    Raises:
+        ValueError: An unknown key, too few examples, or data that does not fit the model.
+    """
+    if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != set(sources)):
+        what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
+        raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")
+    for kind, named in columns.items():
+        if unknown := set(named) - set(sources):
+            raise ValueError(f"{kind}_columns has the keys {sorted(unknown)}: it takes 'original' and 'restricted'.")
+    domains = {}
+    for name, source in sources.items():
+        dataset, label = load_domain(source), columns["label"].get(name)
+        if len(dataset) < _FEWEST_EXAMPLES:
+            raise ValueError(f"The {name} domain has {len(dataset)} examples: it takes at least {_FEWEST_EXAMPLES}.")
+        rows = held_rows = None
+        if evaluation is not None:
+            held_out = load_domain(evaluation[name], "validation")
+        else:
+            share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
+            by_class = label_column(dataset, label) if needs.labelled else None
+            held_rows, rows = split_indices(dataset, args.seed, share, by_class)
+            held_out, dataset = dataset.select(held_rows), dataset.select(rows)
+        for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
+            domains[key] = build_domain(
+                part,
+                needs,
+                processing_class,
+                name=name,
+                input_column=columns["input"].get(name),
+                label=label,
+                row_numbers=numbers,
+            )
+    return domains
+
+
+def as_domains(
+    sources: dict[str, Source | Domain],
+    known: dict[str, Domain],
+    needs: ModelInputs,
+    processing_class: Any | None,
+    input_columns: dict[str, str],
+) -> dict[str, Domain]:
+    """Build the domains of an `eval_dataset`; columns are called as in the domain of the same name that is known.
+
+    Raises:
+        ValueError: `sources` is no dict, or data that does not fit the model.
+    """
+    if not isinstance(sources, dict):
+        raise ValueError(
+            f"eval_dataset is a {type(sources).__name__}: give a dict of name and data set, such as "
+            "{'original': ..., 'restricted': ...}."
+        )
+    domains = {}
+    for name, source in sources.items():
+        if not isinstance(source, Domain):
+            label = known[name if name in known else "restricted"].preprocessor.label_column
+            dataset, column = load_domain(source, "test"), input_columns.get(name)
+            column = column if column in dataset.column_names else None
+            source = build_domain(dataset, needs, processing_class, name=name, label=label, input_column=column)
+        domains[name] = source
+    return domains
