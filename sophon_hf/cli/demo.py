@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from sophon_hf.attacks.report import write_report
-from sophon_hf.attacks.results import AttackResults, AttackRun
+from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.suite import AttackSuite
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain, build_domain
@@ -17,28 +21,62 @@ from sophon_hf.data.labels import split_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.models.loading import load_model
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
 from sophon_hf.tasks.base import Task, infer_task
 
 MARK = ".sophon-demo"
-ADVERSARY_EXAMPLES, ADVERSARY_EPOCHS = 50, 20
+ADVERSARY_EXAMPLES, ADVERSARY_EPOCHS, ADVERSARY_SEEDS = 20, 20, 10
 SWEEP = [
-    FineTuningStrategy(start, learning_rate=rate, batch_size=10)
-    for start in ("direct", "new_head")
-    for rate in (1e-3, 3e-3)
+    FineTuningStrategy(start, blocks, learning_rate=rate, batch_size=10)
+    for start, blocks in (("direct", 0), ("new_head", 0), ("new_head", 1))
+    for rate in (3e-4, 1e-3, 3e-3)
 ]
+
+# Both are sized for a model of 0.02 M parameters and a minute of one core. The digits are easy to tell from letters, so
+# suppression can spend most of the passes, and adversaries with batches as small as the real ones' are simulated.
+_PROTECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "representation": (
+        "representation",
+        {
+            "max_steps": 240,
+            "K": 4,
+            "l_NTR": 2,
+            "num_persistent": 0,
+            "probe_depths": 3,
+            "per_device_train_batch_size": 96,
+            "strategy_space": {
+                "initializations": ["direct", "new_head", "new_head", "new_head"],
+                "reinitialized_blocks": [0, 1, 1],
+                "learning_rates": [3e-4, 1e-3, 3e-3, 3e-3],
+                "batch_sizes": [20],
+            },
+        },
+    ),
+    "Algorithm 1": (
+        "paper",
+        {
+            "max_steps": 60,
+            "K": 20,
+            "l_NTR": 4,
+            "alpha": 1e-3,
+            "beta": 1e-3,
+            "per_device_train_batch_size": 64,
+            "strategy_space": {"learning_rates": [1e-3, 3e-3], "batch_sizes": [20]},
+        },
+    ),
+}
 
 
 def small_classifier(num_labels: int = 10) -> torch.nn.Module:
-    """A small ResNet of transformers for 32x32 grey images, not trained yet."""
+    """Return a small ResNet of transformers for 32x32 grey images, not trained yet."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic",
-        num_labels=num_labels,
-    )  # fmt: skip
-    return ResNetForImageClassification(config)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1]}
+    return ResNetForImageClassification(
+        ResNetConfig(num_channels=1, layer_type="basic", num_labels=num_labels, **sizes)
+    )
 
 
 def pretrain(
@@ -50,73 +88,119 @@ def pretrain(
     strategy = FineTuningStrategy(learning_rate=learning_rate, schedule="cosine", warmup_ratio=0.1, batch_size=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        batches = Stream(domain, task, seed).batches(strategy.batch_size)
+        batches = Stream(domain, task.collate, seed).batches(strategy.batch_size)
         structure = task.structure(model, next(batches))
         training = FineTuning(model, task, strategy, batches, steps, structure=structure)
         for _ in tqdm(training, total=steps, desc="pre-training"):
             pass
 
 
-def run(output_dir: str | Path = "demo-output", iterations: int = 90) -> dict[str, Any]:
+def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Run the demo.
 
     Args:
-        output_dir: Gets (an earlier demo there makes room) the protected model, the attacks' results, and the report.
-        iterations: Iter of Algorithm 1.
+        output_dir: Gets (an earlier demo there makes room) the models, the attacks' results, and the report.
+        seed: Of both protections.
+        scale: What the iterations and the adversary's seeds are multiplied by: less than 1 for a glance.
 
     Returns:
-        The report's figures.
+        The report's figures, and "algorithm_1": the recovered transfer of Algorithm 1.
     """
     output_dir = Path(output_dir)
     _make_room(output_dir)
     # Models as small as these run faster on one thread than on two that wait for each other.
     torch.set_num_threads(1)
-    letters, digits = printed_letters(), handwritten_digits()
+    letters = _data()[0]
     torch.manual_seed(0)
     original = small_classifier()
     task = infer_task(original)
-    needs = task.inputs(original)
-    validation, training = split_domain(letters["train"], share=0.1)
-    pretrain(original, task, build_domain(training, needs, name="original"))
+    pretrain(original, task, build_domain(letters["train"], task.inputs(original), name="original"))
+    original.save_pretrained(output_dir / "original")
 
+    seeds = list(range(max(1, round(ADVERSARY_SEEDS * scale))))
+    workers = min(2, os.cpu_count() or 1)
+    # What one process does not need the other's result for runs in two; finished attacks are files that both read.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        print(f"Protecting the model twice, by the preset `representation` and by Algorithm 1 (seed {seed}) ...")
+        failures = dict(pool.map(_protect, [output_dir] * 2, _PROTECTIONS, [seed] * 2, [scale] * 2))
+        print(f"Attacking with {ADVERSARY_EXAMPLES} digits: {len(SWEEP)} attacks, {len(seeds)} seeds ...")
+        list(pool.map(_attack, [output_dir] * workers, [seeds[part::workers] for part in range(workers)]))
+    results = _attack(output_dir, seeds)
+    summary = write_report(results, output_dir / "report")
+    for name, failure in failures.items():
+        if failure is not None:
+            print(f"`{name}` has NOT protected the model: {failure}")
+    print(_table(results), f"\nThe whole report: {output_dir}/report/index.html", sep="\n")
+    algorithm_1 = results.recovered_transfer(model="Algorithm 1")
+    return summary | {"algorithm_1": algorithm_1.value, "algorithm_1_interval": algorithm_1.interval}
+
+
+def _data() -> tuple[datasets.DatasetDict, datasets.DatasetDict, datasets.DatasetDict, datasets.Dataset]:
+    """Return the letters with a validation split, the defender's digits likewise, all digits, and the adversary's."""
+    letters, digits = printed_letters(), handwritten_digits()
+    letters["validation"], letters["train"] = split_domain(letters["train"], share=0.1)
     defender, adversary = split_domain(digits["train"])
-    defender_validation, defender = split_domain(defender, share=0.1)
-    protected = small_classifier()
-    protected.load_state_dict(original.state_dict())
+    validation, defender = split_domain(defender, share=0.1)
+    return letters, datasets.DatasetDict(train=defender, validation=validation), digits, adversary
+
+
+def _protect(output_dir: Path, name: str, seed: int, scale: float) -> tuple[str, str | None]:
+    """Protect the model in a process of its own; return why it failed, or None."""
+    torch.set_num_threads(1)
+    letters, defender, _, _ = _data()
+    preset, fields = _PROTECTIONS[name]
+    folder = output_dir / ("protected" if preset == "representation" else "algorithm-1")
+    fields = {**fields, "max_steps": max(1, round(fields["max_steps"] * scale))}
     trainer = SophonTrainer(
-        protected,
-        defender,
-        training,
-        SophonConfig(
-            output_dir=str(output_dir / "protected"), max_steps=iterations, K=25, l_NTR=6, alpha=1e-3, beta=2e-3,
-            tolerance=0.02, eval_steps=30, save_strategy="no", report_to="none", per_device_train_batch_size=64,
-            strategy_space={"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]},
+        load_model(output_dir / "original"),
+        defender["train"],
+        letters["train"],
+        SophonConfig.preset(
+            preset,
+            **fields,
+            output_dir=str(folder),
+            seed=seed,
+            eval_steps=max(1, fields["max_steps"] // 5),
+            logging_steps=fields["max_steps"],
+            save_strategy="no",
+            report_to="none",
             use_cpu=True,
+            disable_tqdm=preset == "paper",  # One bar is enough for two processes.
         ),
-        eval_dataset={"original": validation, "restricted": defender_validation},
-    )  # fmt: skip
+        eval_dataset={"original": letters["validation"], "restricted": defender["validation"]},
+    )
     trainer.train()
     trainer.save_model()
-    if trainer.guard.state.best_step is None:
-        print(f"The model is NOT protected, and the attacks will show it: {trainer.guard.failure}")
+    return name, trainer.guard.failure if trainer.guard.state.best_step is None else None
 
+
+def _attack(output_dir: Path, seeds: list[int]) -> AttackResults:
+    """Attack all models with these seeds; what is finished already is read."""
+    torch.set_num_threads(1)
+    letters, _, digits, adversary = _data()
     suite = AttackSuite(
-        SWEEP, output_dir / "attacks", epochs=ADVERSARY_EPOCHS, measured_epochs=(0, 5, 10, 15, ADVERSARY_EPOCHS),
+        SWEEP,
+        output_dir / "attacks",
+        seeds=seeds,
+        epochs=ADVERSARY_EPOCHS,
+        measured_epochs=(0, ADVERSARY_EPOCHS / 2, ADVERSARY_EPOCHS),
         examples=ADVERSARY_EXAMPLES,
-    )  # fmt: skip
-    results = suite.run(
-        protected=protected, original=original, restricted_dataset=adversary, eval_dataset=digits["test"],
-        original_dataset=letters["train"], original_eval_dataset=letters["test"],
-    )  # fmt: skip
-    summary = write_report(results, output_dir / "report")
-    print(_table(results), f"\nThe whole report: {output_dir}/report/index.html", sep="\n")
-    return summary
+    )
+    return suite.run(
+        protected=load_model(output_dir / "protected"),
+        original=load_model(output_dir / "original"),
+        baselines={"Algorithm 1": load_model(output_dir / "algorithm-1")},
+        restricted_dataset=adversary,
+        eval_dataset=digits["test"],
+        original_eval_dataset=letters["test"],
+    )
 
 
 def _make_room(output_dir: Path) -> None:
     """Remove an earlier demo, which its mark tells from work under the same names, and nothing else."""
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    others = sorted(found - {"protected", "attacks", "report", MARK} if MARK in found else found)
+    made = {"original", "protected", "algorithm-1", "attacks", "report", MARK}
+    others = sorted(found - made if MARK in found else found)
     if others:
         raise ValueError(f"{output_dir} holds {others[0]!r}, which no demo has made: choose an empty or a new folder.")
     for name in found - {MARK}:
@@ -126,32 +210,38 @@ def _make_room(output_dir: Path) -> None:
 
 
 def _table(results: AttackResults) -> str:
-    intact, transfer = results.original_metric, results.recovered_transfer()
-    direct = [s for s, _ in results.by_strategy("protected") if s.initialization == "direct"]
+    columns = {"original": "unprotected", "Algorithm 1": "Algorithm 1", "protected": "representation"}
+    intact = results.original_metric
     lines = [
-        f"\nOriginal domain (printed letters): accuracy {intact['original']:.1%} before, {intact['protected']:.1%} after "
-        "protection.",
-        f"Restricted domain (handwritten digits): accuracy after fine-tuning on {ADVERSARY_EXAMPLES} digits for "
-        f"{ADVERSARY_EPOCHS} epochs, mean of {len(results.facts['seeds'])} seeds.",
         "",
-        f"{'attack':24}{'protected':>11}{'original':>11}",
+        "Accuracy in the original domain (printed letters): "
+        + ", ".join(f"{title} {intact[model]:.1%}" for model, title in columns.items())
+        + ".",
+        f"Accuracy in the restricted domain (handwritten digits) after fine-tuning on {ADVERSARY_EXAMPLES} digits for "
+        f"{ADVERSARY_EPOCHS} epochs,",
+        f"mean of {len(results.facts['seeds'])} seeds:",
+        "",
+        f"{'attack':34}" + "".join(f"{title:>16}" for title in columns.values()),
     ]
-    for strategy, cells in results.by_strategy("protected"):
-        final = [_final(cells), _final([c for c in results.of("original") if c.strategy == strategy])]
-        start = f"{strategy.initialization.replace('_', ' ')}, Adam {strategy.learning_rate:g}"
-        lines.append(f"{start:24}" + "".join(f"{value:11.1%}" for value in final))
+    final = {
+        model: {
+            strategy: sum(attack.curve.test[-1] for attack in attacks) / len(attacks)
+            for strategy, attacks in results.by_strategy(model)
+        }
+        for model in columns
+    }
+    for strategy in SWEEP:
+        values = [accuracies.get(strategy) for accuracies in final.values()]
+        cells = "".join(f"{'failed':>16}" if value is None else f"{value:16.1%}" for value in values)
+        lines.append(f"{strategy.name.split(', all')[0]:21}{f'Adam {strategy.learning_rate:g}':13}{cells}")
+    scratch, score = results.best("scratch"), results.recovered_transfer()
     lines += [
-        f"{'best from scratch':24}{results.best('scratch').mean:11.1%}",
+        f"{'best training from scratch':34}" + "".join(f"{scratch.mean:16.1%}" for _ in columns),
         "",
-        "Recovered transfer (100 %: the protection does nothing; 0 %: pre-training is worth nothing to the adversary):",
-        f"  direct attacks only: {results.recovered_transfer(direct)}",
-        f"  worst case:          {transfer}",
+        "Recovered transfer, worst case (100 %: the protection does nothing; 0 %: pre-training is worth nothing to the",
+        f"adversary): Algorithm 1 {results.recovered_transfer(model='Algorithm 1')}, representation {score}.",
         "",
-        "As published, the algorithm suppresses direct fine-tuning; a new head undoes much of it. Protection raises the",
-        "cost of misuse and does not prevent it.",
+        "Algorithm 1 suppresses direct fine-tuning, and a new head undoes much of it. The preset `representation`",
+        "suppresses what new heads could do with the features. Both raise the cost of misuse; neither prevents it.",
     ]
     return "\n".join(lines)
-
-
-def _final(cells: list[AttackRun]) -> float:
-    return sum(cell.curve.test[-1] for cell in cells) / len(cells)

@@ -57,7 +57,7 @@ class ProtectionProgress(TrainerCallback):
 
 
 class EvaluateLastStep(TrainerCallback):
-    """Evaluate after the last iteration, before it is saved, so that the guard has seen every state that is gone on from."""
+    """Evaluates after the last iteration, before it is saved, so that the guard has seen the last state, too."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":

@@ -88,12 +88,7 @@ class Run:
         return _as_json(facts)
 
     def claim(
-        self,
-        model: nn.Module,
-        folder: Path,
-        data: dict[str, DataFingerprint],
-        protection: Protection,
-        compute: Compute,
+        self, model: nn.Module, folder: Path, data: dict[str, DataFingerprint], protection: Protection, compute: Compute
     ) -> Claim:
         """Return what is claimed of the model that lies in `folder`; of attacks, nothing."""
         names = [name for name in _HYPER_PARAMETERS if name != "strategy_space"]
@@ -143,8 +138,16 @@ def protection_of(state: GuardState, iteration: int, in_progress: bool) -> Prote
         status, iteration, after, simulated = "protected", state.best_step, state.best_original, state.best_score
     else:
         status, iteration = "not protected", state.good_step
-    measured = (finite_or_none(value) for value in (state.start, after, state.start_simulated, simulated))
-    return Protection(status, iteration, *measured, state.rollbacks, state.dropped)
+    return Protection(
+        status=status,
+        iteration=iteration,
+        original_before=finite_or_none(state.start),
+        original_after=finite_or_none(after),
+        simulated_before=finite_or_none(state.start_simulated),
+        simulated_after=finite_or_none(simulated),
+        rollbacks=state.rollbacks,
+        dropped=state.dropped,
+    )
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> 
         ValueError: They do not fit.
     """
     for name, domain in domains.items():
+        assert domain.labels is not None, "a classifier's domains have labels"
         highest = int(domain.labels.max())
         if "original" in name and highest >= outputs:
             raise ValueError(
@@ -106,7 +107,8 @@ def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> 
                 f"The {name} domain has label {highest}, but its features name {domain.num_classes} classes: repair "
                 "the features or the labels."
             )
-    if len(domains["restricted"].labels.unique()) < 2:
+    labels = domains["restricted"].labels
+    if labels is not None and len(labels.unique()) < 2:
         raise ValueError(
             "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
         )

@@ -134,8 +134,7 @@ class SophonConfig(TrainingArguments):
         metadata={"help": "Exact gradient of eq. 5 instead of the first-order one; for small, smooth models."},
     )
     validation_share: float = field(
-        default=0.1,
-        metadata={"help": "Share of each domain held out for evaluation where no eval_dataset is given."},
+        default=0.1, metadata={"help": "Share of each domain held out for evaluation where no eval_dataset is given."}
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Leave out: set beta (and alpha) instead."})
     lr_scheduler_type: str = field(
@@ -304,12 +303,7 @@ class SophonConfig(TrainingArguments):
                 "call "
                 "`compile()` of the model's blocks before protection."
             )
-        for name in (
-            "label_smoothing_factor",
-            "neftune_noise_alpha",
-            "auto_find_batch_size",
-            "load_best_model_at_end",
-        ):
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "auto_find_batch_size", "load_best_model_at_end"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name} has no place in Algorithm 1 and would not reach the simulation: leave it out."

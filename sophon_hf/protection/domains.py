@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from sophon_hf.data.domain import Domain, build_domain
-from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.protection.config import SophonConfig
 

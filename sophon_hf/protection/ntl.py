@@ -1,4 +1,4 @@
-"""Baseline B3: non-transferable learning (Wang et al., ICLR 2022), which lowers restricted accuracy before fine-tuning only."""
+"""Baseline B3: non-transferable learning (Wang et al., ICLR 2022), which protects before fine-tuning only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
     distances = (both[:, None] - both[None]).square().sum(dim=2)
     count = len(both)
     bandwidth = distances.detach().sum() / (count**2 - count) / MULTIPLIER ** (KERNELS // 2)
-    kernel = sum(torch.exp(-distances / (bandwidth * MULTIPLIER**i + 1e-12)) for i in range(KERNELS))
+    kernels = [torch.exp(-distances / (bandwidth * MULTIPLIER**i + 1e-12)) for i in range(KERNELS)]
+    kernel = sum(kernels[1:], kernels[0])
     n = len(source)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - kernel[:n, n:].mean() - kernel[n:, :n].mean()
 

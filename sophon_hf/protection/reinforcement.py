@@ -1,4 +1,4 @@
-"""The reinforcement loops (lines 17 to 21 of Algorithm 1): their batches of O, each a function of its place, and L_beta."""
+"""The reinforcement loops (lines 17 to 21 of Algorithm 1): their batches of O, and L_beta."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ class Distillation:
 
 
 def mix_second_half(batch: Batch) -> tuple[Batch, int]:
-    """Replace the second half of a batch's inputs by mixtures x + s (x' - x) of two of its examples, s uniform in [0, 1].
+    """Replace the second half of a batch's inputs by mixtures of two of its examples.
 
+    A mixture is x + s (x' - x), s uniform in [0, 1].
     Images, shape (batch, channels, height, width), are mirrored before with probability 1/2.
 
     Returns:

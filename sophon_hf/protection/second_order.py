@@ -24,11 +24,7 @@ class SecondOrderSuppression(Suppression):
     """
 
     def simulate(
-        self,
-        adversary: SimulatedAdversary,
-        weights: Sequence[float],
-        gradient: dict[str, Tensor],
-        simulated: Simulated,
+        self, adversary: SimulatedAdversary, weights: Sequence[float], gradient: dict[str, Tensor], simulated: Simulated
     ) -> None:
         """Fine-tune copies of the parameters that autograd may keep, and differentiate the sum of the losses."""
         strategy, last = adversary.strategy, last_evaluated(weights)

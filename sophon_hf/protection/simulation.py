@@ -167,13 +167,7 @@ class Adversaries:
     """
 
     def __init__(
-        self,
-        restricted: Domain,
-        original: Domain,
-        task: Task,
-        space: StrategySpace,
-        args: SophonConfig,
-        process: int,
+        self, restricted: Domain, original: Domain, task: Task, space: StrategySpace, args: SophonConfig, process: int
     ):
         self.restricted, self.original, self.task, self.space, self.args = restricted, original, task, space, args
         self.process = process

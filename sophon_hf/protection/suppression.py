@@ -129,23 +129,21 @@ class Suppression:
         return SuppressionGradient(gradient, total, found)
 
     def simulate(
-        self,
-        adversary: SimulatedAdversary,
-        weights: Sequence[float],
-        gradient: dict[str, Tensor],
-        simulated: Simulated,
+        self, adversary: SimulatedAdversary, weights: Sequence[float], gradient: dict[str, Tensor], simulated: Simulated
     ) -> None:
         """Fine-tune the live model for K updates, and add the weighted gradients of L_alpha to `gradient`."""
         adversary.resume(self.model, self._begin)
-        last, fine_tuning = last_evaluated(weights), None
+        last, known = last_evaluated(weights), None
         for step in range(1, last + 1):
             if not adversary.step():
                 break
             # The head that an adversary warms up with is not the one it attacks with: then only probes count.
             if not weights[step - 1] or (adversary.warming_up and not self.probes):
                 continue
-            if adversary.fine_tuning is not fine_tuning:  # At the first step, and after a warm-up.
-                fine_tuning, live = adversary.fine_tuning, dict(self.model.named_parameters())
+            fine_tuning = adversary.fine_tuning
+            assert fine_tuning is not None, "a step was made"
+            if fine_tuning is not known:  # At the first step, and after a warm-up.
+                known, live = fine_tuning, dict(self.model.named_parameters())
                 names = [name for name in gradient if name not in fine_tuning.reinitialized]
                 taken_over, sums = [live[name] for name in names], [gradient[name] for name in names]
             for parameter in fine_tuning.parameters:
@@ -207,7 +205,7 @@ class Suppression:
             prediction, target = self._predict(model, batch)
         # Sharded parameters are gathered for their gradient only where it comes through the prediction.
         loss = self.loss(prediction, target) if head else 0 * prediction.sum()
-        if self.probes:
+        if self.probes and features is not None:
             loss = loss + self.probes.loss(features, target)
         return weight * loss, lambda: self.task.scores(prediction.detach(), target)
 
@@ -265,7 +263,7 @@ def add_gradients(sums: list[Tensor], gradients: Sequence[Tensor | None], weight
 
 
 def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float:
-    """Return the standard error of `simulated_metric` at most, for a metric in [0, 1]; 0 for an MSE, whose spread is unknown.
+    """Return a bound on the standard error of `simulated_metric`; 0 for an MSE, whose spread is unknown.
 
     Its adversaries share examples; the bound takes them for different ones.
     """

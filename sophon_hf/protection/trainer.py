@@ -19,12 +19,12 @@ from accelerate.utils import broadcast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainerControl, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
-from sophon_hf.data.loading import Source
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
+from sophon_hf.data.loading import Source
 from sophon_hf.hub.card import update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
 from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
@@ -79,6 +79,10 @@ class SophonTrainer(Trainer):
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
     loss_is_scaled_for_ga = False
+    model: nn.Module
+    optimizer: Any
+    is_in_train: bool
+    control: TrainerControl
 
     def __init__(
         self,
@@ -182,13 +186,14 @@ class SophonTrainer(Trainer):
             sample = first_rows(self.task, original, args.device)
             self.keep_norms = KeepNorms(self.model, lambda: self.task.predict(self.model, sample))
             self.add_callback(self.keep_norms)
-        self.suppression_optimizer: torch.optim.Optimizer | None = None
-        self.suppression_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self.suppression_optimizer: Any = None
+        self.suppression_scheduler: Any = None
         own_loss = getattr(self.reinforcement_loss, "__qualname__", None)
         precision = self.accelerator.mixed_precision
         self.run = Run(args, self.task, self.space, self.domains, base_state, precision, own_loss)
         self.step_log = StepLog(self.task)
-        self._micro_step, self._started, self._seconds = 0, None, 0.0
+        self._micro_step, self._seconds = 0, 0.0
+        self._started: float | None = None
 
     # ---- Algorithm 1 ----
 
@@ -197,7 +202,7 @@ class SophonTrainer(Trainer):
         args, step = self.args, self.state.global_step
         if is_sharded(self.model):
             # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
-            model.set_requires_gradient_sync(True)
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
         if self._micro_step == 0:
             # Fine-tuning suppression (lines 3 to 15): theta <- Adam(theta, alpha, gradient of L_FTS).
             for loop in range(args.l_FTS):
@@ -342,16 +347,11 @@ class SophonTrainer(Trainer):
         # DDP sends batch-norm statistics along only before a forward pass, and all processes must measure one model.
         for buffer in self.model.buffers() if args.world_size > 1 else ():
             broadcast(buffer)
+        spread = {"rank": args.process_index, "world_size": args.world_size, "autocast": self.accelerator.autocast}
         for name, domain in domains.items():
+            fits = domain.labels is None or self.outputs is None or int(domain.labels.max()) < self.outputs
             result = evaluate_model(
-                self.task,
-                self.model,
-                domain,
-                args.per_device_eval_batch_size,
-                rank=args.process_index,
-                world_size=args.world_size,
-                autocast=self.accelerator.autocast,
-                with_loss=domain.labels is None or int(domain.labels.max()) < self.outputs,
+                self.task, self.model, domain, args.per_device_eval_batch_size, with_loss=fits, **spread
             )
             metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
             metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
@@ -444,7 +444,7 @@ class SophonTrainer(Trainer):
         if not self.args.should_save:
             return
         sharded, iteration = is_sharded(self.model), self.state.global_step
-        model = with_state(self._skeleton, state_dict) if sharded else self.model
+        model = with_state(self._skeleton, state_dict or {}) if sharded else self.model
         protection = protection_of(self.guard.state, iteration, in_progress=self.is_in_train)
         compute = self.run.compute(iteration, self.seconds(), sharded)
         save_protected(
@@ -464,7 +464,7 @@ class SophonTrainer(Trainer):
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
 
     def init_hf_repo(self, token: None = None, private: bool | None = None) -> None:
-        """Make the repository that `push_to_hub=True` pushes to, or raise the PermissionError of `create_repository`."""
+        """Make the repository that `push_to_hub=True` pushes to; raises as `create_repository` does."""
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = create_repository(self.repository_name, private)
@@ -490,16 +490,13 @@ class SophonTrainer(Trainer):
 
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
-            commit_message: Of the commit.
+            commit_message: As the other arguments and errors, those of `sophon_hf.publish`.
             revision: Branch to commit to.
             private: Whether a new repository is private; the account's own setting where None.
             report: `output_dir` of an attack on this model: what it found goes into claim and card.
 
         Returns:
             The commit, on the main process.
-
-        Raises:
-            PermissionError, ConnectionError, ValueError: As `sophon_hf.publish`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.state.global_step > 0 or not os.path.exists(os.path.join(self.args.output_dir, FILE_NAME)):
