@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.score import mean_of_finite
+from sophon_hf.attacks.score import Scores, mean_of_finite
 from sophon_hf.finetuning.preparations import NO_ORIGINAL_DATA
 
 LEARNED = 0.02
@@ -30,22 +31,17 @@ class FailedCheck:
 
 
 def check(results: AttackResults) -> list[FailedCheck]:
-    """All failed checks of a sweep; an empty list means that nothing was found wrong."""
+    """Return all failed checks of a sweep; an empty list means that nothing was found wrong."""
+    scores = results.scores()
     found = [
         *_failed_cells(results),
         *_warm_ups_left_out(results),
-        *_too_few_seeds(results),
-        *_seeds_not_finite(results),
-        *_broken_attacks(results),
-        *_still_rising(results),
+        *_too_few_seeds(results, scores),
+        *_broken_attacks(results, scores),
+        *_still_rising(results, scores),
         *_gradients(results),
-        *_original_collapsed(results),
-        *_broken_off(results),
+        *check_scores(scores),
     ]
-    transfer = results.recovered_transfer()
-    # A check of its own may have said it.
-    if transfer.void is not None and transfer.void not in [failed.message for failed in found]:
-        found.append(FailedCheck("no transfer to score", transfer.void, voids=True))
     data = results.facts.get("data", {})
     if data and data.get("validation") == data.get("test"):
         found.append(
@@ -54,14 +50,33 @@ def check(results: AttackResults) -> list[FailedCheck]:
     return found
 
 
-def _sign(results: AttackResults) -> int:
-    return 1 if results.greater_is_better else -1
+def check_scores(scores: Scores) -> list[FailedCheck]:
+    """Return the failed checks that need no curve: also the summaries in a claim can be checked by them."""
+    found = []
+    lost = [
+        f"{len(attack.seeds) - len(kept)} of {len(attack.seeds)} of {attack.name} on {attack.model}"
+        for attack in scores.attacks
+        # Where no epoch could be chosen, no seed counts.
+        if len(kept := attack.finite if attack.epoch is not None else ()) < len(attack.seeds)
+    ]
+    if lost:
+        found.append(FailedCheck("seeds that are not finite", "left out of the means: " + "; ".join(lost)))
+    if not {"original", "protected"} <= set(scores.original_metric):
+        found.append(FailedCheck("intactness not measured", "no test split of the original domain was given"))
+    for name, reason in (
+        ("original domain collapsed", scores.collapsed()),
+        ("attacks broke off", scores.broken_off()),
+        ("no transfer to score", scores.recovered_transfer().void),
+    ):
+        # The score is void for the first two reasons too, and says so in the same words.
+        if reason is not None and reason not in [failed.message for failed in found]:
+            found.append(FailedCheck(name, reason, voids=True))
+    return found
 
 
-def _scale(results: AttackResults) -> float:
-    """Thresholds are points of accuracy; for MSE they are shares of scratch's."""
-    scratch = results.best("scratch")
-    return 1.0 if results.metric == "accuracy" or scratch is None else abs(scratch.mean)
+def void_reason(failed: Iterable[FailedCheck]) -> str | None:
+    """Return the message of the first failed check that voids the score, or None."""
+    return next((check.message for check in failed if check.voids), None)
 
 
 def _failed_cells(results: AttackResults) -> list[FailedCheck]:
@@ -90,36 +105,25 @@ def _warm_ups_left_out(results: AttackResults) -> list[FailedCheck]:
     ]
 
 
-def _too_few_seeds(results: AttackResults) -> list[FailedCheck]:
+def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     asked = len(results.facts.get("seeds", []))
     found = []
     for model in ("protected", "original", "scratch"):
-        best = results.best(model)
-        if best is not None and len(best.test) < max(asked, 3):
+        best = scores.best(model)
+        if best is not None and len(best.finite) < max(asked, 3):
             found.append(
                 FailedCheck(
                     "few seeds",
-                    f"the best attack on {model} has {len(best.test)} seeds, asked were {asked}, 3 are usual",
+                    f"the best attack on {model} has {len(best.finite)} seeds, asked were {asked}, 3 are usual",
                 )
             )
     return found
 
 
-def _seeds_not_finite(results: AttackResults) -> list[FailedCheck]:
-    found = []
-    for model in dict.fromkeys(cell.model for cell in results.cells):
-        stopped = results.stopped(model)
-        for strategy, cells in results.by_strategy(model):
-            lost = len(cells) - (len(stopped[strategy].test) if strategy in stopped else 0)
-            if lost:
-                found.append(f"{lost} of {len(cells)} of {strategy.name} on {model}")
-    return [FailedCheck("seeds that are not finite", "left out of the means: " + "; ".join(found))] if found else []
-
-
-def _broken_attacks(results: AttackResults) -> list[FailedCheck]:
-    names, least = [], LEARNED * _scale(results)
+def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+    names, least = [], LEARNED * scores.scale
     for strategy, cells in results.by_strategy("original"):
-        gain = mean_of_finite([_sign(results) * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
+        gain = mean_of_finite([scores.sign * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
         if not gain > least:
             names.append(strategy.name)
     if not names:
@@ -129,13 +133,13 @@ def _broken_attacks(results: AttackResults) -> list[FailedCheck]:
     ]
 
 
-def _still_rising(results: AttackResults) -> list[FailedCheck]:
-    best = results.best("protected")
+def _still_rising(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+    best = scores.best("protected")
     if best is None:
         return []
     cells = [cell for cell in results.of("protected") if cell.strategy == best.strategy]
-    mean = _sign(results) * mean_of_finite([cell.curve.test for cell in cells])
-    if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * _scale(results):
+    mean = scores.sign * mean_of_finite([cell.curve.test for cell in cells])
+    if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * scores.scale:
         return []
     return [
         FailedCheck(
@@ -157,15 +161,3 @@ def _gradients(results: AttackResults) -> list[FailedCheck]:
             bad.append(f"zero: {cell.strategy.name} on {cell.model}")
     bad = list(dict.fromkeys(bad))
     return [FailedCheck("zero or non-finite gradients", "; ".join(bad))] if bad else []
-
-
-def _original_collapsed(results: AttackResults) -> list[FailedCheck]:
-    if not {"original", "protected"} <= set(results.original_metric):
-        return [FailedCheck("intactness not measured", "no test split of the original domain was given")]
-    reason = results.collapsed()
-    return [] if reason is None else [FailedCheck("original domain collapsed", reason, voids=True)]
-
-
-def _broken_off(results: AttackResults) -> list[FailedCheck]:
-    reason = results.broken_off()
-    return [] if reason is None else [FailedCheck("attacks broke off", reason, voids=True)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sophon_hf.attacks.checks import FailedCheck, check
+from sophon_hf.attacks.checks import FailedCheck, check, void_reason
 from sophon_hf.attacks.plots import plot_best_so_far, plot_heat_map
 from sophon_hf.attacks.results import UNTRAINED, AttackResults
-from sophon_hf.attacks.score import describe_interval, mean_of_finite
+from sophon_hf.attacks.score import AttackSummary, describe_interval, mean_of_finite
 from sophon_hf.utils import write_atomically
 
 _STYLE = """
@@ -67,18 +67,18 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
 
 def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
     """The figures of a report as plain values; the score is absent where a check voids it."""
-    transfer, of_data = results.recovered_transfer(), results.recovered_transfer(model=UNTRAINED)
-    void = next((f.message for f in failed if f.voids), None)
+    scores, void = results.scores(), void_reason(failed)
+    transfer, of_data = scores.recovered_transfer(), scores.recovered_transfer(model=UNTRAINED)
     best = {}
     for model in _models(results):
-        attack = results.best(model)
+        attack = scores.best(model)
         if attack is not None:
             best[model] = {
-                "attack": attack.strategy.name,
+                "attack": attack.name,
                 "epoch": attack.epoch,
                 "mean": attack.mean,
                 "sd": attack.sd,
-                "seeds": len(attack.test),
+                "seeds": len(attack.finite),
             }
     return {
         "metric": results.metric,
@@ -243,11 +243,15 @@ def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]
 
 
 def _best_so_far(results: AttackResults) -> dict[str, list[float]]:
-    lines = {}
-    for model in _models(results):
-        stopped, best, lines[model] = results.stopped(model), None, []
-        for strategy, _ in results.by_strategy(model):
-            found = stopped.get(strategy)
-            best = max((a for a in (best, found) if a is not None), key=results.strength, default=None)
-            lines[model].append(math.nan if best is None else best.mean)
+    """Return the test metric of the best attack among the first 1, 2, ... on each model."""
+    scores = results.scores()
+    lines: dict[str, list[float]] = {}
+    best: dict[str, AttackSummary] = {}
+    for attack in (a for a in scores.attacks if a.seeds):
+        model, strongest = attack.model, best.get(attack.model)
+        if attack.validation is not None and (
+            strongest is None or scores.sign * (attack.validation - strongest.validation) > 0
+        ):
+            best[model] = attack
+        lines.setdefault(model, []).append(best[model].mean if model in best else math.nan)
     return lines

@@ -14,12 +14,10 @@ import numpy as np
 
 from sophon_hf.attacks.plots import plot_curves
 from sophon_hf.attacks.run import Curve
-from sophon_hf.attacks.score import BestAttack, RecoveredTransfer, mean_of_finite, recovered_transfer
+from sophon_hf.attacks.score import AttackSummary, RecoveredTransfer, Scores, mean_of_finite
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.utils import finite_or_none, write_atomically
 
-# Of the original metric: points of accuracy, or a share of the MSE before.
-COLLAPSED = 0.10
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
 
@@ -100,81 +98,50 @@ class AttackResults:
             groups.setdefault(cell.strategy, []).append(cell)
         yield from groups.items()
 
-    def stopped(self, model: str) -> dict[FineTuningStrategy, BestAttack]:
-        """Every attack on a model, each at the epoch with its best mean validation metric; those without any are left out.
+    def summaries(self) -> list[AttackSummary]:
+        """Return each attack on each model over its seeds, stopped at the epoch with its best mean validation metric.
 
-        A seed that diverged says nothing of the others: a mean is over those that are finite.
+        A seed that diverged says nothing of the others, so the mean is over those that are finite.
         """
-        sign, found = 1 if self.greater_is_better else -1, {}
-        for strategy, cells in self.by_strategy(model):
-            validation = mean_of_finite([cell.curve.validation for cell in cells])
+        groups: dict[tuple[str, FineTuningStrategy], list[AttackRun]] = {}
+        for cell in self.cells:
+            groups.setdefault((cell.model, cell.strategy), []).append(cell)
+        found = []
+        for (model, strategy), cells in groups.items():
+            ended = [(cell.seed, curve) for cell in cells if (curve := cell.curve) is not None]
+            curves, point, best = [curve for _, curve in ended], -1, math.nan
+            validation = mean_of_finite([curve.validation for curve in curves])
             if np.isfinite(validation).any():
-                point = int(np.nanargmax(sign * validation))
-                test = (cell.curve.test[point] for cell in cells)
-                found[strategy] = BestAttack(
-                    strategy, cells[0].curve.epoch[point], float(validation[point]), tuple(filter(math.isfinite, test))
+                point = int(np.nanargmax(validation if self.greater_is_better else -validation))
+                best = float(validation[point])
+            found.append(
+                AttackSummary(
+                    model=model,
+                    strategy=strategy,
+                    seeds=tuple(seed for seed, _ in ended),
+                    epoch=curves[0].epoch[point] if math.isfinite(best) else None,
+                    validation=finite_or_none(best),
+                    test=tuple(finite_or_none(curve.test[point]) for curve in curves),
+                    final=tuple(finite_or_none(curve.test[-1]) for curve in curves),
+                    failed=sum(cell.failed for cell in cells),
+                    applicable=all(cell.applicable for cell in cells),
                 )
+            )
         return found
 
-    def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> BestAttack | None:
-        """The strongest attack on a model: strategy and epoch with the best mean validation metric.
+    def scores(self) -> Scores:
+        """Return what scores this sweep; take it once where several figures are wanted, since it goes through all cells."""
+        return Scores(self.summaries(), self.metric, self.greater_is_better, self.test_examples, self.original_metric)
 
-        Args:
-            model: Its name.
-            among: Only these strategies.
-        """
-        allowed = None if among is None else set(among)
-        attacks = (a for a in self.stopped(model).values() if allowed is None or a.strategy in allowed)
-        return max(attacks, key=self.strength, default=None)
-
-    def strength(self, attack: BestAttack) -> float:
-        """What the strongest attack has most of: its validation metric, turned so that more is better for the adversary."""
-        return attack.validation if self.greater_is_better else -attack.validation
+    def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
+        """Return the strongest attack on a model, as `Scores.best` chooses it."""
+        return self.scores().best(model, among)
 
     def recovered_transfer(
         self, among: Iterable[FineTuningStrategy] | None = None, model: str = "protected"
     ) -> RecoveredTransfer:
-        """The score of the protection over the whole sweep.
-
-        Args:
-            among: Over these attacks only (scratch is always tuned).
-            model: Another one to score in the place of the protected. "untrained", which warms up on the adversary's original
-                data, tells how much of a score is the worth of these data.
-        """
-        protected, original, scratch = self.best(model, among), self.best("original", among), self.best("scratch")
-        if protected is None or original is None or scratch is None:
-            return RecoveredTransfer(None, None, f"an attack on {model}, original or scratch is missing")
-        if reason := self.collapsed(model) or self.broken_off(model, among):
-            return RecoveredTransfer(None, None, reason)
-        return recovered_transfer(
-            protected, original, scratch, metric=self.metric, greater_is_better=self.greater_is_better,
-            test_examples=self.test_examples,
-        )  # fmt: skip
-
-    def collapsed(self, model: str = "protected") -> str | None:
-        """How a model lost the original domain; None where it did not, or where that was not measured."""
-        before, after = (self.original_metric.get(name) for name in ("original", model))
-        if before is None or after is None:
-            return None
-        drop, allowed = (before - after, COLLAPSED) if self.greater_is_better else (after - before, COLLAPSED * before)
-        # Written so that NaN has collapsed too.
-        if drop <= allowed:
-            return None
-        return f"{self.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model"
-
-    def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
-        """Which attacks ended on the original model and failed with every seed on another one; None where none did."""
-        ended, compared = ({s for s, _ in self.by_strategy(name)} for name in (model, "original"))
-        hidden = compared - ended if among is None else (compared - ended) & set(among)
-        names = dict.fromkeys(
-            c.strategy.name for c in self.cells if c.model == model and c.failed and c.strategy in hidden
-        )
-        if not names:
-            return None
-        return (
-            f"attacks that ended on the original model broke off with every seed on {model}, where they might have been the "
-            f"strongest: {'; '.join(names)}"
-        )
+        """Return the score of the protection over the whole sweep, or `among` some of its attacks (`Scores`)."""
+        return self.scores().recovered_transfer(among, model)
 
     def cost_to_recover(self) -> dict[str, float] | None:
         """What the strongest attack on the protected model pays until it is as good as the best training from scratch.
@@ -183,7 +150,8 @@ class AttackResults:
             Steps, images and (where known) floating-point operations at the first measured point there; None where it
             never gets there within its budget.
         """
-        protected, scratch = self.best("protected"), self.best("scratch")
+        scores = self.scores()
+        protected, scratch = scores.best("protected"), scores.best("scratch")
         if protected is None or scratch is None:
             return None
         cells = [cell for cell in self.of("protected") if cell.strategy == protected.strategy]
@@ -205,7 +173,8 @@ class AttackResults:
             "protected", "original" and "scratch", and "difference": protected minus original, so turned that below 0 is
             a loss to the user. None where a model has no finished attack.
         """
-        best = {model: self.best(model) for model in ("protected", "original", "scratch")}
+        scores = self.scores()
+        best = {model: scores.best(model) for model in ("protected", "original", "scratch")}
         if any(attack is None for attack in best.values()):
             return None
         means = {model: attack.mean for model, attack in best.items()}
@@ -234,11 +203,12 @@ class AttackResults:
         Where the suite measured every so many steps, the axis shows steps.
         """
         by_step = self.facts.get("measured_every") is not None
-        scratch = self.best("scratch")
+        scores = self.scores()
+        scratch = scores.best("scratch")
         panels: dict[str, dict[str, tuple]] = {}
         for start in dict.fromkeys(_start(cell.strategy) for cell in self.of("protected")):
             among = [strategy for strategy, _ in self.by_strategy("protected") if _start(strategy) == start]
-            chosen = {name: self.best(name, among) for name in dict.fromkeys(c.model for c in self.cells)}
+            chosen = {name: scores.best(name, among) for name in dict.fromkeys(c.model for c in self.cells)}
             chosen["scratch"] = scratch
             panels[start] = {
                 name: self._line(name, attack.strategy, by_step)

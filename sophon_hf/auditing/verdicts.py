@@ -192,7 +192,7 @@ def judge_transfer(claim: Claim, results: AttackResults, same_data: bool) -> Ver
 def _evidence(verdict: Verdict, results: AttackResults) -> Verdict:
     """No claim passes on attacks that broke off, or on too few seeds."""
     failed = sum(cell.failed for cell in results.cells if cell.model == "protected")
-    seeds = len(results.best("protected").test)
+    seeds = len(results.best("protected").finite)
     if verdict.verdict != REPRODUCED or (not failed and seeds >= FEWEST_SEEDS):
         return verdict
     why = f"{seeds} seeds tell little of the spread: {FEWEST_SEEDS} are needed"

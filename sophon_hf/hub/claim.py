@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sophon_hf.attacks.checks import FailedCheck, check
-from sophon_hf.attacks.results import AttackResults, AttackRun
+from sophon_hf.attacks.checks import FailedCheck, check, void_reason
+from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import mean_of_finite
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace, check_choice
 from sophon_hf.hub.schema import parse_json, read_dataclass
 from sophon_hf.hub.weights import is_weight_file
-from sophon_hf.utils import finite_or_none, write_atomically
+from sophon_hf.utils import write_atomically
 
 FILE_NAME = "sophon.json"
 SCHEMA = 1
@@ -198,7 +198,7 @@ class AttackReport:
         cells = [replace(c, error=c.error.split(":")[0] if c.failed else c.error) for c in results.cells]
         results = replace(results, cells=cells)
         failed, transfer = check(results), results.recovered_transfer()
-        void = next((f.message for f in failed if f.voids), None)
+        void = void_reason(failed)
         facts = results.facts
         return cls(
             sweep=Path(str(facts.get("sweep", "custom"))).name,
@@ -340,29 +340,16 @@ class Claim:
 
 
 def _attacks(results: AttackResults) -> list[AttackFigures]:
-    cells: dict[tuple[str, FineTuningStrategy], list[AttackRun]] = {}
-    for cell in results.cells:
-        cells.setdefault((cell.model, cell.strategy), []).append(cell)
-    stopped = {model: results.stopped(model) for model in dict.fromkeys(cell.model for cell in results.cells)}
-    found = []
-    for (model, strategy), group in cells.items():
-        ended = [cell for cell in group if cell.curve is not None]
-        best = stopped[model].get(strategy)
-        point = ended[0].curve.epoch.index(best.epoch) if best is not None else -1
-        found.append(
-            AttackFigures(
-                model=model,
-                strategy=strategy.to_dict(),
-                seeds=[cell.seed for cell in ended],
-                epoch=None if best is None else best.epoch,
-                validation=None if best is None else best.validation,
-                test=[finite_or_none(cell.curve.test[point]) for cell in ended],
-                final=[finite_or_none(cell.curve.test[-1]) for cell in ended],
-                failed=sum(cell.failed for cell in group),
-                applicable=all(cell.applicable for cell in group),
-            )
+    return [
+        AttackFigures(
+            **{
+                **vars(a),
+                "strategy": a.strategy.to_dict(),
+                **{name: list(getattr(a, name)) for name in ("seeds", "test", "final")},
+            }
         )
-    return found
+        for a in results.summaries()
+    ]
 
 
 def printable(text: str) -> str:

@@ -124,7 +124,7 @@ def diverged() -> AttackResults:
 @pytest.mark.filterwarnings("error")
 def test_a_seed_that_diverged_does_not_hide_the_others(diverged, tmp_path):
     best = diverged.best("protected")
-    assert best.strategy == A and best.test == (0.05, 0.06)
+    assert best.strategy == A and best.test == (None, 0.05, 0.06) and best.finite == (0.05, 0.06)
     assert (best.mean, best.sd) == (pytest.approx(0.055), pytest.approx(np.std([0.05, 0.06], ddof=1)))
     assert best.standard_error == pytest.approx(best.sd / math.sqrt(2))
     transfer = diverged.recovered_transfer()
@@ -162,7 +162,7 @@ def test_an_attack_of_which_no_seed_is_finite_is_told_and_never_chosen(diverged)
 def test_a_best_attack_without_a_finite_test_metric_voids(clean):
     for cell in clean.of("protected"):
         cell.curve.test = [0.1, math.nan, math.nan]
-    assert clean.best("protected").test == () and math.isnan(clean.best("protected").mean)
+    assert clean.best("protected").finite == () and math.isnan(clean.best("protected").mean)
     assert f"{A.name}, is finite on the test split" in clean.recovered_transfer().void
 
 

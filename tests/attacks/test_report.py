@@ -183,7 +183,7 @@ def test_other_plots_take_what_is_not_finite(tmp_path):
 
 
 def test_plotting_leaves_the_backend_of_a_notebook_alone():
-    code = "import matplotlib; matplotlib.use('svg'); import sophon_hf.plots; print(matplotlib.get_backend())"
+    code = "import matplotlib; matplotlib.use('svg'); import sophon_hf.attacks.plots; print(matplotlib.get_backend())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert process.stdout.split() == ["svg"], process.stderr
 
