@@ -17,6 +17,7 @@ import pairs
 import torch
 from torch import nn
 
+from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.attacks.run import run_attack
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.domain import Domain, build_domain
@@ -75,8 +76,8 @@ def main() -> None:
         row |= {} if name == "scratch" else {"restricted": by_band(pair.model, test)}
         start = strategy.with_changes(initialization="scratch" if name == "scratch" else "direct")
         run_attack(
-            pair.model, task, start, training, test, epochs=(options.epochs,),
-            at_end=lambda _, model, row=row: row.update(fine_tuned=by_band(model, test)),
+            pair.model, task, start, AdversaryDomains(training, test), measured=(options.epochs,),
+            at_end=lambda model, row=row: row.update(fine_tuned=by_band(model, test)),
         )  # fmt: skip
         rows[name] = row
         for what, values in row.items():

@@ -112,8 +112,8 @@ def table(results: AttackResults) -> list[dict]:
     """One row an attack: the mean and SD of the final test metric on each model."""
     rows: dict[FineTuningStrategy, dict] = {}
     for model in MODELS:
-        for strategy, cells in results.by_strategy(model):
-            final = torch.tensor([cell.curve.test[-1] for cell in cells])
+        for strategy, curves in results.curves(model).items():
+            final = torch.tensor([curve.test[-1] for curve in curves])
             row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
             row[model] = [round(float(final.mean()), 4), round(float(final.std()), 4) if len(final) > 1 else 0.0]
     return list(rows.values())
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")
     parser.add_argument("--iterations", type=int, help="the preset's by default")
     parser.add_argument("--tolerance", type=float, help="the preset's by default")
-    parser.add_argument("--sweep", default="strong", help="its name, or a file such as benchmarks/informed.yaml")
+    parser.add_argument("--sweep", default="strong", help="its name, or a file such as benchmarks/faces.yaml")
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
@@ -169,12 +169,15 @@ def main() -> None:
     intact = {names.get(model, model): metric for model, metric in results.original_metric.items()}
     transfer = results.recovered_transfer()
     direct = results.recovered_transfer(
-        [s for s, _ in results.by_strategy("protected") if s.initialization == "direct"]
+        [strategy for strategy in results.curves("protected") if strategy.initialization == "direct"]
     )
     record = {
         "pair": options.pair, "protection": options.name, "sweep": Path(options.sweep).stem, "examples": len(adversary),
         "seeds": options.seeds, "metric": task.metric, f"original_{task.metric}": intact,
-        "best": {m: vars(b) | {"strategy": b.strategy.name} for m in MODELS if (b := results.best(m))},
+        "best": {
+            model: {"strategy": best.name, "epoch": best.epoch, "validation": best.validation, "test": best.finite}
+            for model in MODELS if (best := results.best(model))
+        },
         "ntl_steps": options.ntl_steps if baselines else None,
         "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
         "recovered_by_original_data": vars(results.recovered_transfer(model="untrained")),

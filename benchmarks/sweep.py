@@ -1,6 +1,6 @@
-"""What a sweep of thousands of cells costs beside its attacks: finding what is missing, reading results, the report's figures.
+"""What a sweep of thousands of runs costs beside its attacks: to find what is missing, to read results, and to report.
 
-    python benchmarks/sweep.py --cells 2500 5000
+    python benchmarks/sweep.py --runs 2500 5000
 
 The attacks are replaced by their results, so that only the suite itself runs. Each size starts anew in a folder of its own:
 a run with nothing finished, a second one with everything finished, and the score, the checks, the claim's figures and the
@@ -26,18 +26,18 @@ from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.attacks import suite
 from sophon_hf.attacks.report import to_markdown, write_report
 from sophon_hf.attacks.run import Curve
-from sophon_hf.data.batches import derive_seed
 from sophon_hf.hub.claim import AttackReport
+from sophon_hf.utils import derive_seed
 
 SEEDS, MODELS = 2, 3
 EPOCHS = [0, 1, 5, 10, 15, 20]
 
 
-def fake_attacks(model, task, strategy, training, test, *, seeds, **settings) -> list[Curve]:
+def fake_attack(model, task, strategy, data, *, seed, **settings) -> Curve:
     """The result of an attack that was never run: numbers that follow from strategy and seed."""
-    generator = torch.Generator().manual_seed(derive_seed(repr(strategy), *seeds))
-    values = torch.rand(len(seeds), 4, len(EPOCHS), generator=generator).tolist()
-    return [Curve(list(EPOCHS), [10 * epoch for epoch in EPOCHS], *rows) for rows in values]
+    generator = torch.Generator().manual_seed(derive_seed(repr(strategy), seed))
+    values = torch.rand(4, len(EPOCHS), generator=generator).tolist()
+    return Curve(list(EPOCHS), [10 * epoch for epoch in EPOCHS], *values)
 
 
 def images(examples: int, seed: int):
@@ -52,9 +52,9 @@ def images(examples: int, seed: int):
     return datasets.Dataset.from_dict({**values, "label": [i % 5 for i in range(examples)]}, features=features)
 
 
-def measure(cells: int, folder: Path) -> dict[str, float]:
+def measure(runs: int, folder: Path) -> dict[str, float]:
     """Seconds and MiB of one size."""
-    rates = [1e-4 * (1 + i) for i in range(cells // (SEEDS * MODELS))]
+    rates = [1e-4 * (1 + i) for i in range(runs // (SEEDS * MODELS))]
     sweep = [FineTuningStrategy(learning_rate=rate) for rate in rates]
     protected, original = ResidualNet(5), ResidualNet(5)
     data = {"restricted_dataset": images(100, 0), "eval_dataset": images(100, 1)}
@@ -69,11 +69,11 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     def run():
         return AttackSuite(sweep, folder, seeds=range(SEEDS)).run(protected=protected, original=original, **data)
 
-    with mock.patch.object(suite, "run_attacks", fake_attacks):
+    with mock.patch.object(suite, "run_attack", fake_attack):
         timed("first run", run)
         memory = growth_mib(lambda: timed("second run", run))
         results = run()
-    found["cells"] = len(results.cells)
+    found["runs"] = len(results.runs)
     timed("score", results.recovered_transfer)
     timed("claim's figures", lambda: AttackReport.from_results(results))
     timed("report", lambda: to_markdown(results, write_report(results, folder / "report")))
@@ -82,13 +82,13 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, nargs="+", default=[2500, 5000])
+    parser.add_argument("--runs", type=int, nargs="+", default=[2500, 5000])
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = []
-    for cells in options.cells:
+    for runs in options.runs:
         with tempfile.TemporaryDirectory() as folder:
-            table.append(measure(cells, Path(folder)))
+            table.append(measure(runs, Path(folder)))
         print("".join(f"{name} {value:g}   " for name, value in table[-1].items()), flush=True)
     print(json.dumps({"sweeps": table, "torch": torch.__version__}))
 

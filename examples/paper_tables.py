@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from sophon_hf import FineTuningStrategy
-from sophon_hf.attacks.sweeps import PAPER, paper, paper_batches, paper_optimizers, paper_rates
+from sophon_hf.attacks.sweeps import load_sweep
+
+PAPER = load_sweep("paper")[0]
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ SCALES = {
 TABLES = {
     1: Table(
         "Overall effectiveness, classification",
-        [Experiment("CIFAR-10", dict(zip(("direct+all", "initFC+FC", "initFC+all"), paper(), strict=True)))],
+        [Experiment("CIFAR-10", dict(zip(("direct+all", "initFC+FC", "initFC+all"), load_sweep("paper"), strict=True)))],
         """
         direct+all | Scratch  | - - 49.1±1.2 59.5±0.7 60.6±0.5 62.0±0.5 62.7±0.5
         direct+all | Original | 99.6 9.3 42.8±4.0 78.5±0.4 82.4±0.3 84.2±0.2 84.8±0.2
@@ -283,7 +285,7 @@ TABLES = {
             Experiment(
                 "CIFAR-10",
                 dict(
-                    zip(("Momentum", "Nesterov", "Adagrad", "Adadelta", "Adam"), paper_optimizers(), strict=True)
+                    zip(("Momentum", "Nesterov", "Adagrad", "Adadelta", "Adam"), load_sweep("paper-optimizers"), strict=True)
                 ),
             )
         ],
@@ -307,7 +309,7 @@ TABLES = {
     ),
     6: Table(
         "Learning rates",
-        [Experiment("CIFAR-10", dict(zip(("5e-6", "1e-5", "1e-4", "1e-3", "1e-2"), paper_rates(), strict=True)))],
+        [Experiment("CIFAR-10", dict(zip(("5e-6", "1e-5", "1e-4", "1e-3", "1e-2"), load_sweep("paper-rates"), strict=True)))],
         """
         5e-6 | Scratch  | - - 20.3±1.2 31.7±0.2 35.9±0.0 38.0±0.1 39.7±0.1
         5e-6 | Original | 99.6 9.3 11.1±0.3 20.9±0.4 37.8±0.4 55.3±0.2 63.0±0.1
@@ -328,7 +330,7 @@ TABLES = {
     ),
     7: Table(
         "Batch sizes",
-        [Experiment("CIFAR-10", dict(zip(("50", "100", "150", "200", "250"), paper_batches(), strict=True)))],
+        [Experiment("CIFAR-10", dict(zip(("50", "100", "150", "200", "250"), load_sweep("paper-batches"), strict=True)))],
         """
         50 | Scratch  | - - 46.2±0.3 54.6±0.4 55.9±0.2 56.4±0.2 57.0±0.3
         50 | Original | 99.6 9.3 72.9±2.9 84.7±0.2 86.1±0.5 86.5±0.1 86.6±0.5

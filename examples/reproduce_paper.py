@@ -156,12 +156,12 @@ def rows(results: AttackResults, attacks: dict[str, FineTuningStrategy]) -> list
     for name, attack in attacks.items():
         for method, model in METHODS.items():
             strategy = scratch([attack])[0] if model == "scratch" else attack
-            cells = [cell for cell in results.of(model) if cell.strategy == strategy]
+            curves = results.curves(model).get(strategy, [])
             # Several attacks share one training from scratch.
-            if not cells or (model, strategy) in seen:
+            if not curves or (model, strategy) in seen:
                 continue
             seen.add((model, strategy))
-            values = np.array([cell.curve.test for cell in cells])
+            values = np.array([curve.test for curve in curves])
             spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
             found.append(
                 {

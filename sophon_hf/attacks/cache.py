@@ -1,63 +1,68 @@
-"""What a finished cell is named by: all that its result follows from, and nothing that two runs of the same differ in."""
+"""Keys of finished runs: all that a result follows from, and nothing in which two runs of the same attack differ."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from sophon_hf.attacks.budget import Budget, shapes
-from sophon_hf.attacks.results import UNTRAINED, AttackRun
-from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.attacks.adversary import AdversaryDomains, shapes
+from sophon_hf.attacks.run import AttackRun, measured_points
+from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.tasks.base import Task
 
 # Where a model comes from, what wrote it, and what its classes are called.
 _SAYS_NOTHING = {
-    "architectures", "auto_map", "dtype", "id2label", "label2id", "label_names", "name_or_path", "problem_type", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
+    *("architectures", "auto_map", "dtype", "id2label", "label2id", "label_names", "name_or_path", "problem_type"),
+    *("torch_dtype", "transformers_version", "use_cache"),
+}
+_ALWAYS_READ = ("training", "validation", "test")
 
 
-def cell_keys(
-    cells: Sequence[AttackRun],
+def run_keys(
+    runs: Sequence[AttackRun],
     task: Task,
     models: dict[str, nn.Module],
     weights: dict[str, str],
-    budget: Budget,
-    measured: Callable[[FineTuningStrategy], Any],
+    data: AdversaryDomains,
+    measured: Sequence[float] | int,
 ) -> list[str]:
-    """One key a cell; cells of equal models share theirs.
+    """Return one key a run; runs on equal models share theirs.
 
     Args:
-        cells: The cells.
+        runs: Those of a suite.
         task: What is learned.
         models: By name.
         weights: Hash of each model's weights.
-        budget: The adversary's data.
-        measured: When a strategy is measured, as plain values.
+        data: The adversary's.
+        measured: When attacks are measured (`measured_points`).
     """
-    victims = {name: [weights[name], type(model).__name__, configuration(model)] for name, model in models.items()}
-    # These take nothing but the architecture, so their cells serve every protected model of it.
+    victims: dict[str, list[Any]] = {
+        name: [weights[name], type(model).__name__, configuration(model)] for name, model in models.items()
+    }
+    # These take nothing but the architecture, so their runs serve every protected model of it.
     architecture = [shapes(models["original"]), *victims["original"][1:]]
     victims |= {"scratch": architecture, UNTRAINED: architecture}
-    data = [domain.fingerprint for domain in (budget.training, budget.validation, budget.test)]
-    how = [type(task).__name__, getattr(task, "head", None), configuration(getattr(task, "noise_scheduler", None))]
-    original = [] if budget.original is None else [budget.original.fingerprint]
-    return [
-        _digest(
-            [victims[c.model], data, c.strategy.to_dict(), c.seed, measured(c.strategy), how]
-            # Only a warm-up reads original data; one that lacked them is no longer hindered once they are given.
-            + (original if c.strategy.preparation == "warm_up" else [])
-        )
-        for c in cells
-    ]
+    domains = [domain.fingerprint for name, domain in data.given().items() if name in _ALWAYS_READ]
+    how = [type(task).__name__, task.metric, getattr(task, "head", None)]
+    how.append(configuration(getattr(task, "noise_scheduler", None)))
+    original = [] if data.original is None else [data.original.fingerprint]
+    keys = []
+    for run in runs:
+        points = list(measured_points(run.strategy, len(data.training), measured).items())
+        parts = [victims[run.model], domains, run.strategy.to_dict(), run.seed, points, how]
+        if run.strategy.preparation == "warm_up":
+            # Only a warm-up reads original data; one that lacked them runs once they are given.
+            parts.append(original)
+        keys.append(hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest())
+    return keys
 
 
 def configuration(part: Any) -> dict[str, Any] | None:
-    """What a model of transformers, or a model or scheduler of diffusers, is configured to compute; None of anything else.
+    """Return what a model of transformers, or a model or scheduler of diffusers, is configured to compute, or None.
 
     Weights do not tell it: an activation has none.
     """
@@ -73,7 +78,3 @@ def _telling(value: Any) -> Any:
         return value
     # Private entries say which values were left to their defaults, in an order that no two processes share.
     return {n: _telling(v) for n, v in value.items() if not n.startswith("_") and n not in _SAYS_NOTHING}
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -11,6 +11,7 @@ from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import Scores, mean_of_finite
 from sophon_hf.finetuning.preparations import NO_ORIGINAL_DATA
 
+# In points, or in shares of the error of training from scratch.
 LEARNED = 0.02
 STILL_RISING = 0.01
 
@@ -34,7 +35,7 @@ def check(results: AttackResults) -> list[FailedCheck]:
     """Return all failed checks of a sweep; an empty list means that nothing was found wrong."""
     scores = results.scores()
     found = [
-        *_failed_cells(results),
+        *_failed_runs(results),
         *_warm_ups_left_out(results),
         *_too_few_seeds(results, scores),
         *_broken_attacks(results, scores),
@@ -79,30 +80,23 @@ def void_reason(failed: Iterable[FailedCheck]) -> str | None:
     return next((check.message for check in failed if check.voids), None)
 
 
-def _failed_cells(results: AttackResults) -> list[FailedCheck]:
-    failed = [cell for cell in results.cells if cell.failed]
+def _failed_runs(results: AttackResults) -> list[FailedCheck]:
+    failed = [run for run in results.runs if run.failed]
     if not failed:
         return []
-    first = failed[0]
-    return [
-        FailedCheck(
-            "cells failed",
-            f"{len(failed)} of {len(results.cells)}; the first, {first.strategy.name} on {first.model}: {first.error}",
-        )
-    ]
+    first = f"{failed[0].strategy.name} on {failed[0].model}: {failed[0].error}"
+    return [FailedCheck("runs failed", f"{len(failed)} of {len(results.runs)}; the first, {first}")]
 
 
 def _warm_ups_left_out(results: AttackResults) -> list[FailedCheck]:
-    count = len({cell.strategy for cell in results.cells if cell.error == NO_ORIGINAL_DATA})
+    count = len({run.strategy for run in results.runs if run.error == NO_ORIGINAL_DATA})
     if not count:
         return []
-    return [
-        FailedCheck(
-            "warm-ups left out",
-            f"attacks that warm up on original data had none ({count} of the sweep): give `original_dataset` (`--original_data` of "
-            "`sophon-hf attack`)",
-        )
-    ]
+    message = (
+        f"attacks that warm up on original data had none ({count} of the sweep): give `original_dataset` "
+        "(`--original_data` of `sophon-hf attack`)"
+    )
+    return [FailedCheck("warm-ups left out", message)]
 
 
 def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
@@ -122,8 +116,9 @@ def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
 
 def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     names, least = [], LEARNED * scores.scale
-    for strategy, cells in results.by_strategy("original"):
-        gain = mean_of_finite([scores.sign * (cell.curve.test[-1] - cell.curve.test[0]) for cell in cells])
+    for strategy, curves in results.curves("original").items():
+        gain = mean_of_finite([scores.sign * (curve.test[-1] - curve.test[0]) for curve in curves])
+        # Written so that NaN has learned nothing too.
         if not gain > least:
             names.append(strategy.name)
     if not names:
@@ -137,27 +132,22 @@ def _still_rising(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     best = scores.best("protected")
     if best is None:
         return []
-    cells = [cell for cell in results.of("protected") if cell.strategy == best.strategy]
-    mean = scores.sign * mean_of_finite([cell.curve.test for cell in cells])
+    mean = scores.sign * mean_of_finite([curve.test for curve in results.curves("protected")[best.strategy]])
     if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * scores.scale:
         return []
-    return [
-        FailedCheck(
-            "still rising at the last epoch",
-            f"{best.strategy.name} gained {abs(mean[-1] - mean[-2]):.3f} between the last two points: give it more epochs",
-        )
-    ]
+    gain = f"{best.name} gained {abs(mean[-1] - mean[-2]):.3f} between the last two points: give it more epochs"
+    return [FailedCheck("still rising at the last epoch", gain)]
 
 
 def _gradients(results: AttackResults) -> list[FailedCheck]:
-    bad = []
-    for cell in results.cells:
-        if cell.curve is None:
+    bad: dict[str, None] = {}
+    for run in results.runs:
+        if run.curve is None:
             continue
-        norms, losses = np.array(cell.curve.gradient_norm[1:]), np.array(cell.curve.loss[1:])
+        # The first point lies before the first gradient.
+        norms, losses = np.array(run.curve.gradient_norm[1:]), np.array(run.curve.loss[1:])
         if not np.isfinite(norms).all() or not np.isfinite(losses).all():
-            bad.append(f"non-finite: {cell.strategy.name} on {cell.model}")
+            bad[f"non-finite: {run.strategy.name} on {run.model}"] = None
         elif len(norms) and (norms == 0).all():
-            bad.append(f"zero: {cell.strategy.name} on {cell.model}")
-    bad = list(dict.fromkeys(bad))
+            bad[f"zero: {run.strategy.name} on {run.model}"] = None
     return [FailedCheck("zero or non-finite gradients", "; ".join(bad))] if bad else []

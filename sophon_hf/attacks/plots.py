@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
+
+from sophon_hf.data.domain import Domain
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.diffusion import DiffusionTask
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
 COLOURS = {
@@ -19,6 +25,8 @@ COLOURS = {
 }
 
 PANELS_IN_A_ROW = 3
+IMAGES = 4
+NOISE_SHARES = (0.05, 0.15, 0.3)
 
 Line = tuple[Sequence[float], Sequence[Sequence[float]]]
 
@@ -145,6 +153,21 @@ def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3]).save(path)
     return path
+
+
+def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> None:
+    """Draw what a diffusion model makes of noisy images, as in Fig. 5 and 6; other tasks have nothing to draw.
+
+    One row an image of `domain`: clean, then noisy and denoised for three amounts of noise. Images and noise are the
+    same for every model.
+    """
+    if not isinstance(task, DiffusionTask):
+        return
+    clean = domain.rows(torch.arange(min(IMAGES, len(domain))))["sample"]
+    columns = [clean]
+    for share in NOISE_SHARES:
+        columns += task.denoise(model, clean, share)
+    save_image_grid(torch.stack(columns, dim=1).numpy(), path)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from sophon_hf.attacks.checks import FailedCheck, check, void_reason
 from sophon_hf.attacks.plots import plot_best_so_far, plot_heat_map
-from sophon_hf.attacks.results import UNTRAINED, AttackResults
-from sophon_hf.attacks.score import AttackSummary, describe_interval, mean_of_finite
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.score import UNTRAINED, AttackSummary, Scores, describe_interval, mean_of_finite
 from sophon_hf.utils import write_atomically
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.2rem; font-weight: 600; margin: 0; }
-h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; }
-.score { font-size: 3rem; font-weight: 700; line-height: 1.2; margin: 0; }
-.failed { border-left: 4px solid #D55E00; padding: 0.2rem 0.8rem; margin: 0.6rem 0; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
-:is(th, td):nth-child(-n + 2) { text-align: left; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-pre { overflow-x: auto; }
-"""
+# A table for readers has a dozen columns, a heat map a few hundred rows; all points are in results.json.
 COLUMNS, ROWS = 12, 200
-_MEANING = "100% = the protection does nothing; 0% = pre-training is worth nothing to the adversary."
+
+_Table = tuple[list[str], list[list[str]]]
+# Only the page is HTML; in Markdown and JSON an escaped name would read wrong.
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
@@ -43,34 +39,38 @@ def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
         What report.json holds.
     """
     folder = Path(folder)
-    failed = check(results)
-    summary = summarize(results, failed)
+    summary = summarize(results, check(results))
     plots = write_plots(results, folder)
-    pictures = {title: os.path.relpath(path, folder) for title, path in plots.items()}
     write_atomically(folder / "report.json", json.dumps(summary, indent=1))
-    write_atomically(folder / "report.md", to_markdown(results, summary, pictures))
-    write_atomically(folder / "index.html", to_html(results, summary, plots))
+    values = _values(results, summary)
+    links = {title: os.path.relpath(path, folder) for title, path in plots.items()}
+    write_atomically(folder / "report.md", _TEMPLATES.get_template("report.md.jinja").render(values, links=links))
+    pictures = {title: base64.b64encode(path.read_bytes()).decode() for title, path in plots.items()}
+    facts = json.dumps(summary["facts"], indent=1)
+    page = _TEMPLATES.get_template("index.html.jinja").render(values, plots=pictures, facts_text=facts)
+    write_atomically(folder / "index.html", page)
     return summary
 
 
 def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
-    """Draw curves.png, heat_map.png and best_so_far.png, beside what diffusion models denoise; title -> path."""
+    """Draw curves.png, heat_map.png and best_so_far.png, and add what diffusion models denoise; title -> path."""
+    scores = results.scores()
     plots = {
         "Metric while an adversary fine-tunes": results.plot(folder / "curves.png"),
-        "Every attack on every model": plot_heat_map(*_heat_map(results), folder / "heat_map.png", results.metric),
+        "Every attack on every model": plot_heat_map(*_heat_map(scores), folder / "heat_map.png", results.metric),
         "Best attack against number of attacks tried": plot_best_so_far(
-            _best_so_far(results), folder / "best_so_far.png", results.metric
+            _best_so_far(scores), folder / "best_so_far.png", results.metric
         ),
     }
     return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
 
 
 def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
-    """The figures of a report as plain values; the score is absent where a check voids it."""
+    """Return the figures of a report as plain values; the score is absent where a check voids it."""
     scores, void = results.scores(), void_reason(failed)
     transfer, of_data = scores.recovered_transfer(), scores.recovered_transfer(model=UNTRAINED)
     best = {}
-    for model in _models(results):
+    for model in results.models():
         attack = scores.best(model)
         if attack is not None:
             best[model] = {
@@ -82,6 +82,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
             }
     return {
         "metric": results.metric,
+        "greater_is_better": results.greater_is_better,
         "recovered_transfer": None if void else transfer.value,
         "interval": None if void else transfer.interval,
         "void": void,
@@ -91,167 +92,108 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
         "cost_to_recover": None if void else results.cost_to_recover(),
         "benign": results.benign,
         "failed_checks": [vars(f) for f in failed],
-        "not_applicable": sorted({c.strategy.name for c in results.cells if not c.applicable and c.model != UNTRAINED}),
+        "not_applicable": sorted({a.name for a in scores.attacks if not a.applicable and a.model != UNTRAINED}),
         "facts": results.facts,
     }
 
 
-def to_markdown(results: AttackResults, summary: dict[str, Any], pictures: dict[str, str] | None = None) -> str:
-    """The report as Markdown: score and failed checks first, then a table like the paper's, and pictures by their path."""
-    lines = [f"# {_headline(summary)}", "", _sentence(results, summary), ""]
-    lines += [
-        f"- **{f['name']}**: {' '.join(f['message'].split())}{' (voids the score)' if f['voids'] else ''}"
-        for f in summary["failed_checks"]
-    ]
-    for header, rows in (_best_table(summary), _table(results)):
-        lines += ["", _markdown_row(header), "|---" * len(header) + "|", *map(_markdown_row, rows)]
-    for title, path in (pictures or {}).items():
-        lines += ["", f"## {title}", "", f"![{title}]({path})"]
-    return "\n".join(lines) + "\n"
+def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
+    """Return the report as Markdown, without its plots: score and failed checks first, then a table like the paper's."""
+    return _TEMPLATES.get_template("report.md.jinja").render(_values(results, summary), links={})
 
 
-def _markdown_row(cells: list[str]) -> str:
-    # A pattern may hold a bar, which would begin a new cell.
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def to_html(results: AttackResults, summary: dict[str, Any], plots: dict[str, Path]) -> str:
-    """The same as one page, with the plots inside it."""
-    failed = "".join(
-        f'<div class="failed"><b>{html.escape(f["name"])}</b>{" (voids the score)" if f["voids"] else ""}: '
-        f"{html.escape(f['message'])}</div>"
-        for f in summary["failed_checks"]
-    )
-    pictures = "".join(
-        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        for title, path in plots.items()
-    )
-    value, remark = _score(summary)
-    score = f'<p class="score">{value}</p><p>{html.escape(remark)}</p>'
-    facts = html.escape(json.dumps(summary["facts"], indent=1))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(_headline(summary))}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Recovered transfer</h1>{score}<p>{html.escape(_sentence(results, summary))}</p>{failed}"
-        f"<h2>Strongest attack on each model</h2>{_html_table(*_best_table(summary))}{pictures}"
-        f"<h2>All attacks</h2>{_html_table(*_table(results))}"
-        f"<h2>What was run</h2><details><summary>Versions, seeds, fingerprints</summary><pre>{facts}</pre></details>"
-        "</body></html>"
-    )
-
-
-def _html_table(header: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _score(summary: dict[str, Any]) -> tuple[str, str]:
-    """The score, and what belongs beside it: its interval, or why it is void."""
-    if summary["recovered_transfer"] is None:
-        return "void", summary["void"]
-    return f"{summary['recovered_transfer']:.0%}", describe_interval(summary["interval"])
-
-
-def _headline(summary: dict[str, Any]) -> str:
-    value, remark = _score(summary)
-    return f"Recovered transfer: {value} ({' '.join(remark.split())})"
-
-
-def _sentence(results: AttackResults, summary: dict[str, Any]) -> str:
-    """What the score means, and what does not fit into a table."""
-    parts = [_MEANING]
-    if (of_data := summary["recovered_by_original_data"]) is not None:
-        parts.append(
-            f"An untrained model that warms up on the adversary's original data recovers {of_data} on the same scale, without any "
-            "published weights; attacks on the protected model that need no such data are not explained by it."
-        )
-    if summary["void"] is None:
-        cost = summary["cost_to_recover"]
-        parts.append(
-            f"Recovering scratch's result from the protected model costs {cost['steps']} steps ({cost['images']:.0f} images)."
-            if cost
-            else "No attack on the protected model reaches scratch's result within its budget."
-        )
-    if benign := summary["benign"]:
-        scale, unit = (100, " points") if summary["metric"] == "accuracy" else (1, " (below 0: a higher error)")
-        parts.append(
-            f"Benign fine-tunability, protected minus original: {scale * benign['difference']:+.3g}{unit}; on an allowed task "
-            f"the best of the same sweep reaches {summary['metric']} {benign['protected']:.3f} from the protected model, "
-            f"{benign['original']:.3f} from the original, {benign['scratch']:.3f} from scratch."
-        )
-    if summary["not_applicable"]:
-        parts.append(f"Not applicable, which is no resistance: {'; '.join(summary['not_applicable'])}.")
-    return " ".join(parts)
-
-
-def _best_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what the templates show."""
+    score, remark = "void", summary["void"]
+    if summary["recovered_transfer"] is not None:
+        score, remark = f"{summary['recovered_transfer']:.0%}", describe_interval(summary["interval"])
     metric, intact = summary["metric"], summary["original_metric"]
-    rows = [
+    # Figures come before the long names, so that a telephone shows them without scrolling sideways.
+    best = [
         [
-            model, best["attack"], f"{best['epoch']:g}", f"{best['mean']:.3f} ±{best['sd']:.3f}",
+            model,
+            f"{found['mean']:.3f} ±{found['sd']:.3f}",
             f"{intact[model]:.3f}" if model in intact else "",
+            found["attack"],
+            f"{found['epoch']:g}",
         ]
-        for model, best in summary["best"].items()
-    ]  # fmt: skip
-    header = ["model", "strongest attack", "epoch", f"restricted {metric}", f"original {metric}"]
-    return header, rows
+        for model, found in summary["best"].items()
+    ]
+    return summary | {
+        "score": score,
+        "remark": " ".join(str(remark).split()),
+        "about": _about(results),
+        # Rendered by itself, as plain text: the page then escapes it as a whole.
+        "sentences": _TEMPLATES.get_template("sentences.jinja").render(summary),
+        "best_table": (["model", f"restricted {metric}", f"original {metric}", "strongest attack", "epoch"], best),
+        "attack_table": _attack_table(results),
+    }
 
 
-def _models(results: AttackResults) -> list[str]:
-    return list(dict.fromkeys(cell.model for cell in results.cells))
+def _about(results: AttackResults) -> dict[str, str]:
+    """Return what was attacked, with which data and by which sweep, as far as the results tell."""
+    facts = results.facts
+    about = dict(facts.get("models", {}))
+    for name, data in facts.get("fingerprints", {}).items():
+        source = f"{data['name']}, " if data["name"] else ""
+        about[f"{name.replace('_', ' ')} data"] = f"{source}{data['examples']} examples"
+    if "sweep" in facts:
+        sweep = Path(str(facts["sweep"])).name
+        about["sweep"] = f"{sweep}, {len({run.strategy for run in results.runs})} strategies, seeds {facts['seeds']}"
+    if "date" in facts:
+        about["date"] = facts["date"]
+    return about
 
 
-def _table(results: AttackResults) -> tuple[list[str], list[list[str]]]:
-    """Mean ± SD at each measured epoch, one row a model and attack; of the seeds that are finite, where not all are."""
-    epochs = sorted({round(e, 2) for cell in results.cells if cell.curve is not None for e in cell.curve.epoch})
-    # All points are in results.json; a table for readers has a dozen columns.
-    epochs = epochs[:: -(-len(epochs) // COLUMNS)] + epochs[-1:] if len(epochs) > COLUMNS else epochs
-    epochs = list(dict.fromkeys(epochs))
+def _attack_table(results: AttackResults) -> _Table:
+    """Return mean ± SD at each measured epoch, one row a model and attack; of the finite seeds, where not all are."""
+    curves = {model: results.curves(model) for model in results.models()}
+    shown = [found for by_strategy in curves.values() for found in by_strategy.values()]
+    epochs = sorted({round(epoch, 2) for found in shown for epoch in found[0].epoch})
+    if len(epochs) > COLUMNS:
+        epochs = list(dict.fromkeys([*epochs[:: -(-len(epochs) // COLUMNS)], epochs[-1]]))
     rows = []
-    for model in _models(results):
-        for strategy, cells in results.by_strategy(model):
+    for model, by_strategy in curves.items():
+        for strategy, found in by_strategy.items():
             row = {}
-            for point, epoch in enumerate(cells[0].curve.epoch):
-                row[round(epoch, 2)] = _spread([cell.curve.test[point] for cell in cells])
+            for point, epoch in enumerate(found[0].epoch):
+                values = [curve.test[point] for curve in found]
+                finite = [value for value in values if math.isfinite(value)]
+                lost = f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else ""
+                sd = np.std(finite, ddof=1) if len(finite) > 1 else 0
+                row[round(epoch, 2)] = f"{mean_of_finite(finite):.3f} ±{sd:.3f}{lost}"
             rows.append([model, strategy.name, *(row.get(epoch, "") for epoch in epochs)])
     return ["model", "attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
 
 
-def _spread(values: list[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    lost = f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else ""
-    return f"{mean_of_finite(finite):.3f} ±{np.std(finite, ddof=1) if len(finite) > 1 else 0:.3f}{lost}"
-
-
-def _heat_map(results: AttackResults) -> tuple[list[str], list[str], np.ndarray]:
-    """What each attack reached at its end on each model; of more than fit into a picture, the strongest on the first."""
+def _heat_map(scores: Scores) -> tuple[list[str], list[str], np.ndarray]:
+    """Return what each attack reached at its end on each model; of more than a picture has room for, the strongest."""
     # Training from scratch shares no strategy with the models.
-    models = [model for model in _models(results) if model != "scratch"]
-    row = {name: i for i, name in enumerate(dict.fromkeys(c.strategy.name for c in results.cells if c.model in models))}
+    attacks = [attack for attack in scores.attacks if attack.model != "scratch"]
+    models = list(dict.fromkeys(attack.model for attack in attacks))
+    row = {name: i for i, name in enumerate(dict.fromkeys(attack.name for attack in attacks))}
     values = np.full((len(row), len(models)), math.nan)
-    for column, model in enumerate(models):
-        for strategy, cells in results.by_strategy(model):
-            values[row[strategy.name], column] = mean_of_finite([cell.curve.test[-1] for cell in cells])
-    # NaN comes last.
-    order = np.argsort(-values[:, 0] if results.greater_is_better else values[:, 0])
-    kept = np.sort(order[:ROWS])
-    attacks = list(row)
-    return [attacks[i] for i in kept], models, values[kept]
+    for attack in attacks:
+        final = mean_of_finite([v for v in attack.final if v is not None])
+        values[row[attack.name], models.index(attack.model)] = final
+    # Strongest on the first model first, NaN last.
+    kept = np.sort(np.argsort(-scores.sign * values[:, 0])[:ROWS]) if models else np.array([], dtype=int)
+    names = list(row)
+    return [names[i] for i in kept], models, values[kept]
 
 
-def _best_so_far(results: AttackResults) -> dict[str, list[float]]:
+def _best_so_far(scores: Scores) -> dict[str, list[float]]:
     """Return the test metric of the best attack among the first 1, 2, ... on each model."""
-    scores = results.scores()
     lines: dict[str, list[float]] = {}
     best: dict[str, AttackSummary] = {}
-    for attack in (a for a in scores.attacks if a.seeds):
-        model, strongest = attack.model, best.get(attack.model)
-        if attack.validation is not None and (
-            strongest is None or scores.sign * (attack.validation - strongest.validation) > 0
+    for attack in scores.attacks:
+        if not attack.seeds:
+            continue
+        strongest, validation = best.get(attack.model), attack.validation
+        if validation is not None and (
+            strongest is None or strongest.validation is None or scores.sign * (validation - strongest.validation) > 0
         ):
-            best[model] = attack
-        lines.setdefault(model, []).append(best[model].mean if model in best else math.nan)
+            best[attack.model] = attack
+        found = best.get(attack.model)
+        lines.setdefault(attack.model, []).append(math.nan if found is None else found.mean)
     return lines

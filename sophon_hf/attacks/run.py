@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from sophon_hf.data.batches import Stream, derive_seed
-from sophon_hf.data.domain import Domain
+from sophon_hf.attacks.adversary import AdversaryDomains
+from sophon_hf.data.batches import Stream
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
-from sophon_hf.finetuning.stacked import StackedFineTuning
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.models.loading import restore_precision
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
-from sophon_hf.utils import kept_random_state, set_seed
+from sophon_hf.utils import derive_seed, finite_or_none, kept_random_state, set_seed
 
 EVALUATION_BATCH = 128
 PAPER_EPOCHS = (0, 1, 5, 10, 15, 20)
@@ -46,99 +45,110 @@ class Curve:
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, list]:
-        """Plain values, for JSON."""
-        return asdict(self)
+
+@dataclass
+class AttackRun:
+    """One attack on one model with one seed.
+
+    Attributes:
+        model: "protected", "original", "scratch", "untrained", or a further baseline.
+        strategy: What the adversary did.
+        seed: Of the attack.
+        curve: What it reached; None where it did not end.
+        error: Why it did not end.
+        applicable: False where the strategy cannot be carried out on this model at all, which does not show resistance.
+    """
+
+    model: str
+    strategy: FineTuningStrategy
+    seed: int
+    curve: Curve | None = None
+    error: str | None = None
+    applicable: bool = True
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the attack could have been carried out, but broke off."""
+        return self.error is not None and self.applicable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON, which knows no NaN."""
+        values = {**asdict(self), "strategy": self.strategy.to_dict()}
+        if self.curve is not None:
+            values["curve"] = {n: [finite_or_none(v) for v in points] for n, points in values["curve"].items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AttackRun:
+        """Return the run that `to_dict` wrote; what was not finite is NaN."""
+        curve = None
+        if values["curve"] is not None:
+            curve = Curve(
+                **{n: [math.nan if v is None else v for v in points] for n, points in values["curve"].items()}
+            )
+        return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
 
 
 def run_attack(
     model: nn.Module,
     task: Task,
     strategy: FineTuningStrategy,
-    training: Domain,
-    test: Domain,
+    data: AdversaryDomains,
     *,
     seed: int = 0,
-    **settings: Any,
-) -> Curve:
-    """Fine-tune a copy of `model` in the restricted domain: `run_attacks` with one seed, which takes the same settings."""
-    return run_attacks(model, task, strategy, training, test, seeds=[seed], **settings)[0]
-
-
-def run_attacks(
-    model: nn.Module,
-    task: Task,
-    strategy: FineTuningStrategy,
-    training: Domain,
-    test: Domain,
-    *,
-    seeds: Sequence[int],
-    validation: Domain | None = None,
-    original: Domain | None = None,
-    epochs: Sequence[float] = PAPER_EPOCHS,
-    every: int | None = None,
+    measured: Sequence[float] | int = PAPER_EPOCHS,
     after_step: Callable[[int, int], Any] | None = None,
-    at_end: Callable[[int, nn.Module], Any] | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> list[Curve]:
-    """Fine-tune copies of `model` in the restricted domain, one a seed, several of them together as one stack.
+    at_end: Callable[[nn.Module], Any] | None = None,
+) -> Curve:
+    """Fine-tune a copy of `model` in the restricted domain, and measure it along the way.
 
     Args:
         model: Left as it is.
         task: What the adversary learns.
         strategy: How, and for how long.
-        training: The adversary's data.
-        test: What the result is reported on.
-        seeds: Each decides its new heads and the order of its data; a single one dropout too.
-        validation: What attacks are chosen by; the test split is never used for that.
-        original: Data of the original domain, for strategies that warm up on it.
-        epochs: When to measure, as far as the attack goes (`measured_epochs`); its end is always measured.
-        every: Measure every so many optimizer steps instead, from step 0 on.
+        data: What it learns from and is measured on.
+        seed: Decides new heads, the order of the data, and dropout.
+        measured: When to measure (`measured_points`).
         after_step: Called with the step and the number of steps, for progress.
-        at_end: Called with each seed and its fine-tuned copy.
-        autocast: Called for a context around each forward pass.
+        at_end: Called with the fine-tuned copy.
 
     Returns:
-        One curve a seed. A point at epoch 0 is the model before the first step, with its new head where it gets one.
+        What was measured. A point at epoch 0 is the model before the first step, with its new head where it gets one.
 
     Raises:
-        ValueError: Several seeds of what cannot be stacked (`StackedFineTuning`).
+        NotApplicableError: The strategy cannot be carried out on this model, or with these data.
     """
-    copies = [copy.deepcopy(model) for _ in seeds]
-    for copied in copies:
-        restore_precision(copied)  # A model fresh from a bf16 training would be attacked in bf16, and others not.
+    copied = copy.deepcopy(model)
+    restore_precision(copied)  # A model fresh from a bf16 training would be attacked in bf16, and others not.
     device = next(model.parameters()).device
-    structure = task.structure(copies[0], first_rows(task, training, device))
-    steps = strategy.total_steps(len(training))
-    points = _points(strategy, len(training), steps, epochs, every)
-    curves = [Curve() for _ in seeds]
+    structure = task.structure(copied, first_rows(task, data.training, device))
+    steps = strategy.total_steps(len(data.training))
+    points = measured_points(strategy, len(data.training), measured)
+    curve = Curve()
 
     def measure(step: int, losses: list[torch.Tensor]) -> None:
-        means = torch.stack(losses).mean(dim=0).reshape(-1).tolist() if losses else [float("nan")] * len(curves)
-        for curve, copied, loss, norm in zip(curves, copies, means, fine_tuning.gradient_norms(), strict=True):
-            curve.epoch.append(points[step])
-            curve.step.append(step)
-            curve.loss.append(loss)
-            curve.gradient_norm.append(norm)
-            for values, domain in ((curve.test, test), (curve.validation, validation)):
-                if domain is not None:
-                    # Without the loss, so that a class that the adversary's data lack counts as wrong.
-                    found = evaluate_model(task, copied, domain, EVALUATION_BATCH, autocast=autocast, with_loss=False)
-                    values.append(found.metric)
+        curve.epoch.append(points[step])
+        curve.step.append(step)
+        curve.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
+        curve.gradient_norm.append(fine_tuning.gradient_norm())
+        for values, domain in ((curve.test, data.test), (curve.validation, data.validation)):
+            if domain is not None:
+                # Without the loss, so that a class that the adversary's data lack counts as wrong.
+                values.append(evaluate_model(task, copied, domain, EVALUATION_BATCH, with_loss=False).metric)
 
     with kept_random_state([device] if device.type == "cuda" else []):
-        runs = []
-        for seed, copied in zip(seeds, copies, strict=True):
-            set_seed(derive_seed(seed, "attack"))
-            prepare_model(copied, task, strategy, training, original, seed)
-            batches = Stream(training, task, derive_seed(seed, "adversary's order")).batches(strategy.batch_size)
-            classes = training.num_classes or None
-            runs.append(
-                FineTuning(
-                    copied, task, strategy, batches, steps, structure=structure, num_classes=classes, autocast=autocast
-                )
-            )
-        fine_tuning = runs[0] if len(runs) == 1 else StackedFineTuning(runs)
+        set_seed(derive_seed(seed, "attack"))
+        prepare_model(copied, task, strategy, data.training, data.original, seed)
+        stream = Stream(data.training, task.collate, derive_seed(seed, "adversary's order"))
+        fine_tuning = FineTuning(
+            copied,
+            task,
+            strategy,
+            stream.batches(strategy.batch_size),
+            steps,
+            structure=structure,
+            num_classes=data.training.num_classes or None,
+        )
         losses: list[torch.Tensor] = []
         if 0 in points:
             measure(0, losses)
@@ -150,27 +160,30 @@ def run_attacks(
                 measure(update.step, losses)
                 losses = []
         if at_end is not None:
-            for seed, copied in zip(seeds, copies, strict=True):
-                at_end(seed, copied)
-    return curves
+            at_end(copied)
+    return curve
 
 
-def measured_epochs(strategy: FineTuningStrategy, examples: int, epochs: Sequence[float]) -> list[float]:
-    """`epochs`, and beyond the usual 20 every tenth of the attack: one that overfits is at its best before its end."""
-    length = strategy.epochs if strategy.steps is None else strategy.epoch_of_step(strategy.steps, examples)
-    tenths = (length * tenth / 10 for tenth in range(1, 10))
-    return [*epochs, *(epoch for epoch in tenths if epoch > USUAL_EPOCHS and epoch not in epochs)]
-
-
-def _points(
-    strategy: FineTuningStrategy, examples: int, steps: int, epochs: Sequence[float], every: int | None
+def measured_points(
+    strategy: FineTuningStrategy, examples: int, measured: Sequence[float] | int = PAPER_EPOCHS
 ) -> dict[int, float]:
-    """Step -> epoch of each measurement."""
-    if every is None:
-        epochs = measured_epochs(strategy, examples, epochs)
+    """Return when an attack is measured: step -> epoch.
+
+    Args:
+        strategy: Says how long the attack is.
+        examples: The adversary's.
+        measured: Epochs, as far as the attack goes; or a whole number, for every so many optimizer steps from step 0
+            on. The end is always measured. Beyond the usual 20 epochs, so is every tenth of the attack: one that
+            overfits is at its best before its end.
+    """
+    steps = strategy.total_steps(examples)
+    if isinstance(measured, int):
+        points = {step: strategy.epoch_of_step(step, examples) for step in range(0, steps + 1, measured)}
+    else:
+        length = strategy.epochs if strategy.steps is None else strategy.epoch_of_step(strategy.steps, examples)
+        tenths = (length * tenth / 10 for tenth in range(1, 10))
+        epochs = [*measured, *(epoch for epoch in tenths if epoch > USUAL_EPOCHS and epoch not in measured)]
         points = {strategy.step_of_epoch(epoch, examples): epoch for epoch in epochs}
         points = {step: epoch for step, epoch in points.items() if step <= steps}
-    else:
-        points = {step: strategy.epoch_of_step(step, examples) for step in range(0, steps + 1, every)}
     points.setdefault(steps, strategy.epoch_of_step(steps, examples))
     return points

@@ -5,7 +5,6 @@ Nothing here needs a curve, so a suite's own results and the summaries in a clai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,8 @@ import numpy as np
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 
+# The model that has never been trained and warms up on the adversary's original data.
+UNTRAINED = "untrained"
 # Closer than this (points, or a share of scratch's error), original and scratch show no transfer that could be protected.
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0

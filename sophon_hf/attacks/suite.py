@@ -5,27 +5,33 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sophon_hf.attacks.budget import Budget, check_disjoint, check_same_architecture, flops_per_example, head_fits
-from sophon_hf.attacks.cache import cell_keys
-from sophon_hf.attacks.pictures import draw_denoised
-from sophon_hf.attacks.results import UNTRAINED, AttackResults, AttackRun
-from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, measured_epochs, run_attacks
+from sophon_hf.attacks.adversary import (
+    AdversaryData,
+    AdversaryDomains,
+    check_same_architecture,
+    flops_per_example,
+    head_fits,
+)
+from sophon_hf.attacks.cache import run_keys
+from sophon_hf.attacks.plots import draw_denoised
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, run_attack
+from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
-from sophon_hf.data.domain import Domain, Source, build_domain, load_domain
+from sophon_hf.data.domain import Domain
 from sophon_hf.data.fingerprint import fingerprint_domain
-from sophon_hf.data.labels import split_domain
-from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.data.loading import Source
 from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import hash_state, load_model, load_processor, refuse_half_precision
@@ -35,30 +41,26 @@ from sophon_hf.utils import write_atomically
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SHARE = 0.1
-
 
 class AttackSuite:
     """Finds the strongest attack of a sweep.
 
     Args:
         sweep: The name of a sweep, a JSON or YAML file with a list of strategies, or the strategies themselves.
-        output_dir: Each finished cell is a file there, so a second run computes what is missing only.
+        output_dir: Each finished run is a file there, so a second run computes what is missing only.
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
         measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20 epochs
             also at every tenth of its length beyond them.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
-        stack_seeds: Train the seeds of an attack together, as one stack, which gives the same within rounding; for models so
-            small that one leaves the device idle. On a CPU it is slower. What cannot be stacked runs seed by seed, and
-            says so.
         examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where there
             are fewer.
         task: What is learned, where it cannot be inferred. That of a pipeline by its id or folder has its noise scheduler.
         processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is saved
             with the original model, or else the protected one, where that is an id or a folder; modules bring none.
-        input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by itself.
+        input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by
+            itself.
         label_columns: The same for the label column.
     """
 
@@ -71,12 +73,11 @@ class AttackSuite:
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
         measured_every: int | None = None,
-        stack_seeds: bool = False,
         examples: int | None = None,
         task: Task | None = None,
         processing_class: Any | None = None,
-        input_columns: dict[str, str | None] | None = None,
-        label_columns: dict[str, str | None] | None = None,
+        input_columns: Mapping[str, str | None] | None = None,
+        label_columns: Mapping[str, str | None] | None = None,
     ):
         strategies = load_sweep(sweep) if isinstance(sweep, (str, Path)) else list(sweep)
         if not strategies:
@@ -94,7 +95,7 @@ class AttackSuite:
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
-        self.measured_every, self.stack_seeds = measured_every, stack_seeds
+        self.measured_every = measured_every
         self.output_dir, self.examples, self.task = Path(output_dir), examples, task
         self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
@@ -122,8 +123,8 @@ class AttackSuite:
             eval_dataset: The restricted domain's test split; it reports and never chooses.
             validation_dataset: What attacks are chosen by; a tenth of the adversary's data where left out.
             original_dataset: Data of the original domain that the adversary may warm up on; attacks that need it are
-                recorded as not applicable where it is left out. An untrained model warms up on them, too, which tells what they
-                are worth by themselves ("untrained" in the results).
+                recorded as not applicable where it is left out. An untrained model warms up on them, too, which tells
+                what they are worth by themselves ("untrained" in the results).
             original_eval_dataset: The original domain's test split, to tell whether the protected model still works.
             baselines: Further models to attack, by name (an NTL model, say).
             benign_dataset: An allowed task: the same sweep at the same budget tells what the protection costs an honest
@@ -145,27 +146,28 @@ class AttackSuite:
         check_same_architecture(models)
         task, processor = self._task_and_processor(models["original"], original, protected)
         needs = task.inputs(models["original"])
-        budget = self._budget(needs, processor, restricted_dataset, eval_dataset, validation_dataset)
-        if original_dataset is not None:
-            budget.original = self._domain(needs, processor, load_domain(original_dataset), "original")
-        original_metric = {}
-        if original_eval_dataset is not None:
-            test = self._domain(needs, processor, load_domain(original_eval_dataset, "test"), "original")
-            if not head_fits(task, models["original"], test):
-                raise ValueError(
-                    f"The original domain's test split has {test.num_classes} classes, more than the model's head has "
-                    "outputs: select the classes that the model knows, in its order (`select_classes`)."
-                )
-            budget.original_test = test
-            original_metric = {n: evaluate_model(task, m, test, EVALUATION_BATCH).metric for n, m in models.items()}
-            for name, model in models.items():
-                draw_denoised(task, model, test, self.output_dir / f"original-{name}.png")
-        check_disjoint(budget)
-        if benign_dataset is not None:
+        data = self._data(restricted_dataset, eval_dataset, validation_dataset, original_dataset, original_eval_dataset)
+        domains = data.build(needs, processor)
+        if domains.original_test is not None and not head_fits(task, models["original"], domains.original_test):
+            raise ValueError(
+                f"The original domain's test split has {domains.original_test.num_classes} classes, more than the model's "
+                "head has outputs: select the classes that the model knows, in its order (`select_classes`)."
+            )
+        domains.check_disjoint()
+        if benign_dataset is not None and benign_eval_dataset is not None:
             benign = self._benign_suite()
-            allowed = benign._budget(needs, processor, benign_dataset, benign_eval_dataset, None)
-            check_disjoint(allowed)
-        results = self._attack(task, models, budget, original_metric)
+            allowed = benign._data(benign_dataset, benign_eval_dataset).build(needs, processor)
+            allowed.check_disjoint()
+        original_metric = {}
+        if domains.original_test is not None:
+            for name, model in models.items():
+                found = evaluate_model(task, model, domains.original_test, EVALUATION_BATCH)
+                original_metric[name] = found.metric
+                _draw(task, model, domains.original_test, self.output_dir / f"original-{name}.png")
+        results = self._attack(task, models, domains, original_metric)
+        results.facts["models"] = {name: _name(model) for name, model in given.items()}
+        results.facts["date"] = date.today().isoformat()
+        results.save(self.output_dir / "results.json")
         if benign_dataset is not None:
             pair = {name: models[name] for name in ("protected", "original")}
             results.benign = benign._attack(task, pair, allowed, {}).fine_tunability()
@@ -173,25 +175,60 @@ class AttackSuite:
         return results
 
     def _attack(
-        self, task: Task, models: dict[str, nn.Module], budget: Budget, original_metric: dict[str, float]
+        self, task: Task, models: dict[str, nn.Module], data: AdversaryDomains, original_metric: dict[str, float]
     ) -> AttackResults:
-        """Compute the cells that are missing, and save all results."""
-        cells = self._cells(models, budget)
+        """Compute the runs that are missing, and save all results."""
+        warm_ups = [] if data.original is None else warming_up(self.strategies)
+        sweeps = {name: self.strategies for name in models}
+        sweeps |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
+        runs = [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in sweeps.items() for s in sweep]
         weights = {name: hash_state(model) for name, model in models.items()}
-        keys = cell_keys(cells, task, models, weights, budget, lambda strategy: self._measured(strategy, budget))
-        found = [self._read(key, cell) for key, cell in zip(keys, cells, strict=True)]
-        # A cell that failed is tried again; one that is not applicable stays so.
-        missing = [i for i, cell in enumerate(found) if cell is None or cell.failed]
-        self._compute(task, models, budget, [(keys[i], cells[i]) for i in missing])
+        keys = run_keys(runs, task, models, weights, data, self.measured_every or self.measured_epochs)
+        found = [self._read(key, run) for key, run in zip(keys, runs, strict=True)]
+        # A run that failed is tried again; one that is not applicable stays so.
+        missing = [i for i, run in enumerate(found) if run is None or run.failed]
+        self._compute(task, models, data, [(keys[i], runs[i]) for i in missing])
         for i in missing:
-            found[i] = self._read(keys[i], cells[i]) or cells[i]
-        facts = self._facts(task, models, weights, budget)
-        results = AttackResults(found, task.metric, task.greater_is_better, len(budget.test), original_metric, facts)
+            found[i] = self._read(keys[i], runs[i])
+        ended = [run if done is None else done for run, done in zip(runs, found, strict=True)]
+        facts = {
+            "sweep": self.name,
+            "seeds": self.seeds,
+            "measured_every": self.measured_every,
+            "flops_per_example": flops_per_example(task, models["original"], data.training),
+            "training_examples": len(data.training),
+            "validation_examples": 0 if data.validation is None else len(data.validation),
+            "weights": weights,
+            "data": {n: d.fingerprint for n, d in data.given().items() if n in ("training", "validation", "test")},
+            "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in data.given().items()},
+            "versions": {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")},
+        }
+        results = AttackResults(ended, task.metric, task.greater_is_better, len(data.test), original_metric, facts)
         results.pictures = self._pictures(results, keys)
         results.save(self.output_dir / "results.json")
         return results
 
+    def _data(
+        self,
+        training: Source,
+        test: Source,
+        validation: Source | None = None,
+        original: Source | None = None,
+        original_test: Source | None = None,
+    ) -> AdversaryData:
+        return AdversaryData(
+            training,
+            test,
+            validation,
+            original,
+            original_test,
+            examples=self.examples,
+            input_columns=self.input_columns,
+            label_columns=self.label_columns,
+        )
+
     def _benign_suite(self) -> AttackSuite:
+        """Return this suite for the allowed task, whose columns it takes for those of the restricted domain."""
         suite = copy.copy(self)
         suite.output_dir = self.output_dir / "benign"
         suite.input_columns, suite.label_columns = (
@@ -200,7 +237,7 @@ class AttackSuite:
         return suite
 
     def _task_and_processor(self, model: nn.Module, *given: nn.Module | str) -> tuple[Task, Any | None]:
-        """The suite's own; else what is saved with the first of the given models that is an id or a folder."""
+        """Return the suite's own; else what is saved with the first of the given models that is an id or a folder."""
         task, processor = self.task, self.processing_class
         source = next((m for m in given if not isinstance(m, nn.Module)), None)
         if task is None:
@@ -209,140 +246,74 @@ class AttackSuite:
             processor = load_processor(source, model)
         return task, processor
 
-    def _budget(self, needs: ModelInputs, processor: Any | None, restricted, test, validation) -> Budget:
-        dataset, label, carved = load_domain(restricted), self.label_columns.get("restricted"), validation is None
-        if carved:
-            validation, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
-        if self.examples is not None and self.examples < len(dataset):
-            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
-        elif self.examples is not None and self.examples > len(dataset):
-            logger.warning(
-                "%d examples were asked for, but the adversary has %d%s: it uses them all.", self.examples, len(dataset),
-                " beside those for validation" if carved else "",
-            )  # fmt: skip
-        training, held_out, test = (
-            self._domain(needs, processor, part, "restricted")
-            for part in (dataset, load_domain(validation, "validation"), load_domain(test, "test"))
-        )
-        if carved:
-            # Data that hold an example twice would otherwise have it on both sides.
-            raw = training.transformed
-            seen, hashes = set(training.example_hashes(raw)), held_out.example_hashes(raw)
-            kept = [i for i, digest in enumerate(hashes) if digest not in seen]
-            if not kept:
-                raise ValueError("Every validation example is a training example too: give a validation_dataset.")
-            if len(kept) < len(hashes):
-                held_out = self._domain(needs, processor, validation.select(kept), "restricted")
-        return Budget(training, held_out, test)
+    def _file(self, key: str, suffix: str = "json") -> Path:
+        return self.output_dir / "runs" / f"{key}.{suffix}"
 
-    def _domain(self, needs: ModelInputs, processor: Any | None, dataset: datasets.Dataset, name: str) -> Domain:
-        return build_domain(
-            dataset, needs, processor, name=name, input_column=self.input_columns.get(name),
-            label=self.label_columns.get(name),
-        )  # fmt: skip
-
-    def _cells(self, models: dict[str, nn.Module], budget: Budget) -> list[AttackRun]:
-        warm_ups = [] if budget.original is None else warming_up(self.strategies)
-        by_model = {name: self.strategies for name in models}
-        by_model |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
-        return [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in by_model.items() for s in sweep]
-
-    def _measured(self, strategy: FineTuningStrategy, budget: Budget) -> list[float] | str:
-        if self.measured_every is not None:
-            return f"every {self.measured_every} steps"
-        return measured_epochs(strategy, len(budget.training), self.measured_epochs)
-
-    def _read(self, key: str, cell: AttackRun) -> AttackRun | None:
-        path = self.output_dir / "cells" / f"{key}.json"
+    def _read(self, key: str, run: AttackRun) -> AttackRun | None:
+        path = self._file(key)
         if not path.exists():
             return None
         try:
-            # Models of equal weights share a file, so its name for the model may be the other one's. The strategy is equal;
-            # one object of it for all cells is what a sweep of thousands has room for.
             read = AttackRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            return replace(read, model=cell.model, strategy=cell.strategy)
         except (ValueError, KeyError, TypeError):
             logger.warning("%s is torn or not a result: it is computed again.", path)
             return None
+        # Models of equal weights share a file, so its name for the model may be the other one's. The strategy is equal;
+        # one object of it for all runs is what a sweep of thousands has room for.
+        return replace(read, model=run.model, strategy=run.strategy)
 
     def _compute(
-        self, task: Task, models: dict[str, nn.Module], budget: Budget, missing: list[tuple[str, AttackRun]]
+        self, task: Task, models: dict[str, nn.Module], data: AdversaryDomains, missing: list[tuple[str, AttackRun]]
     ) -> None:
+        """Compute this process's share of what is missing, each run a file when it ends."""
         state = process_state()
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
-        groups: dict[tuple, list[tuple[str, AttackRun]]] = {}
-        for key, cell in missing:
-            seed = None if self.stack_seeds and cell.model != UNTRAINED else cell.seed
-            groups.setdefault((cell.model, cell.strategy, seed), []).append((key, cell))
-        mine = list(groups.values())[state.process_index :: state.num_processes]
-        steps = sum(cell.strategy.total_steps(len(budget.training)) for group in mine for _, cell in group)
+        mine = missing[state.process_index :: state.num_processes]
+        steps = sum(run.strategy.total_steps(len(data.training)) for _, run in mine)
         with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
-            for number, group in enumerate(mine, 1):
-                cells = [cell for _, cell in group]
-                bar.set_postfix_str(f"attack {number}/{len(mine)}: {cells[0].model}, {cells[0].strategy.name}")
-                victim = models["original" if cells[0].model in ("scratch", UNTRAINED) else cells[0].model]
-                pictures = {cell.seed: self._picture(key) for key, cell in group}
-                self._run_cells(task, victim, budget, cells, pictures, bar.update)
-                for key, cell in group:
-                    write_atomically(self.output_dir / "cells" / f"{key}.json", json.dumps(cell.to_dict()))
+            for number, (key, run) in enumerate(mine, 1):
+                bar.set_postfix_str(f"attack {number}/{len(mine)}: {run.model}, {run.strategy.name}")
+                victim = models["original" if run.model in ("scratch", UNTRAINED) else run.model]
+                try:
+                    if run.strategy.needs_original_head and not head_fits(task, victim, data.training):
+                        raise NotApplicableError(
+                            f"the head has fewer outputs than the {data.training.num_classes} restricted classes"
+                        )
+                    if run.model == UNTRAINED:
+                        victim = untrained_copy(victim, task, data.training, run.seed)
+                    run.curve = run_attack(
+                        victim,
+                        task,
+                        run.strategy,
+                        data,
+                        seed=run.seed,
+                        measured=self.measured_every or self.measured_epochs,
+                        after_step=lambda *_: bar.update(),
+                        at_end=lambda model, key=key: _draw(task, model, data.test, self._file(key, "png")),
+                    )
+                except NotApplicableError as reason:
+                    run.error, run.applicable = str(reason), False
+                except Exception as error:  # Whatever a model raises: the other attacks go on.
+                    run.error = f"{type(error).__name__}: {error}"
+                    logger.warning("%s on %s failed and is recorded: %s", run.strategy.name, run.model, run.error)
+                write_atomically(self._file(key), json.dumps(run.to_dict()))
         state.wait_for_everyone()
 
-    def _run_cells(
-        self,
-        task: Task,
-        victim: nn.Module,
-        budget: Budget,
-        cells: Sequence[AttackRun],
-        pictures: dict[int, Path],
-        progress: Callable[[int], Any],
-    ) -> None:
-        """Run the cells of one attack on one model, which differ in the seed."""
-        strategy, seeds = cells[0].strategy, [cell.seed for cell in cells]
-        try:
-            if strategy.needs_original_head and not head_fits(task, victim, budget.training):
-                raise NotApplicableError(
-                    f"the head has fewer outputs than the {budget.training.num_classes} restricted classes"
-                )
-            if cells[0].model == UNTRAINED:
-                victim = untrained_copy(victim, task, budget.training, cells[0].seed)
-            curves = run_attacks(
-                victim, task, strategy, budget.training, budget.test, seeds=seeds, validation=budget.validation,
-                original=budget.original, epochs=self.measured_epochs, every=self.measured_every,
-                after_step=lambda *_: progress(len(cells)),
-                at_end=lambda seed, model: draw_denoised(task, model, budget.test, pictures[seed]),
-            )  # fmt: skip
-            for cell, curve in zip(cells, curves, strict=True):
-                cell.curve = curve
-        except NotApplicableError as reason:
-            for cell in cells:
-                cell.error, cell.applicable = str(reason), False
-        except Exception as error:
-            if len(cells) > 1:
-                logger.warning("The seeds of %s on %s run one by one: %s", strategy.name, cells[0].model, error)
-                for cell in cells:
-                    self._run_cells(task, victim, budget, [cell], pictures, progress)
-                return
-            cells[0].error = f"{type(error).__name__}: {error}"
-            logger.warning("%s on %s failed and is recorded: %s", strategy.name, cells[0].model, cells[0].error)
-
-    def _picture(self, key: str) -> Path:
-        return self.output_dir / "cells" / f"{key}.png"
-
     def _pictures(self, results: AttackResults, keys: list[str]) -> dict[str, Path]:
-        """Of each model: the restricted domain after its best attack with the first seed, and the original domain."""
-        pictures = {}
-        for model in dict.fromkeys(cell.model for cell in results.cells):
-            best = results.best(model)
-            for key, cell in zip(keys, results.cells, strict=True):
-                if best and (cell.model, cell.strategy, cell.seed) == (model, best.strategy, self.seeds[0]):
-                    pictures[f"restricted domain, {model} after its best attack"] = self._picture(key)
+        """Return pictures of each model: the restricted domain after its best attack, and the original domain."""
+        pictures, scores = {}, results.scores()
+        for model in results.models():
+            best = scores.best(model)
+            for key, run in zip(keys, results.runs, strict=True):
+                if best and (run.model, run.strategy, run.seed) == (model, best.strategy, self.seeds[0]):
+                    pictures[f"restricted domain, {model} after its best attack"] = self._file(key, "png")
         for model in results.original_metric:
             pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
         return {title: path for title, path in pictures.items() if path.exists()}
 
     def plan(self, examples: int, models: int = 2, benign_examples: int | None = None) -> dict[str, int]:
-        """What `run` would do at most: cells, optimizer steps and images.
+        """Return what `run` would do at most: runs, optimizer steps and images.
 
         Args:
             examples: The adversary's training examples.
@@ -355,24 +326,7 @@ class AttackSuite:
             attacks += [(s, benign_examples) for s in [*self.strategies * 2, *from_scratch]]
         steps = [s.total_steps(count) for s, count in attacks]
         images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
-        return {"cells": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
-
-    def _facts(
-        self, task: Task, models: dict[str, nn.Module], weights: dict[str, str], budget: Budget
-    ) -> dict[str, Any]:
-        packages = ("torch", "transformers", "diffusers", "datasets", "peft")
-        return {
-            "sweep": self.name,
-            "seeds": self.seeds,
-            "measured_every": self.measured_every,
-            "flops_per_example": flops_per_example(task, models["original"], budget.training),
-            "training_examples": len(budget.training),
-            "validation_examples": len(budget.validation),
-            "weights": weights,
-            "data": {n: getattr(budget, n).fingerprint for n in ("training", "validation", "test")},
-            "fingerprints": {n: asdict(fingerprint_domain(d)) for n, d in vars(budget).items() if d is not None},
-            "versions": {package: version(package) for package in packages},
-        }
+        return {"runs": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
 
 
 def _load(model: nn.Module | str) -> nn.Module:
@@ -380,8 +334,23 @@ def _load(model: nn.Module | str) -> nn.Module:
     return model.to(process_state().device)
 
 
+def _name(model: nn.Module | str) -> str:
+    """Return what a model is called in a report: its Hub id, its folder's base name, or its class."""
+    if isinstance(model, nn.Module):
+        return type(model).__name__
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
+def _draw(task: Task, model: nn.Module, domain: Domain, path: Path) -> None:
+    """Draw what a model denoises; a picture that fails must not cost the attack that it shows."""
+    try:
+        draw_denoised(task, model, domain, path)
+    except Exception as error:
+        logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
+
+
 def process_state() -> Any:
-    """accelerate's `PartialState`: which process this is, of how many, and its device."""
+    """Return accelerate's `PartialState`: which process this is, of how many, and its device."""
     from accelerate import PartialState
 
     # Else accelerate would start every process of a machine without a GPU on its own.

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sophon_hf.attacks.checks import check
-from sophon_hf.attacks.results import AttackResults, AttackRun
-from sophon_hf.attacks.run import Curve
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.run import AttackRun, Curve
 from sophon_hf.attacks.score import NO_INTERVAL, RecoveredTransfer
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import AttackReport, Claim, Transfer
@@ -191,7 +191,7 @@ def judge_transfer(claim: Claim, results: AttackResults, same_data: bool) -> Ver
 
 def _evidence(verdict: Verdict, results: AttackResults) -> Verdict:
     """No claim passes on attacks that broke off, or on too few seeds."""
-    failed = sum(cell.failed for cell in results.cells if cell.model == "protected")
+    failed = sum(cell.failed for cell in results.runs if cell.model == "protected")
     seeds = len(results.best("protected").finite)
     if verdict.verdict != REPRODUCED or (not failed and seeds >= FEWEST_SEEDS):
         return verdict

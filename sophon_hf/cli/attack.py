@@ -46,16 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--measured_every", type=int, metavar="STEPS", help="measure every so many steps, not at epochs 0, 1, 5, ... 20"
     )
-    add(
-        "--stack_seeds",
-        action="store_true",
-        help="train an attack's seeds together: for models that leave a GPU idle",
-    )
     add("--examples", type=int, help="the adversary's examples, stratified; all where left out")
     add(
         "--output_dir", default="attacks", help="finished attacks and the report; a second run computes what is missing"
     )
-    add("--dry-run", action="store_true", help="tell the number of cells and their cost, and run nothing")
+    add("--dry-run", action="store_true", help="tell the number of runs and their cost, and run nothing")
     return parser
 
 
@@ -64,7 +59,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     suite = AttackSuite(
         options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
-        stack_seeds=options.stack_seeds, examples=options.examples,
+        examples=options.examples,
         input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
     )  # fmt: skip
     training, test = load_restricted(options, options.restricted)
@@ -94,9 +89,9 @@ def _print_plan(
         None if data is None else min(options.examples or len(data), len(data)) for data in (training, benign)
     )
     plan = suite.plan(count, benign_examples=benign_count)
-    print(f"{plan['cells']} cells, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
+    print(f"{plan['runs']} runs, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
     for strategy in suite.strategies:
-        print(f"  {strategy.name}: {strategy.total_steps(count)} steps a cell")
+        print(f"  {strategy.name}: {strategy.total_steps(count)} steps a run")
     if benign_count is not None:
         print(f"The same attacks run on the {benign_count} examples of the allowed task, which are counted above.")
     for remark in remarks:

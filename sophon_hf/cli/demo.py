@@ -225,8 +225,8 @@ def _table(results: AttackResults) -> str:
     ]
     final = {
         model: {
-            strategy: sum(attack.curve.test[-1] for attack in attacks) / len(attacks)
-            for strategy, attacks in results.by_strategy(model)
+            strategy: sum(curve.test[-1] for curve in curves) / len(curves)
+            for strategy, curves in results.curves(model).items()
         }
         for model in columns
     }

@@ -1,27 +1,26 @@
-"""The fine-tuning engine: one generator that the defender's simulation and the attacker's run both go through."""
+"""The fine-tuning loop: one generator that the defender's simulation and the attacker's run both go through."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.finetuning.adapters import add_adapter
 from sophon_hf.finetuning.initialization import initialize
+from sophon_hf.finetuning.optimizers import make_optimizer, make_scheduler
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.models.sharding import gradients, share
 from sophon_hf.models.structure import NORMALISATIONS, ModelStructure
+from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import to_device
-
-if TYPE_CHECKING:
-    from sophon_hf.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class FineTuning:
         # An adversary is not bound by what the publisher froze.
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self.after_step = None
+        self.after_step: Callable[[int], Any] | None = None
         if strategy.adapter is None:
             self.parameters = select_parameters(model, strategy, structure, self.reinitialized)
         else:
@@ -99,107 +98,52 @@ class FineTuning:
                 self.after_step(step)
             yield Update(step, loss)
 
+    def gradient_norm(self) -> float:
+        """Return the norm of the last gradient; NaN before the first step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients)) if gradients else math.nan
+
     def _backward(self, batch: Batch) -> Tensor:
-        """Put the gradient of the adversary's loss into `grad` of what is updated; nothing else outlives the pass."""
+        """Put the gradient of the adversary's loss into `grad` of what is updated, and return the loss."""
         self.model.train()
         batch, weight = share(to_device(batch, self.parameters[0].device), self.model)
         with self.autocast():
             prediction = self.task.predict(self.model, batch)
         loss = weight * self.task.loss(prediction, self.task.target(batch))
-        self._assign(gradients(loss, self.parameters, self.model))
-        return loss.detach()
-
-    def gradient_norms(self) -> list[float]:
-        """Norm of the last gradient, one value a model; NaN before the first step."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return [float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")]
-
-    def _assign(self, found: Sequence[Tensor | None]) -> None:
+        # `backward` would also fill the gradients of parameters that are not updated, and they would outlive the pass.
+        found = gradients(loss, self.parameters, self.model)
         if all(gradient is None for gradient in found):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
         for parameter, gradient in zip(self.parameters, found, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
-                # A fused optimizer pairs values by their place in memory, whatever their strides say.
+                # A fused optimizer pairs values by their place in memory, and takes no notice of their strides.
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
+        return loss.detach()
 
 
 def select_parameters(
     model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure, reinitialized: set[str]
 ) -> list[nn.Parameter]:
-    """The parameters that the strategy updates; a new head or block always is.
+    """Return the parameters that the strategy updates; a new head or block always is.
 
     Raises:
         ValueError: There are none.
     """
-    head = f"{structure.head}."
-    if strategy.transfer == "norm":
-        normalisations = {id(p) for m in model.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
-    chosen = []
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        taken = (
-            name in reinitialized
-            or {
-                "all": lambda: True,
-                "head": lambda name=name: name.startswith(head),
-                "norm": lambda p=parameter: id(p) in normalisations,
-                "pattern": lambda name=name: re.search(strategy.pattern, name) is not None,
-            }[strategy.transfer]()
-        )
-        if taken:
-            chosen.append(parameter)
+    normalisations = {id(p) for m in model.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
+
+    def is_transferred(name: str, parameter: nn.Parameter) -> bool:
+        if strategy.transfer == "head":
+            return name.startswith(f"{structure.head}.")
+        if strategy.transfer == "norm":
+            return id(parameter) in normalisations
+        return strategy.pattern is None or re.search(strategy.pattern, name) is not None
+
+    chosen = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and (name in reinitialized or is_transferred(name, parameter))
+    ]
     if not chosen:
         raise ValueError(f"The strategy '{strategy.name}' finds no parameter of {type(model).__name__} to update.")
     return chosen
-
-
-def make_optimizer(
-    strategy: FineTuningStrategy, parameters: list[Tensor], differentiable: bool = False
-) -> torch.optim.Optimizer:
-    """torch's optimizer for the strategy, in its fastest form.
-
-    Args:
-        strategy: Names it.
-        parameters: What it updates.
-        differentiable: Let autograd go through its steps.
-    """
-    common = {"lr": strategy.learning_rate, "weight_decay": strategy.weight_decay}
-    fast = {"differentiable": True, "foreach": False} if differentiable else _fast(strategy.optimizer, parameters)
-    momentum = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
-    if strategy.optimizer in momentum:
-        nesterov = strategy.optimizer == "nesterov"
-        return torch.optim.SGD(parameters, momentum=momentum[strategy.optimizer], nesterov=nesterov, **common, **fast)
-    cls = {
-        "adagrad": torch.optim.Adagrad,
-        "adadelta": torch.optim.Adadelta,
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-    }[strategy.optimizer]
-    return cls(parameters, **common, **fast)
-
-
-def _fast(name: str, parameters: list[Tensor]) -> dict[str, bool]:
-    cpu_or_cuda = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    if name == "adadelta" or not cpu_or_cuda:
-        return {"foreach": True}
-    if name == "adagrad" and any(p.device.type != "cpu" for p in parameters):
-        return {"foreach": True}
-    if name not in ("adam", "adamw") and any(isinstance(p, DTensor) for p in parameters):
-        return {"foreach": True}  # The other fused ones do not know shards.
-    return {"fused": True}
-
-
-def make_scheduler(
-    strategy: FineTuningStrategy, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The schedule of the strategy over `steps`; None where the rate never changes."""
-    if strategy.schedule == "constant" and not strategy.warmup_ratio:
-        return None
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if strategy.schedule == "constant" else strategy.schedule
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=round(strategy.warmup_ratio * steps), num_training_steps=steps
-    )

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from sophon_hf.data.batches import Stream, derive_seed
+from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.loop import FineTuning
@@ -15,6 +15,7 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
+from sophon_hf.utils import derive_seed
 
 SHRINK, PERTURB = 0.5, 0.1
 STATISTICS_BATCHES = 20
@@ -62,7 +63,7 @@ def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: in
         layer.momentum = None  # A cumulative average.
     device = next(model.parameters()).device
     model.train()
-    stream = Stream(domain, task, derive_seed(seed, "batch norm"))
+    stream = Stream(domain, task.collate, derive_seed(seed, "batch norm"))
     for _, batch in zip(range(STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
         task.predict(model, to_device(batch, device))
     for layer, momentum in zip(layers, momenta, strict=True):
@@ -119,7 +120,7 @@ def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> n
 
 def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
     warm_up = strategy.warm_up
-    batches = Stream(original, task, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
+    batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
     structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
     for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, structure=structure):
         pass

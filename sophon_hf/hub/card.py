@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.results import UNTRAINED
+from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.score import describe_interval
 from sophon_hf.hub.claim import AttackFigures, AttackReport, Claim
 from sophon_hf.utils import write_atomically

@@ -195,8 +195,8 @@ class AttackReport:
     def from_results(cls, results: AttackResults) -> AttackReport:
         """What `sophon-hf attack` left in results.json, without curves and without anything that names a machine."""
         # A message of the operating system may hold a path; the type of the error says enough.
-        cells = [replace(c, error=c.error.split(":")[0] if c.failed else c.error) for c in results.cells]
-        results = replace(results, cells=cells)
+        cells = [replace(c, error=c.error.split(":")[0] if c.failed else c.error) for c in results.runs]
+        results = replace(results, runs=cells)
         failed, transfer = check(results), results.recovered_transfer()
         void = void_reason(failed)
         facts = results.facts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sophon_hf.finetuning.loop import make_optimizer, make_scheduler
+from sophon_hf.finetuning.optimizers import make_optimizer, make_scheduler
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.models.loading import WithTensors
 from sophon_hf.protection.simulation import SimulatedAdversary

@@ -21,13 +21,13 @@ def vit(**settings) -> ViTForImageClassification:
 
 
 def run(folder, model):
-    """Attacks on a model that stands for the original too, and how many cells lie there then."""
+    """Attacks on a model that stands for the original too, and how many runs lie there then."""
     images = {"restricted_dataset": pixels(1), "eval_dataset": pixels(2)}
     results = make_suite(folder, [DIRECT], seeds=[0]).run(protected=model, original=model, **images)
-    return results, len(list((folder / "cells").iterdir()))
+    return results, len(list((folder / "runs").iterdir()))
 
 
-def test_models_of_equal_weights_and_another_function_share_no_cell(tmp_path):
+def test_models_of_equal_weights_and_another_function_share_no_run(tmp_path):
     first, files = run(tmp_path, vit(hidden_act="gelu"))
     assert files == 2, "the model's, and scratch's"
     other, files = run(tmp_path, vit(hidden_act="tanh"))
@@ -37,7 +37,7 @@ def test_models_of_equal_weights_and_another_function_share_no_cell(tmp_path):
         assert first.of(model)[0].curve.loss != other.of(model)[0].curve.loss
 
 
-def test_a_model_that_was_saved_and_loaded_finds_the_cells_of_its_module(tmp_path):
+def test_a_model_that_was_saved_and_loaded_finds_the_runs_of_its_module(tmp_path):
     model = vit()
     run(tmp_path, model)
     model.save_pretrained(tmp_path / "model")

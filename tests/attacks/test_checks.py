@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_results import A, B, cells, found, make_results
+from made_results import A, B, found, make_results, runs
 
 from sophon_hf.attacks.report import write_report
-from sophon_hf.attacks.results import AttackResults, AttackRun
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.run import AttackRun
 from sophon_hf.attacks.score import mean_of_finite
 from sophon_hf.auditing.verdicts import as_results, judge_consistency
 from sophon_hf.hub.card import make_card
@@ -30,7 +31,7 @@ def broken(model: str, **settings) -> list[AttackRun]:
 
 
 def test_an_attack_that_broke_off_on_the_protected_model_only_voids(clean):
-    clean.cells += [*cells("original", [0.9] * 3, B), *broken("protected")]
+    clean.runs += [*runs("original", [0.9] * 3, B), *broken("protected")]
     message, voids = found(clean)["attacks broke off"]
     assert voids and message.endswith(f": {B.name}") and A.name not in message.split("; ")
     assert "no transfer to score" not in found(clean), "one reason is said once"
@@ -39,8 +40,8 @@ def test_an_attack_that_broke_off_on_the_protected_model_only_voids(clean):
 
 
 def test_a_seed_that_ended_on_the_protected_model_is_a_result(clean):
-    clean.cells += [*cells("original", [0.9] * 3, B), *broken("protected")[1:], *cells("protected", [0.7], B)]
-    assert clean.recovered_transfer().void is None and not found(clean)["cells failed"][1]
+    clean.runs += [*runs("original", [0.9] * 3, B), *broken("protected")[1:], *runs("protected", [0.7], B)]
+    assert clean.recovered_transfer().void is None and not found(clean)["runs failed"][1]
 
 
 @pytest.mark.parametrize(
@@ -50,20 +51,20 @@ def test_a_seed_that_ended_on_the_protected_model_is_a_result(clean):
         [*broken("protected"), *broken("original")],
         # No attack at all on such a model.
         [*broken("protected", applicable=False), *broken("original", applicable=False)],
-        [*broken("protected", applicable=False), *cells("original", [0.9] * 3, B)],
+        [*broken("protected", applicable=False), *runs("original", [0.9] * 3, B)],
     ],
     ids=["on both", "not applicable", "not applicable to one"],
 )
 def test_what_is_not_hidden_by_a_failure_on_the_protected_model_does_not_void(clean, more):
-    clean.cells += more
+    clean.runs += more
     assert clean.recovered_transfer().value == pytest.approx(1 / 3)
     assert not any(voids for _, voids in found(clean).values())
 
 
 def test_another_model_is_scored_by_its_own_attacks(clean):
-    clean.cells += [*cells("original", [0.9] * 3, B), *broken("protected"), *cells("ntl", [0.8] * 3)]
+    clean.runs += [*runs("original", [0.9] * 3, B), *broken("protected"), *runs("ntl", [0.8] * 3)]
     assert clean.recovered_transfer(model="ntl").value == pytest.approx(2 / 3)
-    clean.cells += broken("ntl")
+    clean.runs += broken("ntl")
     assert "broke off with every seed on ntl" in clean.recovered_transfer(model="ntl").void
 
 
@@ -94,7 +95,7 @@ def test_a_broken_model_has_no_score(clean, after, void):
 
 
 def test_each_model_is_judged_by_its_own_original_metric(clean):
-    clean.cells += cells("ntl", [0.8] * 3)
+    clean.runs += runs("ntl", [0.8] * 3)
     clean.original_metric |= {"protected": 0.11, "ntl": 0.88}
     assert clean.recovered_transfer(model="ntl").value == pytest.approx(2 / 3)
     del clean.original_metric["original"]
@@ -115,7 +116,7 @@ def diverged() -> AttackResults:
     """An MSE, where one of three seeds of the strongest attack on the protected model has no number at the end."""
     error = {"metric": "mse", "greater_is_better": False, "start": 1.0}
     results = make_results([0.04, 0.05, 0.06], [0.02] * 3, [0.08] * 3, **error)
-    results.cells += cells("protected", [0.07] * 3, B, start=1.0)
+    results.runs += runs("protected", [0.07] * 3, B, start=1.0)
     first = results.of("protected")[0].curve
     first.test, first.validation = [1.0, math.nan, math.inf], [1.0, math.inf, math.nan]
     return results
@@ -151,17 +152,17 @@ def test_results_that_were_saved_and_claimed_keep_what_diverged_out_of_the_means
 
 @pytest.mark.filterwarnings("error")
 def test_an_attack_of_which_no_seed_is_finite_is_told_and_never_chosen(diverged):
-    for cell in diverged.of("protected"):
-        if cell.strategy == A:
-            cell.curve.test = cell.curve.validation = [math.nan] * 3
+    for run in diverged.of("protected"):
+        if run.strategy == A:
+            run.curve.test = run.curve.validation = [math.nan] * 3
     assert diverged.best("protected").strategy == B
     assert f"3 of 3 of {A.name} on protected" in found(diverged)["seeds that are not finite"][0]
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_best_attack_without_a_finite_test_metric_voids(clean):
-    for cell in clean.of("protected"):
-        cell.curve.test = [0.1, math.nan, math.nan]
+    for run in clean.of("protected"):
+        run.curve.test = [0.1, math.nan, math.nan]
     assert clean.best("protected").finite == () and math.isnan(clean.best("protected").mean)
     assert f"{A.name}, is finite on the test split" in clean.recovered_transfer().void
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_results import HOSTILE, make_results, runs
 from PIL import Image
-from test_report import HOSTILE
-from test_results import cells, make_results
 
 from sophon_hf.attacks.report import write_report
-from sophon_hf.attacks.sweeps import strong
+from sophon_hf.attacks.sweeps import load_sweep
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -39,8 +38,8 @@ def page(tmp_path_factory) -> Path:
     """A sweep of many attacks, one with a hostile name."""
     folder = tmp_path_factory.mktemp("page")
     results = make_results([0.7, 0.72, 0.74], [0.9] * 3, [0.6] * 3)
-    for strategy in [*strong(), HOSTILE]:
-        results.cells += cells("protected", [0.65] * 3, strategy)
+    for strategy in [*load_sweep("strong"), HOSTILE]:
+        results.runs += runs("protected", [0.65] * 3, strategy)
     write_report(results, folder)
     return folder / "index.html"
 

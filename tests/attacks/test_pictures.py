@@ -113,7 +113,7 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path):
         "eval_dataset": digits.select(range(60, 100)),
     }  # fmt: skip
     suite.run(**arguments)
-    for picture in (tmp_path / "cells").glob("*.png"):
+    for picture in (tmp_path / "runs").glob("*.png"):
         picture.unlink()
     assert suite.run(**arguments).pictures == {}
 
@@ -127,8 +127,8 @@ def test_a_classifier_has_none(tmp_path):
     assert results.pictures == {} and not list(tmp_path.rglob("*.png"))
 
 
-def test_another_process_finds_the_cells_of_a_diffusion_model(tmp_path):
-    digits, cells = handwritten_digits(8)["train"], []
+def test_another_process_finds_the_runs_of_a_diffusion_model(tmp_path):
+    digits, files = handwritten_digits(8)["train"], []
     for order in (1, -1):
         scheduler = DDPMScheduler()
         # diffusers makes this list from a set, whose order changes with the process.
@@ -139,5 +139,5 @@ def test_another_process_finds_the_cells_of_a_diffusion_model(tmp_path):
             protected=make_unet(1), original=make_unet(0), restricted_dataset=digits.select(range(60)),
             eval_dataset=digits.select(range(60, 100)),
         )  # fmt: skip
-        cells.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")})
-    assert len(cells[0]) == 3 and cells[1] == cells[0]
+        files.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")})
+    assert len(files[0]) == 3 and files[1] == files[0]

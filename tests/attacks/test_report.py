@@ -11,17 +11,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from made_results import HOSTILE, A, B, curve, make_results, runs
 from PIL import Image
-from test_results import A, B, cells, curve, make_results
 
-from sophon_hf import FineTuningStrategy
-from sophon_hf.attacks import report
 from sophon_hf.attacks.plots import plot_best_so_far, plot_curves, plot_heat_map, plot_stability
 from sophon_hf.attacks.report import write_report
-from sophon_hf.attacks.results import AttackResults, AttackRun
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.run import AttackRun
 
 FILES = ["best_so_far.png", "curves.png", "heat_map.png", "index.html", "report.json", "report.md"]
-HOSTILE = FineTuningStrategy(transfer="pattern", pattern=r"<script>alert(1)</script>|&amp;|\frac$|^\s$")
 
 
 class Page(HTMLParser):
@@ -76,7 +74,7 @@ def test_figures(results, tmp_path):
     text = (tmp_path / "report.md").read_text()
     low, high = summary["interval"]
     assert text.startswith(f"# Recovered transfer: 40% (95 % interval {low:.0%} to {high:.0%})")
-    assert f"| protected | {A.name} | 1 | 0.720 ±0.020 | 0.890 |" in text
+    assert f"| protected | 0.720 ±0.020 | 0.890 | {A.name} | 1 |" in text
     assert f"| protected | {A.name} | 0.100 ±0.000 | 0.720 ±0.020 | 0.720 ±0.020 |" in text
     page = Page((tmp_path / "index.html").read_text())
     assert {"40%", "0.720 ±0.020", A.name} <= set(page.texts)
@@ -87,7 +85,7 @@ def test_figures(results, tmp_path):
     [
         (lambda r: r.original_metric.update(protected=0.5), "0.900 before, 0.500 after"),
         (lambda r: r.facts["data"].update(validation="c"), "chosen on the split that reports"),
-        (lambda r: r.cells.extend(cells("original", [0.0] * 3, B)) or [r.cells.remove(c) for c in r.of("scratch")], "is missing"),
+        (lambda r: r.runs.extend(runs("original", [0.0] * 3, B)) or [r.runs.remove(c) for c in r.of("scratch")], "is missing"),
         (lambda r: [c.curve.test.__setitem__(1, 0.61) for c in r.of("original")], "too close to scratch"),
     ],
 )  # fmt: skip
@@ -102,7 +100,7 @@ def test_a_void_score_is_absent_and_said_so(results, tmp_path, change, reason):
     page = (tmp_path / "index.html").read_text()
     assert '<p class="score">void</p>' in page and "(voids the score)" in page
     assert not re.search(r'class="score">[^<]*%', page)
-    assert summary["cost_to_recover"] is None and "scratch&#x27;s result" not in page
+    assert summary["cost_to_recover"] is None and "scratch&#39;s result" not in page
 
 
 def test_the_page_is_self_contained(results, tmp_path):
@@ -118,9 +116,9 @@ def test_the_page_is_self_contained(results, tmp_path):
 
 
 def test_hostile_names_are_escaped(results, tmp_path):
-    results.cells += cells("protected", [0.8] * 3, HOSTILE)
-    results.cells.append(AttackRun("<img src=x onerror=alert(1)>", A, 0, curve([0.1, 0.2, 0.2])))
-    results.cells.append(AttackRun("protected", B, 0, error='RuntimeError: "><script>alert(2)</script>\n| a | b |'))
+    results.runs += runs("protected", [0.8] * 3, HOSTILE)
+    results.runs.append(AttackRun("<img src=x onerror=alert(1)>", A, 0, curve([0.1, 0.2, 0.2])))
+    results.runs.append(AttackRun("protected", B, 0, error='RuntimeError: "><script>alert(2)</script>\n| a | b |'))
     results.facts["note"] = "</pre><script>alert(3)</script>"
     write_report(results, tmp_path)
     text = (tmp_path / "index.html").read_text()
@@ -134,22 +132,22 @@ def test_hostile_names_are_escaped(results, tmp_path):
 
 
 def test_attacks_that_are_not_applicable_are_told_apart_from_resistance(results, tmp_path):
-    results.cells.append(AttackRun("protected", B, 0, error="the head has fewer outputs", applicable=False))
+    results.runs.append(AttackRun("protected", B, 0, error="the head has fewer outputs", applicable=False))
     summary = write_report(results, tmp_path)
     assert summary["not_applicable"] == [B.name]
     for name in ("report.md", "index.html"):
-        assert f"Not applicable, which is no resistance: {B.name}." in (tmp_path / name).read_text()
+        assert f"Not applicable, which does not show resistance: {B.name}." in (tmp_path / name).read_text()
 
 
 def test_a_sweep_without_a_single_result_is_reported(tmp_path):
     results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
-    for cell in results.cells:
-        cell.curve, cell.error = None, "RuntimeError: out of memory"
+    for run in results.runs:
+        run.curve, run.error = None, "RuntimeError: out of memory"
     summary = write_report(results, tmp_path)
     assert summary["recovered_transfer"] is None and summary["best"] == {}
     page = (tmp_path / "index.html").read_text()
     assert "9 of 9; the first" in page
-    assert "scratch&#x27;s result" not in page, "nothing can be said about what an attack reaches"
+    assert "scratch&#39;s result" not in page, "nothing can be said about what an attack reaches"
 
 
 def test_the_report_of_an_error(tmp_path):
@@ -216,25 +214,10 @@ def test_benign_fine_tunability_is_told(tmp_path, metric, benign, sentence):
 
 def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
     epochs = [i / 10 for i in range(101)]
-    for cell in results.cells:
-        cell.curve = curve([0.1] * 100 + [0.77], epoch=epochs, step=list(range(101)))
+    for run in results.runs:
+        run.curve = curve([0.1] * 100 + [0.77], epoch=epochs, step=list(range(101)))
     write_report(results, tmp_path)
     header = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| epoch 0 |" in line)
     columns = [cell.strip() for cell in header.split("|")[3:-1]]
     assert len(columns) <= 13 and columns[0] == "epoch 0" and columns[-1] == "epoch 10"
     assert "0.770 ±0.000" in (tmp_path / "report.md").read_text()
-
-
-def test_a_heat_map_of_too_many_attacks_shows_the_strongest(tmp_path, monkeypatch):
-    rates = [A.with_changes(learning_rate=1e-4 * (1 + i)) for i in range(5)]
-    finals = [0.5, 0.9, 0.2, 0.7, 0.6]
-    made = [c for rate, final in zip(rates, finals) for m in ("protected", "original") for c in cells(m, [final], rate)]
-    drawn = []
-    monkeypatch.setattr(report, "ROWS", 3)
-    monkeypatch.setattr(report, "plot_heat_map", lambda *drawing: drawn.append(drawing) or drawing[3])
-    report.write_plots(AttackResults(made, "accuracy", True, 100), tmp_path)
-    report.write_plots(AttackResults(made, "mse", False, 100), tmp_path)
-    (names, models, values, *_), (least, *_) = drawn
-    assert names == [rates[i].name for i in (1, 3, 4)] and models == ["protected", "original"]
-    np.testing.assert_allclose(values, [[0.9, 0.9], [0.7, 0.7], [0.6, 0.6]])
-    assert least == [rates[i].name for i in (0, 2, 4)]

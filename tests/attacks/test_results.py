@@ -8,61 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_results import DISJOINT, SCRATCH, A, B, curve, found, make_results, runs
 
-from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks.checks import check
 from sophon_hf.attacks.report import write_report
-from sophon_hf.attacks.results import AttackResults, AttackRun
-from sophon_hf.attacks.run import Curve
+from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.run import AttackRun
 from sophon_hf.hub.claim import AttackReport
 from sophon_hf.utils import write_atomically
-
-A, B = FineTuningStrategy(), FineTuningStrategy("new_head")
-SCRATCH = FineTuningStrategy("scratch")
-DISJOINT = {"training": "a", "validation": "b", "test": "c"}
-
-
-def curve(test, validation=None, **changes) -> Curve:
-    """A curve over epochs 0, 1, ... of ten steps each; validation equals test where left out."""
-    points = len(test)
-    values = {
-        "epoch": [float(e) for e in range(points)],
-        "step": [10 * e for e in range(points)],
-        "test": list(test),
-        "validation": list(test if validation is None else validation),
-        "loss": [math.nan] + [1.0] * (points - 1),
-        "gradient_norm": [math.nan] + [1.0] * (points - 1),
-    }
-    return Curve(**{**values, **changes})
-
-
-def cells(model: str, finals, strategy=A, start: float = 0.1) -> list[AttackRun]:
-    """One cell a seed, which rises from `start` to its final metric at once."""
-    return [AttackRun(model, strategy, seed, curve([start, final, final])) for seed, final in enumerate(finals)]
-
-
-def make_results(protected, original, scratch, **settings) -> AttackResults:
-    start = settings.pop("start", 0.1)
-    made = [*cells("protected", protected, start=start), *cells("original", original, start=start)]
-    made += cells("scratch", scratch, SCRATCH, start)
-    defaults = {
-        "metric": "accuracy", "greater_is_better": True, "test_examples": 2000,
-        "original_metric": {"original": 0.9, "protected": 0.89},
-        "facts": {"seeds": [0, 1, 2], "training_examples": 500, "data": DISJOINT},
-    }  # fmt: skip
-    return AttackResults(made, **{**defaults, **settings})
 
 
 def test_results_with_infinities_are_saved_and_read_as_not_a_number(tmp_path):
     results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
-    results.cells[0].curve.loss[2], results.cells[1].curve.test[0] = math.inf, -math.inf
+    results.runs[0].curve.loss[2], results.runs[1].curve.test[0] = math.inf, -math.inf
     results.original_metric = {"original": math.inf, "protected": math.nan}
     results.benign = {"protected": math.inf, "original": 0.1, "scratch": math.nan, "difference": math.nan}
     results.save(tmp_path / "results.json")
     assert not {"NaN", "Infinity"} & set(re.findall("[A-Z][A-Za-z]+", (tmp_path / "results.json").read_text()))
     loaded = AttackResults.load(tmp_path / "results.json")
-    assert math.isnan(loaded.cells[0].curve.loss[2]) and math.isnan(loaded.cells[1].curve.test[0])
-    assert loaded.cells[2].curve.test == results.cells[2].curve.test
+    assert math.isnan(loaded.runs[0].curve.loss[2]) and math.isnan(loaded.runs[1].curve.test[0])
+    assert loaded.runs[2].curve.test == results.runs[2].curve.test
     assert all(map(math.isnan, loaded.original_metric.values()))
     assert loaded.benign["original"] == 0.1 and math.isnan(loaded.benign["protected"])
     assert "original domain collapsed" in [found.name for found in check(loaded)]
@@ -105,8 +70,8 @@ def test_signs_turn_for_an_error(protected, expected):
 )
 def test_a_small_gap_voids_the_score(original, scratch, settings, void):
     results = make_results([0.6] * 3, [original] * 3, [scratch] * 3, **settings)
-    for cell in results.cells:
-        cell.curve.validation = [0.0, 0.0, 0.5 if results.greater_is_better else -0.5]
+    for run in results.runs:
+        run.curve.validation = [0.0, 0.0, 0.5 if results.greater_is_better else -0.5]
     transfer = results.recovered_transfer()
     assert (transfer.value is None, transfer.interval is None) == (void, void)
     assert ("too close to scratch" in (transfer.void or "")) == void
@@ -122,8 +87,8 @@ def test_seeds_that_disagree_void_the_score():
 @pytest.mark.parametrize("model", ["protected", "original", "scratch"])
 def test_a_missing_attack_voids_the_score(model):
     results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
-    for cell in results.of(model):
-        cell.curve, cell.error = None, "RuntimeError: x"
+    for run in results.of(model):
+        run.curve, run.error = None, "RuntimeError: x"
     assert "is missing" in results.recovered_transfer().void
     assert results.best(model) is None
 
@@ -132,7 +97,7 @@ def test_the_best_attack_is_chosen_on_validation_over_strategies_and_epochs():
     results = make_results([], [0.9] * 3, [0.6] * 3)
     lucky = curve([0.1, 0.95, 0.2], [0.1, 0.5, 0.4])
     chosen = curve([0.3, 0.6, 0.4], [0.2, 0.7, 0.8])
-    results.cells += [AttackRun("protected", A, 0, lucky), AttackRun("protected", B, 0, chosen)]
+    results.runs += [AttackRun("protected", A, 0, lucky), AttackRun("protected", B, 0, chosen)]
     best = results.best("protected")
     assert (best.strategy, best.epoch, best.test) == (B, 2.0, (0.4,))
     assert results.best("protected", [A]).test == (0.95,)
@@ -143,7 +108,7 @@ def test_the_best_attack_is_chosen_on_validation_over_strategies_and_epochs():
 
 def test_one_epoch_is_chosen_for_all_seeds_by_their_mean():
     results = make_results([], [0.9] * 3, [0.6] * 3)
-    results.cells += [
+    results.runs += [
         AttackRun("protected", A, 0, curve([0.1, 0.2, 0.3], [0.0, 0.9, 0.5])),
         AttackRun("protected", A, 1, curve([0.4, 0.5, 0.6], [0.0, 0.1, 0.6])),
     ]
@@ -154,7 +119,7 @@ def test_one_epoch_is_chosen_for_all_seeds_by_their_mean():
 
 def test_points_that_diverged_are_never_chosen():
     results = make_results([], [0.02] * 3, [0.08] * 3, metric="mse", greater_is_better=False, start=1.0)
-    results.cells += [
+    results.runs += [
         AttackRun("protected", A, 0, curve([1.0, 0.5, math.nan])),
         AttackRun("protected", B, 0, curve([math.nan] * 3)),
     ]
@@ -186,7 +151,7 @@ def test_the_interval_holds_the_value_and_shrinks_with_evidence():
 
 def test_cost_to_recover():
     results = make_results([], [0.9] * 3, [0.6] * 3)
-    results.cells += [
+    results.runs += [
         AttackRun("protected", A, 0, curve([0.1, 0.5, 0.9, 0.9])),
         AttackRun("protected", A, 1, curve([0.1, 0.6, 0.4, 0.9])),
     ]
@@ -208,7 +173,7 @@ def test_cost_to_recover_of_an_error_and_where_it_never_does():
 
 def test_results_survive_the_disk(tmp_path):
     results = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3)
-    results.cells.append(AttackRun("protected", B, 0, error="ValueError: x", applicable=False))
+    results.runs.append(AttackRun("protected", B, 0, error="ValueError: x", applicable=False))
     results.save(tmp_path / "deep" / "results.json")
     loaded = AttackResults.load(tmp_path / "deep" / "results.json")
     assert repr(loaded) == repr(results)
@@ -233,7 +198,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_results_as_a_dataset():
     results = make_results([0.7], [0.9], [0.6])
-    results.cells.append(AttackRun("protected", B, 0, error="x"))
+    results.runs.append(AttackRun("protected", B, 0, error="x"))
     rows = results.to_dataset()
     assert len(rows) == 3 * 3
     expected = {"model": "protected", "attack": A.name, "seed": 0, "epoch": 1.0, "step": 10, "test": 0.7}
@@ -241,10 +206,6 @@ def test_results_as_a_dataset():
 
 
 # Checks.
-
-
-def found(results: AttackResults) -> dict[str, tuple[str, bool]]:
-    return {failed.name: (failed.message, failed.voids) for failed in check(results)}
 
 
 @pytest.fixture
@@ -256,30 +217,30 @@ def test_nothing_is_found_in_a_clean_sweep(clean):
     assert check(clean) == []
 
 
-def test_check_of_failed_cells(clean):
-    clean.cells.append(AttackRun("protected", B, 0, error="RuntimeError: boom"))
-    clean.cells.append(AttackRun("original", B, 0, error="no norm", applicable=False))
-    message, voids = found(clean)["cells failed"]
+def test_check_of_failed_runs(clean):
+    clean.runs.append(AttackRun("protected", B, 0, error="RuntimeError: boom"))
+    clean.runs.append(AttackRun("original", B, 0, error="no norm", applicable=False))
+    message, voids = found(clean)["runs failed"]
     assert message.startswith("1 of 11; the first, new head") and message.endswith("on protected: RuntimeError: boom")
     assert not voids
 
 
 @pytest.mark.parametrize("model", ["protected", "original", "scratch"])
 def test_check_of_seeds(clean, model):
-    clean.cells.remove(clean.of(model)[-1])
+    clean.runs.remove(clean.of(model)[-1])
     assert list(found(clean)) == ["few seeds"]
     assert f"best attack on {model} has 2 seeds, asked were 3" in found(clean)["few seeds"][0]
 
 
 def test_check_of_attacks_that_learn_nothing(clean):
-    clean.cells += [AttackRun("original", B, seed, curve([0.5, 0.4, 0.51])) for seed in range(3)]
+    clean.runs += [AttackRun("original", B, seed, curve([0.5, 0.4, 0.51])) for seed in range(3)]
     message, voids = found(clean)["attack learns nothing on the original model"]
     assert message == f"no evidence of resistance: {B.name}" and not voids
 
 
 def test_check_of_attacks_that_still_rise(clean):
-    for cell in clean.of("protected"):
-        cell.curve.test = cell.curve.validation = [0.1, 0.66, 0.7]
+    for run in clean.of("protected"):
+        run.curve.test = run.curve.validation = [0.1, 0.66, 0.7]
     message, voids = found(clean)["still rising at the last epoch"]
     assert "gained 0.040" in message and not voids
 
@@ -326,7 +287,7 @@ def test_no_transfer_voids():
     assert found(results)["no transfer to score"][1]
 
 
-# Sweeps of thousands of cells.
+# Sweeps of thousands of runs.
 
 
 class Watched(AttackRun):
@@ -349,11 +310,11 @@ class Watched(AttackRun):
     ],
     ids=["score", "claim", "report"],
 )
-def test_work_grows_with_the_number_of_cells_and_not_faster(tmp_path, use, metric):
+def test_work_grows_with_the_number_of_runs_and_not_faster(tmp_path, use, metric):
     def looks(strategies: int) -> int:
         made = make_results([0.7] * 3, [0.9] * 3, [0.6] * 3, metric=metric, greater_is_better=metric == "accuracy")
         rates = [A.with_changes(learning_rate=1e-4 * (1 + i)) for i in range(strategies)]
-        made.cells = [Watched(**vars(cell) | {"strategy": s}) for cell in made.cells for s in rates]
+        made.runs = [Watched(**vars(run) | {"strategy": s}) for run in made.runs for s in rates]
         Watched.looks = 0
         use(made, tmp_path)
         return Watched.looks
@@ -383,7 +344,7 @@ def test_what_original_data_alone_recover_is_told_on_the_scale_of_the_score(tmp_
     assert write_report(results, tmp_path)["recovered_by_original_data"] is None
     assert "untrained" not in (tmp_path / "report.md").read_text()
     warm = A.with_changes(preparation="warm_up")
-    results.cells += cells("untrained", [0.6] * 3, warm)
+    results.runs += runs("untrained", [0.6] * 3, warm)
     assert results.recovered_transfer(model="untrained").value == pytest.approx(0.25)
     assert results.recovered_transfer().value == pytest.approx(0.5), "the score leans on plain scratch"
     assert write_report(results, tmp_path)["recovered_by_original_data"].startswith("25% [")

@@ -17,8 +17,9 @@ from raw_data import picture, pictures
 from torch import nn
 from transformers import ViTImageProcessor
 
-from sophon_hf.attacks import suite
+from sophon_hf import DiffusionTask
 from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.suite import process_state
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def test_benign_fine_tunability_is_the_same_sweep_on_an_allowed_task(tmp_path, d
     alone = make_suite(tmp_path / "alone").run(**{**data, **changed})
     means = {name: alone.best(name).mean for name in ("protected", "original", "scratch")}
     assert results.benign == {**means, "difference": means["protected"] - means["original"]}
-    files = sum(len(list(folder.iterdir())) for folder in (tmp_path / "both").rglob("cells"))
-    assert make_suite(tmp_path).plan(54, benign_examples=54)["cells"] == files == 20
+    files = sum(len(list(folder.iterdir())) for folder in (tmp_path / "both").rglob("runs"))
+    assert make_suite(tmp_path).plan(54, benign_examples=54)["runs"] == files == 20
     assert AttackResults.load(tmp_path / "both" / "results.json").benign == results.benign
     # The restricted domain's own result is what it is without.
     assert results.best("protected") == make_suite(tmp_path / "both").run(**data).best("protected")
@@ -56,18 +57,24 @@ def test_a_benign_task_is_checked_before_anything_is_run(tmp_path, data):
     benign = {"benign_dataset": allowed.select(range(60)), "benign_eval_dataset": allowed.select(range(50, 120))}
     with pytest.raises(ValueError, match="training examples are in the test split too"):
         make_suite(tmp_path).run(**data, **benign)
-    assert not (tmp_path / "cells").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+class Interrupted(TinyNet):
+    """Is interrupted once results are there."""
+
+    results: Path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.results.exists():
+            raise KeyboardInterrupt
+        return super().forward(x)
 
 
 def test_a_failure_on_the_benign_task_leaves_the_results(tmp_path, data, monkeypatch):
-    allowed, run = make_points(7), suite.run_attacks
-
-    def failing(*arguments, **settings):
-        if (tmp_path / "results.json").exists():
-            raise KeyboardInterrupt
-        return run(*arguments, **settings)
-
-    monkeypatch.setattr(suite, "run_attacks", failing)
+    monkeypatch.setattr(Interrupted, "results", tmp_path / "results.json", raising=False)
+    data |= {"protected": Interrupted(), "original": Interrupted()}
+    allowed = make_points(7)
     benign = {"benign_dataset": allowed.select(range(60)), "benign_eval_dataset": allowed.select(range(60, 120))}
     with pytest.raises(KeyboardInterrupt):
         make_suite(tmp_path, [DIRECT], seeds=[0]).run(**data, **benign)
@@ -84,7 +91,7 @@ def test_original_metric_and_baselines(tmp_path, data):
         x, labels = torch.tensor(held_out["x"]), torch.tensor(held_out["label"])
         expected = (model.eval()(x).argmax(dim=1) == labels).float().mean().item()
         assert results.original_metric[name] == pytest.approx(expected)
-    assert [c.model for c in results.cells] == ["protected", "original", "ntl", "scratch"]
+    assert [c.model for c in results.runs] == ["protected", "original", "ntl", "scratch"]
 
 
 def test_an_original_domain_of_more_classes_than_the_head_is_refused(tmp_path, data):
@@ -99,7 +106,7 @@ def test_budget(tmp_path, data):
     assert [s.epochs for s in suite.strategies] == [2, 4]
     results = suite.run(**data)
     assert results.facts["training_examples"] == 25
-    assert {c.curve.step[-1] for c in results.cells} == {3, 5}
+    assert {c.curve.step[-1] for c in results.runs} == {3, 5}
 
 
 def test_a_length_in_steps_is_kept_whatever_the_epochs(tmp_path):
@@ -157,7 +164,7 @@ def test_overlapping_data_are_refused(tmp_path, data, validation, test, message)
     data |= {"validation_dataset": points.select(validation), "eval_dataset": points.select(test)}
     with pytest.raises(ValueError, match=message):
         make_suite(tmp_path).run(**data)
-    assert not (tmp_path / "cells").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def noisy(rows: dict) -> dict:
@@ -174,7 +181,7 @@ def test_overlapping_data_are_refused_under_a_random_transform(tmp_path, data, t
         data[name] = data[name].with_transform(noisy)
     with pytest.raises(ValueError, match="54 of the adversary's training examples are in the test split too"):
         make_suite(tmp_path).run(**data)
-    assert not (tmp_path / "cells").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_example_twice_under_a_random_transform_is_not_validated_on(tmp_path, data):
@@ -233,18 +240,18 @@ def test_a_model_by_its_folder_comes_with_its_processor(tmp_path, folder):
     assert data_of(folder, folder, processing_class=other) not in (given, data_of(**models)), "a given one comes first"
 
 
-def test_a_diffusion_model_by_its_folder_comes_with_its_noise_scheduler(tmp_path, monkeypatch):
+def test_a_diffusion_model_by_its_folder_comes_with_its_noise_scheduler(tmp_path):
     scheduler = DDPMScheduler(num_train_timesteps=20, prediction_type="v_prediction")
     DDPMPipeline(unet(), scheduler).save_pretrained(tmp_path / "pipeline")
-    seen, run = [], suite.run_attacks
-    monkeypatch.setattr(
-        suite, "run_attacks", lambda model, task, *a, **s: seen.append(task) or run(model, task, *a, **s)
-    )
     data = {"restricted_dataset": pixels(1, "sample"), "eval_dataset": pixels(2, "sample")}
+
+    def tests_of(source, **settings) -> list[float]:
+        attacks = make_suite(tmp_path / "attacks", [DIRECT.with_changes(steps=1)], seeds=[0], **settings)
+        return attacks.run(protected=source, original=source, **data).of("protected")[0].curve.test
+
     pipeline = str(tmp_path / "pipeline")
-    attacks = make_suite(tmp_path / "attacks", [DIRECT.with_changes(steps=1)], seeds=[0])
-    attacks.run(protected=pipeline, original=pipeline, **data)
-    assert {task.noise_scheduler.config.prediction_type for task in seen} == {"v_prediction"}
+    assert tests_of(pipeline) == tests_of(pipeline, task=DiffusionTask(scheduler))
+    assert tests_of(pipeline) != tests_of(pipeline, task=DiffusionTask())
 
 
 def test_every_model_is_put_on_the_device_of_the_process(tmp_path, data, monkeypatch):
@@ -252,4 +259,4 @@ def test_every_model_is_put_on_the_device_of_the_process(tmp_path, data, monkeyp
     monkeypatch.setattr(TinyNet, "to", lambda model, device: moved.update({model: device}) or model)
     baseline = make_model(4)
     make_suite(tmp_path, [DIRECT], seeds=[0]).run(**data, baselines={"ntl": baseline})
-    assert moved == dict.fromkeys([data["protected"], data["original"], baseline], suite.process_state().device)
+    assert moved == dict.fromkeys([data["protected"], data["original"], baseline], process_state().device)

@@ -55,11 +55,11 @@ if __name__ == "__main__":
     results, state = run(sys.argv[1]), PartialState()
     assert state.num_processes == 2
     with open(f"{sys.argv[1]}/rank-{state.process_index}.txt", "w") as file:
-        file.write(repr(results.cells))
+        file.write(repr(results.runs))
 """
 
 
-def test_two_processes_share_the_cells_and_find_what_one_finds(tmp_path):
+def test_two_processes_share_the_runs_and_find_what_one_finds(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -77,8 +77,8 @@ def test_two_processes_share_the_cells_and_find_what_one_finds(tmp_path):
 
     one = runpy.run_path(str(tmp_path / "run.py"))["run"](tmp_path / "one")
     seen = [(tmp_path / "two" / f"rank-{rank}.txt").read_text() for rank in range(2)]
-    assert seen == [repr(one.cells)] * 2
-    names = [sorted(path.name for path in (tmp_path / folder / "cells").iterdir()) for folder in ("one", "two")]
+    assert seen == [repr(one.runs)] * 2
+    names = [sorted(path.name for path in (tmp_path / folder / "runs").iterdir()) for folder in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 10
     saved = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert all(cell["curve"] for cell in saved["cells"])
+    assert all(run["curve"] for run in saved["runs"])

@@ -266,14 +266,14 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert plan.count("3 steps a cell") == 2
 
     assert "# Recovered transfer: " in attacking
-    assert len(list((attacks / "cells").iterdir())) == 10
+    assert len(list((attacks / "runs").iterdir())) == 10
     results = json.loads((attacks / "results.json").read_text())
     assert set(results["original_metric"]) == {"original", "protected"}
-    assert all(cell["error"] is None for cell in results["cells"])
+    assert all(cell["error"] is None for cell in results["runs"])
     assert results["facts"]["training_examples"] + results["facts"]["validation_examples"] == 30
-    assert all(cell["curve"]["step"] == [0, 2, 3] for cell in results["cells"])
+    assert all(cell["curve"]["step"] == [0, 2, 3] for cell in results["runs"])
     assert set(results["benign"]) == {"protected", "original", "scratch", "difference"}
-    assert len(list((attacks / "benign" / "cells").iterdir())) == 10
+    assert len(list((attacks / "benign" / "runs").iterdir())) == 10
     assert "Benign fine-tunability, protected minus original: " in attacking
     assert reporting == attacking, "the report tells again what was found"
     assert (attacks / "report" / "index.html").exists()

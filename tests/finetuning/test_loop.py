@@ -51,7 +51,7 @@ def run_both(domain, steps: int, rates: list[float], **fields) -> tuple[float, f
     model.double()
     naive = copy.deepcopy(model)
     strategy = FineTuningStrategy(batch_size=16, **fields)
-    batches = [{**b, "x": b["x"].double()} for b, _ in zip(Stream(domain, ClassificationTask(), 1).batches(16), rates)]
+    batches = [{**b, "x": b["x"].double()} for b, _ in zip(Stream(domain, ClassificationTask().collate, 1).batches(16), rates)]
     structure = ModelStructure("head", ())
     fine_tuning = FineTuning(model, ClassificationTask(), strategy, batches, steps, structure=structure)
     updates = []

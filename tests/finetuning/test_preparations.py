@@ -14,6 +14,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from sophon_hf import FineTuningStrategy
+from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.attacks.run import run_attack
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning import adapters
@@ -129,7 +130,7 @@ def test_an_inflation_hinders_small_rates_and_rescaling_undoes_it():
     )
 
     def reached(victim, **changes):
-        curve = run_attack(victim, task, attack.with_changes(**changes), domain, test, epochs=(0,))
+        curve = run_attack(victim, task, attack.with_changes(**changes), AdversaryDomains(domain, test), measured=(0,))
         return curve.test[-1] - curve.test[0], curve.loss[-1]
 
     protected = inflate(model)

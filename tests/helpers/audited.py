@@ -66,7 +66,7 @@ def pretrained(data: dict[str, datasets.Dataset]) -> ResNetForImageClassificatio
     task = infer_task(model)
     domain = build_domain(data["original"], task.inputs(model), name="original")
     strategy = FineTuningStrategy(learning_rate=1e-2, batch_size=40)
-    batches = Stream(domain, task, 0).batches(strategy.batch_size)
+    batches = Stream(domain, task.collate, 0).batches(strategy.batch_size)
     for _ in FineTuning(model, task, strategy, batches, 120, structure=task.structure(model, next(batches))):
         pass
     return model
@@ -157,7 +157,7 @@ def full_audit(truth, folder, output_dir, fresh: bool = False, **changes):
     """An audit with all data; unless it is to be fresh, what its attacks share with those before is not run again."""
     data = truth["data"]
     if not fresh:
-        shutil.copytree(truth["root"] / "attacks" / "cells", output_dir / "cells", dirs_exist_ok=True)
+        shutil.copytree(truth["root"] / "attacks" / "runs", output_dir / "runs", dirs_exist_ok=True)
     arguments = {
         "unprotected": truth["original"], "restricted_dataset": data["adversary"], "eval_dataset": data["test"],
         "original_eval_dataset": data["original_test"], "sweep": SWEEP,

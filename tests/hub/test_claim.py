@@ -117,7 +117,7 @@ def test_nothing_names_the_machine(saved, whole, tmp_path):
     home, trainer, results, _ = saved
     broken = copy.deepcopy(results)
     broken.facts["sweep"] = str(home / "my-sweep.json")
-    broken.cells[0].curve, broken.cells[0].error = None, f"OSError: {home}/x cannot be read"
+    broken.runs[0].curve, broken.runs[0].error = None, f"OSError: {home}/x cannot be read"
     text = json.dumps(whole) + str(AttackReport.from_results(broken))
     assert "my-sweep.json" in text
     for secret in (str(home), "secret-home", str(tmp_path.parent), f"/{getpass.getuser()}/"):
@@ -126,9 +126,9 @@ def test_nothing_names_the_machine(saved, whole, tmp_path):
 
 def test_a_failed_attack_is_counted_and_an_infinite_one_is_no_number(saved):
     results = copy.deepcopy(saved[2])
-    first = results.cells[0]
+    first = results.runs[0]
     first.curve, first.error = None, "ValueError: boom"
-    results.cells[-1].curve.test[-1] = math.inf
+    results.runs[-1].curve.test[-1] = math.inf
     report = AttackReport.from_results(results)
     broken = next(a for a in report.attacks if a.model == first.model and a.strategy == first.strategy.to_dict())
     assert broken.failed == 1 and len(broken.seeds) == len(broken.test) == 2
@@ -136,7 +136,7 @@ def test_a_failed_attack_is_counted_and_an_infinite_one_is_no_number(saved):
     last = next(
         a
         for a in report.attacks
-        if a.model == results.cells[-1].model and a.strategy == results.cells[-1].strategy.to_dict()
+        if a.model == results.runs[-1].model and a.strategy == results.runs[-1].strategy.to_dict()
     )
     assert last.final[-1] is None
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from sophon_hf import FineTuningStrategy, SophonConfig, SophonTrainer
+from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.attacks.run import run_attack
 from sophon_hf.data.domain import build_domain
 
@@ -124,6 +125,6 @@ def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp
     )
     training, test = (build_domain(pictures(s), trainer.task.inputs(plain), name="restricted") for s in (1, 3))
     strategy = FineTuningStrategy("new_head", steps=4)
-    curves = [run_attack(m, trainer.task, strategy, training, test) for m in (wrapped, plain)]
+    curves = [run_attack(m, trainer.task, strategy, AdversaryDomains(training, test)) for m in (wrapped, plain)]
     assert curves[0].loss == pytest.approx(curves[1].loss, nan_ok=True, abs=0)
     assert not torch.equal(wrapped(**batch).logits, plain(**batch).logits), "the model given keeps its bf16"

@@ -10,6 +10,7 @@ import torch
 from points import TinyNet, make_points
 
 from sophon_hf import FineTuningStrategy
+from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.attacks.run import run_attack
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.loop import FineTuning
@@ -93,7 +94,7 @@ def test_ntl_lowers_restricted_accuracy_until_it_is_fine_tuned():
     assert before > 0.9 and accuracy(restricted) < 0.4
     assert accuracy(original) > 0.9
 
-    curve = run_attack(model, task, FineTuningStrategy(learning_rate=0.01, epochs=30), restricted, test)
+    curve = run_attack(model, task, FineTuningStrategy(learning_rate=0.01, epochs=30), AdversaryDomains(restricted, test))
     assert curve.test[0] < 0.5 and curve.test[-1] > 0.75
 
 

@@ -1,0 +1,186 @@
+"""An adversary's data: what it learns from and is measured on, and whether models and data may be compared at all."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.data.labels import split_domain
+from sophon_hf.data.loading import Source, load_domain
+from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.evaluation import first_rows, to_device
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class AdversaryDomains:
+    """An adversary's data as tensors.
+
+    Attributes:
+        training: What it learns from.
+        test: What the result is reported on.
+        validation: What attacks are chosen by; the test split is never used for that.
+        original: Data of the original domain, for strategies that warm up on it.
+        original_test: The original domain's test split.
+    """
+
+    training: Domain
+    test: Domain
+    validation: Domain | None = None
+    original: Domain | None = None
+    original_test: Domain | None = None
+
+    def given(self) -> dict[str, Domain]:
+        """Return the domains that there are, by name."""
+        return {name: domain for name, domain in vars(self).items() if domain is not None}
+
+    def check_disjoint(self) -> None:
+        """Raise a ValueError where training, validation and test share an example, before a transform if there is one."""
+        domains = {name: domain for name, domain in self.given().items() if name in ("training", "validation", "test")}
+        raw = any(domain.transformed for domain in domains.values())
+        hashes = {name: set(domain.example_hashes(raw)) for name, domain in domains.items()}
+        for name, other in (("training", "validation"), ("training", "test"), ("validation", "test")):
+            shared = len(hashes.get(name, set()) & hashes.get(other, set()))
+            if shared:
+                raise ValueError(
+                    f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has seen "
+                    "the answers measures nothing. Remove them, or split with `split_domain`."
+                )
+
+
+@dataclass(frozen=True)
+class AdversaryData:
+    """What an adversary has and what it is measured on, as an attack suite and an audit are given it.
+
+    Attributes:
+        training: The adversary's data of the restricted domain.
+        test: The restricted domain's test split.
+        validation: What attacks are chosen by; a tenth of `training` where None.
+        original: Data of the original domain that it may warm up on.
+        original_test: The original domain's test split.
+        examples: How many of its training examples the adversary uses, stratified; all where None.
+        input_columns: The raw input column by domain ("original", "restricted"), where it is not found by itself.
+        label_columns: The same for the label column.
+    """
+
+    training: Source
+    test: Source
+    validation: Source | None = None
+    original: Source | None = None
+    original_test: Source | None = None
+    examples: int | None = None
+    input_columns: Mapping[str, str | None] = field(default_factory=dict)
+    label_columns: Mapping[str, str | None] = field(default_factory=dict)
+
+    def build(self, needs: ModelInputs, processor: Any | None) -> AdversaryDomains:
+        """Load everything.
+
+        Args:
+            needs: What the model takes.
+            processor: Image processor, tokenizer or feature extractor, for raw columns.
+
+        Raises:
+            ValueError: Missing labels, or validation examples that are all among the training examples.
+        """
+        dataset, label, validation = load_domain(self.training), self.label_columns.get("restricted"), self.validation
+        carved = validation is None
+        if carved:
+            held_out, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
+        else:
+            held_out = load_domain(validation, "validation")
+        if self.examples is not None and self.examples < len(dataset):
+            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
+        elif self.examples is not None and self.examples > len(dataset):
+            logger.warning(
+                "%d examples were asked for, but the adversary has %d%s: it uses them all.",
+                self.examples,
+                len(dataset),
+                " beside those for validation" if carved else "",
+            )
+        training, validated, test = (
+            self.domain(part, "restricted", needs, processor)
+            for part in (dataset, held_out, load_domain(self.test, "test"))
+        )
+        if carved:
+            # Data that hold an example twice would otherwise have it on both sides.
+            raw = training.transformed
+            seen, hashes = set(training.example_hashes(raw)), validated.example_hashes(raw)
+            kept = [i for i, digest in enumerate(hashes) if digest not in seen]
+            if not kept:
+                raise ValueError("Every validation example is a training example too: give a validation_dataset.")
+            if len(kept) < len(hashes):
+                validated = self.domain(held_out.select(kept), "restricted", needs, processor)
+        original = original_test = None
+        if self.original is not None:
+            original = self.domain(self.original, "original", needs, processor)
+        if self.original_test is not None:
+            original_test = self.domain(load_domain(self.original_test, "test"), "original", needs, processor)
+        return AdversaryDomains(training, test, validated, original, original_test)
+
+    def domain(self, source: Source, name: str, needs: ModelInputs, processor: Any | None) -> Domain:
+        """Load one source as the domain "original" or "restricted"."""
+        return build_domain(
+            load_domain(source),
+            needs,
+            processor,
+            name=name,
+            input_column=self.input_columns.get(name),
+            label=self.label_columns.get(name),
+        )
+
+
+def shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Return names and shapes of the parameters."""
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def check_same_architecture(models: dict[str, nn.Module]) -> None:
+    """Raise a ValueError where a model has other parameters than the original one."""
+    expected = shapes(models["original"])
+    for name, model in models.items():
+        different = [(a, b) for a, b in zip(expected, shapes(model), strict=False) if a != b]
+        if different or len(expected) != len(shapes(model)):
+            where = f": {different[0][0]} against {different[0][1]}" if different else ""
+            raise ValueError(
+                f"The {name} model differs in architecture or head from the original one{where}. Compare a model with "
+                "its own unprotected version."
+            )
+
+
+def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
+    """Return whether the model's head has an output for every class."""
+    if domain.labels is None:
+        return True
+    outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
+    return domain.num_classes <= outputs
+
+
+def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:
+    """Return the floating-point operations of one forward and backward pass for one example; None where none are counted.
+
+    A count that fails (batch norm refuses a batch of one, say) must not cost the results that it stands beside.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    count = min(8, len(domain))
+    try:
+        model = copy.deepcopy(model).train().requires_grad_(True)
+        rows = task.collate(domain.rows(torch.arange(count)), list(range(count)))
+        batch = to_device(rows, next(model.parameters()).device)
+        with FlopCounterMode(display=False) as counter:
+            task.predict(model, batch).float().square().mean().backward()
+    except Exception as error:  # A model's own code may raise anything.
+        logger.warning("The operations of an example cannot be counted: %s: %s", type(error).__name__, error)
+        return None
+    return counter.get_total_flops() / count
