@@ -2,9 +2,9 @@
 
     SOPHON_DATA=DIR python benchmarks/bands.py --names paper
 
-Each model (original, scratch, and what benchmarks/protection.py protected under the names given) is measured in both domains,
-then fine-tuned directly on 1,000 images of the restricted domain, and measured there again. Prints a table and, as its last
-line, one JSON object.
+Each model (original, scratch, and what benchmarks/protection.py protected under the names given) is measured in both
+domains, then fine-tuned directly on 1,000 images of the restricted domain, and measured there again. Prints a table
+and, as its last line, one JSON object.
 """
 
 from __future__ import annotations

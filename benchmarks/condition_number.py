@@ -14,8 +14,8 @@ from sophon_hf.tasks.base import Task
 class ConditionNumber:
     """L_beta for a `SophonTrainer` without suppression loops: the task's loss, and how features spread over directions.
 
-    With S the covariance of what enters the head, scaled to mean eigenvalue 1, it adds (largest eigenvalue - 1) of the original
-    domain, which is small where S is well-conditioned, and 1 / (largest eigenvalue - 1) of the restricted one.
+    With S the covariance of what enters the head, scaled to mean eigenvalue 1, it adds (largest eigenvalue - 1) of the
+    original domain, which is small where S is well-conditioned, and 1 / (largest eigenvalue - 1) of the restricted one.
 
     Args:
         task: What is learned.
@@ -27,7 +27,7 @@ class ConditionNumber:
 
     def __init__(self, task: Task, head: str, restricted: Domain, weight: float = 0.1, size: int = 128):
         self.task, self.head, self.weight, self.size, self.step = task, head, weight, size, 0
-        self.restricted = Stream(restricted, task, 0)
+        self.restricted = Stream(restricted, task.collate, 0)
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         features: list[Tensor] = []

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,12 +19,15 @@ from torch import nn
 from sophon_hf.data.domain import Domain, build_domain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.models.structure import ModelStructure
-from sophon_hf.protection.environment import Environment, sample_environment
+from sophon_hf.protection.simulation import SimulatedAdversary
 from sophon_hf.protection.suppression import Suppression
 from sophon_hf.tasks.base import infer_task
 
 CLASSES = 5
 MIB = 2**20
+
+# Starts a simulated adversary for so many updates.
+Environment = Callable[[int], SimulatedAdversary]
 
 
 def _resnet_small() -> nn.Module:
@@ -93,9 +97,9 @@ def make(case: str = "resnet-small", seed: int = 0, examples: int = 500) -> tupl
 def adversary(
     model: nn.Module, domain: Domain, batch_size: int, optimizer: str = "adam", rate: float = 1e-3
 ) -> Environment:
-    """The simulated adversary of every loop here: direct, all parameters."""
+    """What starts the simulated adversary of every loop here, for so many updates: direct, all parameters."""
     strategy = FineTuningStrategy(optimizer=optimizer, learning_rate=rate, batch_size=batch_size)
-    return sample_environment(domain, infer_task(model), strategy, seed=0)
+    return partial(SimulatedAdversary, domain, infer_task(model), strategy, 0)
 
 
 def ours(model: nn.Module, environment: Environment, steps: int) -> dict[str, torch.Tensor]:
@@ -104,17 +108,20 @@ def ours(model: nn.Module, environment: Environment, steps: int) -> dict[str, to
     # A direct adversary keeps the head, whose name therefore does not matter: any module will do.
     head = next(name for name, _ in model.named_children())
     loss = next(iter(task.suppression_losses.values()))
-    return Suppression(model, task, ModelStructure(head, ()), loss)([environment], [[1 / steps] * steps]).gradient
+    return Suppression(model, task, ModelStructure(head, ()), loss)(
+        [environment(steps)], [[1 / steps] * steps]
+    ).gradient
 
 
 def floor(model: nn.Module, environment: Environment, steps: int) -> None:
     """The same forward and backward passes and Adam steps, on one batch of R_i and one of T_i that are already there."""
     task = infer_task(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    size = environment.strategy.batch_size
-    batch = environment.fine_tuning.batch(0, size)
+    simulated = environment(steps)
+    size = simulated.strategy.batch_size
+    batch = simulated.R.batch(0, size)
     # T_i may hold fewer examples than a batch, and then the loop evaluates so many.
-    held_out = environment.evaluation.distinct_batch(0, size)
+    held_out = simulated.T.distinct_batch(0, size)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for _ in range(steps):

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sophon_hf.data.batches import Stream
-from sophon_hf.data.domain import Domain, build_domain, load_domain
+from sophon_hf.data.domain import Domain, build_domain
 from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.data.loading import load_domain
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model, to_device
 
@@ -98,8 +99,8 @@ class Pair:
     """A domain pair.
 
     `original_validation` was not pre-trained on, so that the guard does not take memory for skill; `adversary` is the
-    half of the restricted training split that the defender never sees. `allowed` is a third domain, which the protection should
-    not concern.
+    half of the restricted training split that the defender never sees. `allowed` is a third domain, which the
+    protection should not concern.
     """
 
     model: nn.Module
@@ -125,7 +126,8 @@ def _existing(path: Path) -> Path:
     """The path; where there is none, the end, with what to do."""
     if not path.exists():
         sys.exit(
-            f"There is no {path}: set SOPHON_DATA to a folder with the data that docs/results/paper.md lists (cifar10/, ...)."
+            f"There is no {path}: set SOPHON_DATA to a folder with the data that docs/results/paper.md lists "
+            "(cifar10/, ...)."
         )
     return path
 
@@ -170,7 +172,10 @@ def animals(cache: Path, seed: int = 0) -> Pair:
 
 
 def vehicles(cache: Path, seed: int = 0) -> Pair:
-    """The same with the domains exchanged: a harder original domain. None is allowed, for those classes are vehicles, too."""
+    """The same with the domains exchanged: a harder original domain.
+
+    None is allowed, for those classes are vehicles, too.
+    """
     return _halves_of_cifar10("vehicles", ANIMALS, VEHICLES, cache, seed)
 
 
@@ -250,8 +255,8 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
 def faces(cache: Path, seed: int = 0) -> Pair:
     """CIFAR-10 is original, faces of CelebA restricted; the model is a denoiser that is pre-trained here.
 
-    It has 156 k parameters and no attention; images are brought to 32x32 and [-1, 1] as its task asks. 1,000 faces of the
-    test split report, so that measuring an attack does not take as long as the attack.
+    It has 156 k parameters and no attention; images are brought to 32x32 and [-1, 1] as its task asks. 1,000 faces of
+    the test split report, so that measuring an attack does not take as long as the attack.
     """
     from diffusers import UNet2DModel
 
@@ -339,7 +344,7 @@ def _pretrained(pair: Pair, weights: Path, **settings: int) -> Pair:
 def pretrain(model: nn.Module, domain: Domain, test: Domain, epochs: int = 40, size: int = 128, seed: int = 0) -> None:
     """Train with flips, Adam and a one-cycle rate, as a publisher would before protecting."""
     task = infer_task(model)
-    stream, device = Stream(domain, task, seed), next(model.parameters()).device
+    stream, device = Stream(domain, task.collate, seed), next(model.parameters()).device
     steps = epochs * len(domain) // size
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)

@@ -3,12 +3,12 @@
     pip install -e ".[bench]"
     python benchmarks/peers.py --K 200 --repeats 5
 
-One adversary, SGD, first order, every step evaluated, the same batches from the same streams. Each library twice: as its
-documentation has it (a loop that can be differentiated, with detached gradients, and one backward pass through the sum of
-all losses), and *streamed*, the leanest way that we found to write it (each step's gradient is taken and added at once, as
-we do). All must agree with our gradient, in float64, before
-anything is timed. Then all run in turn; ratios are of rounds. Memory is
-how much a fresh process grows over the bare model. Prints a table and, as its last line, one JSON object.
+One adversary, SGD, first order, every step evaluated, the same batches from the same streams. Each library twice: as
+its documentation has it (a loop that can be differentiated, with detached gradients, and one backward pass through the
+sum of all losses), and *streamed*, the leanest way that we found to write it (each step's gradient is taken and added
+at once, as we do). All must agree with our gradient, in float64, before anything is timed. Then all run in turn; ratios
+are of rounds. Memory is how much a fresh process grows over the bare model. Prints a table and, as its last line, one
+JSON object.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import torch
-from loops import CASES, adversary, growth_mib, in_fresh_process, make, ours
+from loops import CASES, Environment, adversary, growth_mib, in_fresh_process, make, ours
 from torch import Tensor, nn
 
 from sophon_hf.models.loading import WithTensors
-from sophon_hf.protection.environment import Environment
 from sophon_hf.tasks.base import infer_task
 
 try:
@@ -43,15 +42,15 @@ class Work:
     """What is to be done at each of K steps, whichever library does it."""
 
     def __init__(self, model: nn.Module, environment: Environment, steps: int):
-        self.task, self.environment, self.steps = infer_task(model), environment, steps
+        self.task, self.adversary, self.steps = infer_task(model), environment(steps), steps
         self.suppression_loss = next(iter(self.task.suppression_losses.values()))
 
     def batches(self) -> Iterator[tuple[dict, dict]]:
         """K batches of R_i and of T_i."""
-        size = self.environment.strategy.batch_size
-        batches = self.environment.fine_tuning.batches(size)
+        size = self.adversary.strategy.batch_size
+        batches = self.adversary.R.batches(size)
         for step in range(self.steps):
-            yield next(batches), self.environment.evaluation.distinct_batch(step, size)
+            yield next(batches), self.adversary.T.distinct_batch(step, size)
 
     def fine_tuning_loss(self, module: nn.Module, call: Callable, batch: dict) -> Tensor:
         """What the adversary minimises."""

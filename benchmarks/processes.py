@@ -3,8 +3,8 @@
     python benchmarks/processes.py --models resnet-small resnet-18 --repeats 3
 
 Runs `accelerate launch` on this very file: iterations of `SophonTrainer` on CPUs over gloo, one adversary a process and
-iteration, without evaluation. The first iteration, and all that comes before it, is not timed. Needs two idle cores. Prints
-a table and, as its last line, one JSON object.
+iteration, without evaluation. The first iteration, and all that comes before it, is not timed. Needs two idle cores.
+Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/profile_protect.py --preset paper --max_steps 20
 
 Timers stand around public functions; time inside one belongs to the innermost, and all of an evaluation (its simulated
-adversaries too) to the second column. For CPUs: on a GPU the calls return before the work is done. Random data and a model
-that was not pre-trained, since only time counts. Prints a table and, as its last line, one JSON object.
+adversaries too) to the second column. For CPUs: on a GPU the calls return before the work is done. Random data and a
+model that was not pre-trained, since only time counts. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import Stored
-from sophon_hf.protection.persistent import PersistentAdversary
 from sophon_hf.protection.probes import Probes
+from sophon_hf.protection.simulation import SimulatedAdversary
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 
@@ -86,7 +86,7 @@ def watch_everything(clock: Clock) -> None:
     clock.watch(PASSES, torch.Tensor, "backward")
     clock.watch("data", Stream, "batch")
     clock.watch("storing and putting back", Stored, "__init__", "restore")
-    clock.watch("storing and putting back", PersistentAdversary, "put_aside", "resume")
+    clock.watch("storing and putting back", SimulatedAdversary, "suspend", "resume")
     clock.watch("evaluation", SophonTrainer, "evaluate")
     clock.watch("logging", SophonTrainer, "log")
     clock.watch("saving", SophonTrainer, "save_model", "_save_checkpoint")

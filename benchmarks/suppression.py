@@ -3,10 +3,10 @@
     python benchmarks/suppression.py --models resnet-small resnet-18 --K 10 50 200 --repeats 5
 
 One adversary, Adam, every step evaluated. Both loops run in turn in one process; ratios are of pairs, and their median
-counts. Memory is how much a fresh process grows over the model that is already there, beside a bound: one stored copy, two
-gradients (the sum, and the step's own), the two moments of Adam, and one graph, which is what a bare forward and backward
-pass needs beside its gradient. The kernel counts to about 2 MiB, so that the smallest model's bound is within its error.
-Prints a table and, as its last line, one JSON object.
+counts. Memory is how much a fresh process grows over the model that is already there, beside a bound: one stored copy,
+two gradients (the sum, and the step's own), the two moments of Adam, and one graph, which is what a bare forward and
+backward pass needs beside its gradient. The kernel counts to about 2 MiB, so that the smallest model's bound is within
+its error. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def measure_memory(case: str, steps: int) -> dict[str, float]:
 def one_pass(model: torch.nn.Module, environment) -> None:
     """A bare forward and backward pass."""
     task = infer_task(model)
-    batch = environment.fine_tuning.batch(0, environment.strategy.batch_size)
+    simulated = environment(1)
+    batch = simulated.R.batch(0, simulated.strategy.batch_size)
     model.train()
     loss = task.loss(task.predict(model, batch), task.target(batch))
     torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)

@@ -2,10 +2,10 @@
 
     python benchmarks/sweep.py --runs 2500 5000
 
-The attacks are replaced by their results, so that only the suite itself runs. Each size starts anew in a folder of its own:
-a run with nothing finished, a second one with everything finished, and the score, the checks, the claim's figures and the
-report's of what it found. Seconds of computing, and the process's peak memory beyond what it was before. The last line is one
-JSON object.
+The attacks are replaced by their results, so that only the suite itself runs. Each size starts anew in a folder of its
+own: a run with nothing finished, a second one with everything finished, and the score, the checks, the claim's figures
+and the report's of what it found. Seconds of computing, and the process's peak memory beyond what it was before. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/write_results.py
 
-docs/results.md is the overview, docs/results/attacks/ holds a page a protection with its every attack, docs/results/paper_tables.md the
-paper's tables, docs/images/trade_off.png the picture.
+docs/results.md is the overview, docs/results/attacks/ holds a page a protection with its every attack,
+docs/results/paper_tables.md the paper's tables, docs/images/trade_off.png the picture.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def over_seeds(records: list[dict]) -> list[str]:
     lines = [
         "Over protection seeds, mean ± SD:",
         "",
-        "| pair | protection | sweep | adversary's images | seeds | RT, worst case | worst seed | original domain: points of accuracy lost, or rise of the MSE in % |",
+        "| pair | protection | sweep | adversary's images | seeds | RT, worst case | worst seed | original domain: "
+        "points of accuracy lost, or rise of the MSE in % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key, group in sorted(groups.items()):
@@ -66,7 +67,8 @@ def over_seeds(records: list[dict]) -> list[str]:
             transfer = f"{mean(transfers):.0%} ± {100 * stdev(transfers):.0f}"
             worst = f"{max(transfers):.0%}"
         lines.append(
-            f"| {' | '.join(map(str, key))} | {len(group)} | {transfer} | {worst} | {mean(lost):.1f} ± {stdev(lost):.1f} |"
+            f"| {' | '.join(map(str, key))} | {len(group)} | {transfer} | {worst} | {mean(lost):.1f} ± "
+            f"{stdev(lost):.1f} |"
         )
     return [*lines, ""]
 
@@ -97,13 +99,15 @@ def overview(records: list[dict]) -> list[str]:
     lines = [
         "Each of them:",
         "",
-        "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original domain |",
+        "| pair | protection | seed | sweep | adversary's images | RT, worst case | RT, direct only | original domain "
+        "|",
         "|---|---|---|---|---|---|---|---|",
     ]
     transfers = [-math.inf if (value := r["recovered_transfer"]["value"]) is None else value for r in records]
     for _, r in sorted(zip(transfers, records, strict=True), key=lambda pair: -pair[0]):
         lines.append(
-            f"| {r['pair']} | [{r['protection']}](results/attacks/{page_name(r)}) | {seed(r)} | {r['sweep']} | {r['examples']} | {percent(r['recovered_transfer'])} "
+            f"| {r['pair']} | [{r['protection']}](results/attacks/{page_name(r)}) | {seed(r)} | {r['sweep']} | "
+            f"{r['examples']} | {percent(r['recovered_transfer'])} "
             f"| {percent(r['recovered_transfer_direct'])} | {intactness(r)} |"
         )
     return lines
@@ -126,8 +130,10 @@ def details(record: dict) -> list[str]:
         "",
         f"    {record['command']}",
         "",
-        f"{record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}; protected in "
-        f"{record['protection_run']['seconds']} s, attacked in {record['attack_seconds']} s (what was there already left out); "
+        f"{record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}; "
+        "protected in "
+        f"{record['protection_run']['seconds']} s, attacked in {record['attack_seconds']} s (what was there already "
+        "left out); "
         f"attack seeds {record['seeds']}; settings "
         f"`{json.dumps(record['protection_run']['config'])}`.",
         "",
@@ -150,13 +156,15 @@ def details(record: dict) -> list[str]:
     ]
     if (of_data := record.get("recovered_by_original_data", {"value": None}))["value"] is not None:
         lines += [
-            f"On the scale of the recovered transfer, an untrained model that warms up on the adversary's original data is at {percent(of_data)}.",
+            "On the scale of the recovered transfer, an untrained model that warms up on the adversary's original "
+            f"data is at {percent(of_data)}.",
             "",
         ]
     if benign := record.get("benign"):
         models = ", ".join(f"{m} {benign[m]:{digits}}" for m in ("protected", "original", "scratch"))
         lines += [
-            f"Fine-tuned to the pair's allowed domain by the same sweep, the attack chosen on validation data: {models}.",
+            "Fine-tuned to the pair's allowed domain by the same sweep, the attack chosen on validation data: "
+            f"{models}.",
             "",
         ]
     return lines
@@ -192,7 +200,8 @@ def paper_table(record: dict) -> list[str]:
         f"    {record['command']}",
         "",
         f"{record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}; "
-        f"{record['seconds']} s; {record['adversary_examples']} images for the adversary, {record['test_examples']} to measure "
+        f"{record['seconds']} s; {record['adversary_examples']} images for the adversary, {record['test_examples']} to "
+        "measure "
         f"on; attack seeds {record['seeds']}; data {domains}; protected model: {guards}; settings "
         f"`{json.dumps(record['config'])}`.",
         "",
@@ -222,7 +231,8 @@ def attack_pages(records: list[dict], folder: Path) -> None:
         lines = [
             f"# {of_page[0]['pair']}, {of_page[0]['protection']}: attack by attack",
             "",
-            "Test metric at the end of each attack, mean ± SD over the attack seeds, the strongest attack first. What the words mean stands in [results.md](../../results.md).",
+            "Test metric at the end of each attack, mean ± SD over the attack seeds, the strongest attack first. What "
+            "the words mean stands in [results.md](../../results.md).",
             "",
         ]
         lines += [line for record in of_page for line in details(record)]

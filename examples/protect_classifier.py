@@ -4,7 +4,8 @@ With no argument it pre-trains a small ResNet on printed letters and protects it
 takes minutes on a CPU. For real work name a model and two data sets, by Hub id or folder:
 
     accelerate launch examples/protect_classifier.py
-    accelerate launch examples/protect_classifier.py --model user/my-imagenette-classifier --original frgfm/imagenette:160px \
+    accelerate launch examples/protect_classifier.py --model user/my-imagenette-classifier --original
+    frgfm/imagenette:160px \
         --restricted uoft-cs/cifar10 --max_steps 800 --K 50
 """
 

@@ -1,7 +1,7 @@
 """The circle: protect, attack, publish, and let a stranger audit what was published.
 
-With no argument it runs on printed letters and handwritten digits and publishes to a small Hub on this machine, which takes
-minutes on a CPU and needs no network. To publish on the real Hub, log in (`hf auth login`) and name a repository:
+With no argument it runs on printed letters and handwritten digits and publishes to a small Hub on this machine, which
+takes minutes on a CPU and needs no network. To publish on the real Hub, log in (`hf auth login`) and name a repository:
 
     python examples/publish_and_audit.py
     python examples/publish_and_audit.py --repo_id user/letters --private

@@ -4,9 +4,9 @@
     accelerate launch examples/reproduce_paper.py --table 1 --scale paper
 
 `small` takes minutes a table on one core: small models, 300 images for the adversary, and the folders of DIR (cifar10,
-tiny_imagenet_20, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a GPU,
-the models of timm (`pip install -e '.[timm]'` in a clone), and days. What either changes is written down in `paper_tables.py`
-and in the record, which goes to docs/results/. Interrupted, it goes on where it was.
+tiny_imagenet_20, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a
+GPU, the models of timm (`pip install -e '.[timm]'` in a clone), and days. What either changes is written down in
+`paper_tables.py` and in the record, which goes to docs/results/. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Compare the suppression losses' stability, as in section 5.8 of the paper (Fig. 13).
 
-The same small classifier is protected with ICE, KLU and the negated cross-entropy, and L_FTS is drawn over the iterations.
+The same small classifier is protected with ICE, KLU and the negated cross-entropy, and L_FTS is drawn over the
+iterations.
 
     python examples/training_stability.py --output runs/stability.png
 """
@@ -45,7 +46,8 @@ def main() -> None:
             trainer.train()
         lines[loss.replace("_", " ")] = [entry["L_FTS"] for entry in trainer.state.log_history if "L_FTS" in entry]
         print(
-            f"{loss}: L_FTS {lines[loss.replace('_', ' ')][0]:.3g} at first, {lines[loss.replace('_', ' ')][-1]:.3g} at last"
+            f"{loss}: L_FTS {lines[loss.replace('_', ' ')][0]:.3g} at first, {lines[loss.replace('_', ' ')][-1]:.3g} "
+            "at last"
         )
     print(plot_stability(lines, options.output, "Fig. 13: suppression losses while protecting"))
 

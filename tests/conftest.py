@@ -27,7 +27,7 @@ except RuntimeError:
     for operator in ("nms", "qnms"):
         operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from points import TinyNet, make_points
+from points import TinyNet, make_points  # noqa: E402
 
 from sophon_hf.data.domain import build_domain  # noqa: E402
 from sophon_hf.tasks.base import infer_task

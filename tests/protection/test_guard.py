@@ -162,7 +162,11 @@ class Acts:
     def __init__(self, model, max_steps, tolerance):
         self.rolled_back, self.scales = [], []
         self.guard = Guard(
-            model, tolerance, True, on_violation="adapt_alpha", on_change=lambda back: back and self.rolled_back.append(1)
+            model,
+            tolerance,
+            True,
+            on_violation="adapt_alpha",
+            on_change=lambda back: back and self.rolled_back.append(1),
         )
         self.state, self.control = TrainerState(max_steps=max_steps), TrainerControl()
 

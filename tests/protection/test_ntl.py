@@ -94,7 +94,9 @@ def test_ntl_lowers_restricted_accuracy_until_it_is_fine_tuned():
     assert before > 0.9 and accuracy(restricted) < 0.4
     assert accuracy(original) > 0.9
 
-    curve = run_attack(model, task, FineTuningStrategy(learning_rate=0.01, epochs=30), AdversaryDomains(restricted, test))
+    curve = run_attack(
+        model, task, FineTuningStrategy(learning_rate=0.01, epochs=30), AdversaryDomains(restricted, test)
+    )
     assert curve.test[0] < 0.5 and curve.test[-1] > 0.75
 
 

@@ -45,8 +45,8 @@ GUARDED = dict(eval_steps=1, save_strategy="steps", save_steps=2, tolerance=1.0,
 NEW_HEAD = {"initializations": ["new_head"], "learning_rates": [1e-2], "batch_sizes": [9]}
 BLOCKS = dict(NEW_HEAD, reinitialized_blocks=[1], transfers=["all", "head", "norm"])
 OPTIMIZERS = {
-    "optimizers": ["sgd", "nesterov", "adagrad", "adadelta", "adamw"], "learning_rates": [1e-2], "schedules": ["cosine"],
-    "weight_decays": [0.1], "batch_sizes": [8],
+    "optimizers": ["sgd", "nesterov", "adagrad", "adadelta", "adamw"], "learning_rates": [1e-2], "schedules":
+    ["cosine"], "weight_decays": [0.1], "batch_sizes": [8],
 }
 CASES = {
     "paper": dict(PLAIN, N=2),
@@ -57,11 +57,12 @@ CASES = {
     "guarded": dict(GUARDED),
     "rollbacks": dict(GUARDED, tolerance=0.0, alpha=0.3),
     "additions": dict(
-        GUARDED, kind="net", probe_depths=2, num_persistent=2, horizon=4, distillation=1.0, keep_norms=True, max_grad_norm=1.0,
-        max_steps=4, strategy_space=NEW_HEAD,
+        GUARDED, kind="net", probe_depths=2, num_persistent=2, horizon=4, distillation=1.0, keep_norms=True,
+        max_grad_norm=1.0, max_steps=4, strategy_space=NEW_HEAD,
     ),
     "warm_up": dict(
-        GUARDED, probe_depths=2, num_persistent=2, horizon=3, max_steps=4, strategy_space={**NEW_HEAD, "preparations": ["warm_up"]},
+        GUARDED, probe_depths=2, num_persistent=2, horizon=3, max_steps=4, strategy_space={**NEW_HEAD, "preparations":
+        ["warm_up"]},
     ),
     # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
     "diffusion": dict(
@@ -163,9 +164,9 @@ def run(trainer, path, **options):
     result = {
         "model": {name: getattr(p, "full_tensor", lambda p=p: p)().clone() for name, p in parameters.items()},
         "held": sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in trainer.model.parameters()),
-        "evaluations": [{k: v for k, v in e.items() if "runtime" not in k} for e in history if "eval_original_loss" in e],
-        "rollbacks": max(e.get("rollbacks", 0) for e in history),
-        "L_FTS": [e["L_FTS"] for e in history if "L_FTS" in e],
+        "evaluations": [{k: v for k, v in e.items() if "runtime" not in k} for e in history if "eval_original_loss" in
+        e], "rollbacks": max(e.get("rollbacks", 0) for e in history), "L_FTS": [e["L_FTS"] for e in history if "L_FTS"
+        in e],
     }
     torch.save(result, f"{path}-{trainer.args.process_index}.pt")
 

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from naive_suppression import batches_without_repetition
+from naive_suppression import Environment, batches_without_repetition
 from observed import SPACE, Observer, assert_equal, config, guarded, state_of
 from points import TinyNet, fitted, make_points
 from torch import nn
@@ -20,7 +20,6 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.data.batches import Stream
-from naive_suppression import Environment
 from sophon_hf.utils import derive_seed
 
 # ---- Algorithm 1 ----
@@ -240,9 +239,7 @@ def test_the_logged_first_losses_are_those_of_the_start(tmp_path):
     args = config(tmp_path, max_steps=1, K=1, alpha=1e-30, strategy_space=space)
     trainer = SophonTrainer(model, make_points(1), make_points(2), args, callbacks=[observer])
     seed = derive_seed(args.seed, "adversary", 0, 0, 0)
-    batch = Environment(
-        trainer.domains["restricted"], trainer.task, args.space.sample(0), seed
-    ).evaluation.batch(0, 11)
+    batch = Environment(trainer.domains["restricted"], trainer.task, args.space.sample(0), seed).evaluation.batch(0, 11)
     trainer.train()
     assert len(trainer.domains["restricted"]) == 108
     p = start(batch["x"]).softmax(dim=1).gather(1, batch["labels"][:, None])
