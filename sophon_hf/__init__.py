@@ -18,7 +18,7 @@ _HOMES = {
     "AttackSuite": "attacks.suite",
     "ClassificationTask": "tasks.classification",
     "DiffusionTask": "tasks.diffusion",
-    "load_domain": "data.domain",
+    "load_domain": "data.loading",
     "select_classes": "data.labels",
     "split_domain": "data.labels",
     "publish": "hub.publish",
@@ -44,7 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sophon_hf.attacks.suite import AttackSuite
     from sophon_hf.auditing.audit import audit
-    from sophon_hf.data.domain import load_domain
+    from sophon_hf.data.loading import load_domain
     from sophon_hf.data.labels import select_classes, split_domain
     from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
     from sophon_hf.hub.publish import publish

@@ -1,7 +1,11 @@
-"""Four helpers that more than one room needs. Nothing heavy is imported here before it is used: the command line starts fast."""
+"""Helpers that more than one room needs.
+
+Nothing heavy is imported here before it is used, so that the command line starts fast.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -18,6 +22,14 @@ def hint(name: object, known: Iterable[str], otherwise: str = "") -> str:
     return f" Did you mean {close[0]!r}?" if close else otherwise
 
 
+def unreachable(source: str, kind: str) -> str:
+    """Say that a source cannot be looked up on the Hub. `kind`: "model" or "data set"."""
+    return (
+        f"There is no folder {source!r}, and the Hub cannot be reached to look it up there. Check the connection (and "
+        f"HF_HUB_OFFLINE), or download the {kind} and pass its folder."
+    )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +41,11 @@ def write_atomically(path: Path, text: str) -> None:
 def finite_or_none(value: float | None) -> float | None:
     """Return a number that JSON knows, or None."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def derive_seed(*key: int | str) -> int:
+    """Return a 62-bit seed that depends on every part of `key` and is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
 
 
 def set_seed(seed: int) -> None:

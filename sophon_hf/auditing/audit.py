@@ -18,7 +18,7 @@ from sophon_hf.auditing.card_check import judge_card
 from sophon_hf.auditing.download import Download, check_configurations, fetch
 from sophon_hf.auditing.remeasure import Measurement, load_models, measure
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, Verdict, judge_consistency
-from sophon_hf.data.domain import Source
+from sophon_hf.data.loading import Source
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, printable
 from sophon_hf.hub.weights import hash_weights

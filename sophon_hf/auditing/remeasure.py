@@ -29,7 +29,8 @@ from sophon_hf.auditing.verdicts import (
     judge_strongest,
     judge_transfer,
 )
-from sophon_hf.data.domain import Source, build_domain, load_domain
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.hub.claim import Claim

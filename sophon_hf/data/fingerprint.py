@@ -1,4 +1,4 @@
-"""What may be told of a domain's data without giving them away: where they come from, how many, and a hash."""
+"""Describe a domain's data without giving them away: where they come from, how many there are, and a hash."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
 
-if TYPE_CHECKING:
-    from sophon_hf.data.domain import Domain
+from sophon_hf.data.domain import CHUNK, Domain
 
-_CHUNK = 256
 _HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
 
 
 @dataclass(frozen=True)
 class DataFingerprint:
-    """Data, recognised but not shown.
+    """Recognise data without showing them.
 
     Attributes:
         name: Hub id (`owner/name`, or `owner/name:configuration`) or the base name of a folder; None where unknown.
@@ -46,20 +43,27 @@ class DataFingerprint:
 
 
 def is_base_name_or_hub_id(name: str) -> bool:
-    """Whether a name tells nothing of where files lie on a machine."""
+    """Return whether a name tells nothing of where files lie on a machine."""
     parts = name.split("/")
     plain = len(parts) <= 2 and "\\" not in name and name.isprintable()
     return plain and all(p and p[0] not in ".~" and p == p.strip() for p in parts)
 
 
 def fingerprint_domain(domain: Domain) -> DataFingerprint:
-    """The fingerprint of a domain as it is used: after selection, split and preparation."""
+    """Return the fingerprint of a domain as it is used: after selection, split and preparation."""
+    digest = hashlib.sha256()
+    # Batch by batch, since Domain.fingerprint has seen the first examples only where they do not fit in memory.
+    for indices in torch.arange(len(domain)).split(CHUNK):
+        for column, values in sorted(domain.rows(indices).items()):
+            digest.update(f"{column} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data if values.ndim else b"")
     name, revision = _source(domain.dataset.info)
     split = domain.dataset.split
-    return DataFingerprint(name, revision, None if split is None else str(split), _content_hash(domain), len(domain))
+    return DataFingerprint(name, revision, None if split is None else str(split), digest.hexdigest(), len(domain))
 
 
 def _source(info: datasets.DatasetInfo) -> tuple[str | None, str | None]:
+    # `remember_source` writes this note, and `datasets` keeps it through selections and casts.
     for url in info.download_checksums or {}:
         if found := _HUB_SOURCE.match(url):
             return found["name"], None if found["revision"] == "unknown" else found["revision"]
@@ -78,13 +82,3 @@ def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) 
     commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else "unknown"
     url = f"hf://datasets/{name}@{commit}"
     dataset.info.download_checksums = {url: {"num_bytes": None, "checksum": None}}
-
-
-def _content_hash(domain: Domain) -> str:
-    # Batch by batch, since Domain.fingerprint has seen the first examples only where they do not fit in memory.
-    digest = hashlib.sha256()
-    for indices in torch.arange(len(domain)).split(_CHUNK):
-        for name, values in sorted(domain.rows(indices).items()):
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data if values.ndim else b"")
-    return digest.hexdigest()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from sophon_hf.data.batches import derive_seed
+from sophon_hf.utils import derive_seed
 
-LABEL_COLUMNS = ("labels", "label")
+_LABEL_COLUMNS = ("labels", "label")
 
 
 def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
-    """The column with the class labels: the chosen one, `labels` or `label`, or the only `ClassLabel`; else None.
+    """Return the column with the class labels: the chosen one, `labels`, `label` or the only `ClassLabel`; else None.
 
     Raises:
         ValueError: The chosen column does not exist, or several could be meant.
@@ -22,7 +22,7 @@ def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | 
         if chosen not in dataset.column_names:
             raise ValueError(f"There is no column {chosen!r}; the data set has {dataset.column_names}.")
         return chosen
-    for name in LABEL_COLUMNS:
+    for name in _LABEL_COLUMNS:
         if name in dataset.column_names:
             return name
     class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -32,11 +32,12 @@ def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | 
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """All labels as int64.
+    """Return all labels; shape (n,), int64.
 
     Raises:
         ValueError: Some are missing, or they are not class indices.
     """
+    # Without its format, or a transform of the user's would run on every row.
     values = list(dataset.with_format(None)[column])
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:
@@ -53,7 +54,7 @@ def read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """Class names from the features, or `class 0`, `class 1`, ... where they name none."""
+    """Return class names from the features, or `class 0`, `class 1`, ... where they name none."""
     feature = dataset.features.get(column)
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
@@ -106,7 +107,7 @@ def split_domain(
 def split_indices(
     dataset: datasets.Dataset, seed: int, share: float, column: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of both parts of `split_domain`; not stratified where `column` is None."""
+    """Return the rows of both parts of `split_domain`; not stratified where `column` is None."""
     generator = np.random.default_rng(derive_seed("split", seed))
     labels = np.zeros(len(dataset), dtype=np.int64) if column is None else read_labels(dataset, column)
     # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.

@@ -1,4 +1,4 @@
-"""From raw columns (image, text, audio) to model inputs, one example at a time."""
+"""Turn raw columns (image, text, audio) into model inputs, one example at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from PIL.Image import Image
 from PIL.Image import Resampling as PillowResampling
 from torch import Tensor
 
-Rows = Mapping[str, list]
-Example = dict[str, Tensor]
+_Rows: TypeAlias = Mapping[str, list]
+Example: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model takes, as far as preparing examples for it needs to know.
+    """Describe what a model takes, as far as preparing examples for it needs to know.
 
     Attributes:
         names: The parameters of its `forward`.
@@ -43,30 +43,30 @@ class ModelInputs:
     longest: int | None = None
 
     def accepts(self, name: str) -> bool:
-        """Whether the model's `forward` has a parameter of this name."""
+        """Return whether the model's `forward` has a parameter of this name."""
         return name in self.names
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Turns rows of a dataset into examples ready for the model.
+    """Turn rows of a dataset into examples ready for the model.
 
     Attributes:
-        inputs: Takes rows (column name -> list) and returns one dict of tensors an example.
+        inputs: Takes rows (column name -> list) and returns a dict of tensors for each example.
         label_column: Where the labels are, or None.
         padding: What variable-length inputs are filled up with, by input name; 0 where not named.
     """
 
-    inputs: Callable[[Rows], list[Example]]
+    inputs: Callable[[_Rows], list[Example]]
     label_column: str | None
     padding: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, rows: Rows) -> list[Example]:
-        """One example a row."""
+    def __call__(self, rows: _Rows) -> list[Example]:
+        """Return one example for each row."""
         return self.inputs(rows)
 
     def stack(self, examples: list[Example]) -> Example:
-        """One tensor an input, filled up at the end of the first dimension where lengths differ."""
+        """Return one tensor for each input, filled up at the end of the first dimension where lengths differ."""
         return {name: _stack([e[name] for e in examples], self.padding.get(name, 0)) for name in examples[0]}
 
 
@@ -85,12 +85,76 @@ def _stack(tensors: list[Tensor], fill: float) -> Tensor:
     return stacked
 
 
-def prepare_ready(columns: Mapping[str, str]) -> Callable[[Rows], list[Example]]:
-    """Columns that already are model inputs. `columns`: column name -> input name."""
-    return partial(_ready, columns=columns)
+def make_preprocessor(
+    row: Mapping[str, Any], needs: ModelInputs, processing_class: Any | None, label_column: str | None, name: str
+) -> Preprocessor:
+    """Choose how rows like `row` become model inputs: ready columns first, else images, sounds, text or numbers.
+
+    Args:
+        row: One row, without its label: column name -> value.
+        needs: What the model takes.
+        processing_class: Image processor, tokenizer or feature extractor. Images can do without.
+        label_column: Where the labels are, or None.
+        name: What messages call the domain.
+
+    Raises:
+        ValueError: No column or several could be meant, or text or audio lacks its `processing_class`.
+    """
+    pad = getattr(processing_class, "pad_token_id", None)
+    padding = {"input_ids": (needs.pad_token_id or 0) if pad is None else pad}
+    inputs: Callable[[_Rows], list[Example]] | None = None
+    if ready := {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}:
+        inputs = partial(_ready, columns=ready)
+    # A row of ready inputs may hold more columns, which are left out.
+    for kind in () if ready else ("images", "audio", "text", "tensors"):
+        columns = [column for column, value in row.items() if _kind(value) == kind]
+        if len(columns) > 1:
+            raise ValueError(f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`.")
+        if columns:
+            inputs = _prepare_column(kind, columns[0], needs, processing_class)
+            break
+    if inputs is None:
+        raise ValueError(
+            f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
+            f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
+        )
+    return Preprocessor(inputs, label_column, padding)
 
 
-def _ready(rows: Rows, columns: Mapping[str, str]) -> list[Example]:
+def _kind(value: Any) -> str | None:
+    if isinstance(value, Image):
+        return "images"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, dict) and ({"array", "sampling_rate"} <= set(value) or {"bytes", "path"} <= set(value)):
+        return "audio"
+    if isinstance(value, (list, np.ndarray, Tensor)) and np.ndim(value) >= 1:
+        return "tensors"
+    return None
+
+
+def _prepare_column(kind: str, column: str, needs: ModelInputs, processing_class: Any | None) -> Callable:
+    # Partial functions, not closures: a data loader's workers are sent them by pickle.
+    if kind == "tensors":
+        return partial(_ready, columns={column: needs.main})
+    if kind == "images":
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(needs.channels or 3)
+        if mode is None:
+            raise ValueError(f"The model takes {needs.channels} channels, images have 1, 3 or 4: pass ready tensors.")
+        return partial(_images, column=column, mode=mode, needs=needs, processing_class=processing_class)
+    if processing_class is None:
+        what, ready = {
+            "text": ("tokenizer", "`input_ids` and `attention_mask`"),
+            "audio": ("feature extractor", "`input_values`"),
+        }[kind]
+        raise ValueError(
+            f"Column {column!r} holds {kind}: pass the model's {what} as `processing_class`, or a dataset with {ready}."
+        )
+    prepare = _text if kind == "text" else _audio
+    return partial(prepare, column=column, needs=needs, processing_class=processing_class)
+
+
+def _ready(rows: _Rows, columns: Mapping[str, str]) -> list[Example]:
     count = len(next(iter(rows.values())))
     return [{name: _to_tensor(rows[column][i]) for column, name in columns.items()} for i in range(count)]
 
@@ -101,15 +165,7 @@ def _to_tensor(value: Any) -> Tensor:
     return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
-def prepare_images(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
-    """Images through an image processor, or, without one, resized where the model needs a size and scaled to its range."""
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(needs.channels or 3)
-    if mode is None:
-        raise ValueError(f"The model takes {needs.channels} channels, but images have 1, 3 or 4: pass ready tensors.")
-    return partial(_images, column=column, mode=mode, needs=needs, processing_class=processing_class)
-
-
-def _images(rows: Rows, column: str, mode: str, needs: ModelInputs, processing_class: Any | None) -> list[Example]:
+def _images(rows: _Rows, column: str, mode: str, needs: ModelInputs, processing_class: Any | None) -> list[Example]:
     images = [image.convert(mode) for image in rows[column]]
     if processing_class is None:
         return [{needs.main: _pixels(image, needs)} for image in images]
@@ -125,35 +181,16 @@ def _pixels(image: Image, needs: ModelInputs) -> Tensor:
     return (pixels * 2 - 1 if needs.symmetric else pixels).contiguous()
 
 
-def prepare_text(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
-    """Sentences through a tokenizer."""
-    if processing_class is None:
-        raise ValueError(
-            f"Column {column!r} holds text: pass the model's tokenizer as `processing_class`, "
-            "or a dataset with `input_ids` and `attention_mask`."
-        )
-    return partial(_text, column=column, needs=needs, processing_class=processing_class)
-
-
-def _text(rows: Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
-    # Many saved tokenizers know no length, and would cut nothing. Two positions are for those that count from the padding.
+def _text(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
+    # Many saved tokenizers know no length, and would cut nothing. RoBERTa's kind counts its positions from the padding
+    # token on, which takes two of them.
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
     encoded = processing_class(list(rows[column]), truncation=True, max_length=longest)
     names = [name for name in encoded if needs.accepts(name)]
     return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
 
 
-def prepare_audio(column: str, needs: ModelInputs, processing_class: Any | None) -> Callable[[Rows], list[Example]]:
-    """Sounds through a feature extractor, resampled to its rate."""
-    if processing_class is None:
-        raise ValueError(
-            f"Column {column!r} holds audio: pass the model's feature extractor as `processing_class`, "
-            "or a dataset with `input_values`."
-        )
-    return partial(_audio, column=column, needs=needs, processing_class=processing_class)
-
-
-def _audio(rows: Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
+def _audio(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
     examples, rate = [], processing_class.sampling_rate
     for cell in rows[column]:
         encoded = processing_class(_resample(*_decode(cell), rate), sampling_rate=rate, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Data that ships with dependencies, for the demo and the examples: handwritten digits and printed letters."""
+"""Make data from what dependencies ship, for the demo and the examples: handwritten digits and printed letters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LETTERS = "ABCDEFGHJK"
-SIZE = 32
+_LETTERS = "ABCDEFGHJK"
+_SIZE = 32
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSerif-Italic")
 
 
-def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits, white on black.
+def handwritten_digits(size: int = _SIZE) -> datasets.DatasetDict:
+    """Return the 1,797 handwritten digits of scikit-learn, white on black.
 
     Args:
         size: Height and width in pixels; the originals have 8.
@@ -31,8 +31,8 @@ def handwritten_digits(size: int = SIZE) -> datasets.DatasetDict:
     return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, 800, "handwritten-digits")
 
 
-def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> datasets.DatasetDict:
-    """Ten letters in six fonts that ship with matplotlib, moved, turned, scaled and with noise; white on black.
+def printed_letters(examples: int = 3000, size: int = _SIZE, seed: int = 0) -> datasets.DatasetDict:
+    """Draw ten letters in six fonts of matplotlib, moved, turned, scaled and with noise; white on black.
 
     Args:
         examples: Training images; the test split has 500 more.
@@ -43,27 +43,24 @@ def printed_letters(examples: int = 3000, size: int = SIZE, seed: int = 0) -> da
         Splits "train" and "test", with columns `image` (grey) and `label`.
     """
     generator = np.random.default_rng(seed)
-    labels = np.arange(examples + 500) % len(LETTERS)
-    images = [_draw(LETTERS[label], size, generator) for label in labels]
+    labels = np.arange(examples + 500) % len(_LETTERS)
+    images = [_draw(_LETTERS[label], size, generator) for label in labels]
     return _as_splits(
-        images, labels.tolist(), list(LETTERS), generator.permutation(len(images)), 500, "printed-letters"
+        images, labels.tolist(), list(_LETTERS), generator.permutation(len(images)), 500, "printed-letters"
     )
 
 
 def _draw(letter: str, size: int, generator: np.random.Generator) -> Image.Image:
-    font = ImageFont.truetype(_font_path(generator.choice(_FONTS)), int(size * generator.uniform(0.5, 0.85)))
+    import matplotlib
+
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/{generator.choice(_FONTS)}.ttf"
+    font = ImageFont.truetype(path, int(size * generator.uniform(0.5, 0.85)))
     canvas = Image.new("L", (size, size))
     where = tuple(size / 2 + generator.uniform(-0.12, 0.12, 2) * size)
     ImageDraw.Draw(canvas).text(where, letter, fill=int(generator.integers(150, 256)), font=font, anchor="mm")
     canvas = canvas.rotate(generator.uniform(-25, 25), resample=Image.Resampling.BILINEAR)
     noisy = np.asarray(canvas, dtype=np.float32) + generator.normal(0, 20, (size, size))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8), "L")
-
-
-def _font_path(name: str) -> str:
-    import matplotlib
-
-    return f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
 
 
 def _as_splits(

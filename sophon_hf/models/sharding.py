@@ -1,8 +1,8 @@
 """Models whose parameters are sharded over the processes (FSDP2): what has to be done differently, in one place.
 
-A sharded model is an `FSDPModule` whose parameters are `DTensor`s. Its layers gather their weights for each pass, so all
-processes walk through the same layers in step: they simulate the same adversaries, each on its share of every batch, and the
-mean of their gradients is the gradient of the whole batch.
+A sharded model is an `FSDPModule` whose parameters are `DTensor`s. Its layers gather their weights for each pass, so
+all processes walk through the same layers in step: they simulate the same adversaries, each on its share of every
+batch, and the mean of their gradients is the gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard a whole model in place, as accelerate's FSDP plugin says.
 
-    Every part is sharded again after a forward pass, the outermost one too, so that the parameters are shards whenever no
-    pass is under way, also after one that no backward pass follows.
+    Every part is sharded again after a forward pass, the outermost one too, so that the parameters are shards whenever
+    no pass is under way, also after one that no backward pass follows.
     """
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -131,8 +131,8 @@ def share(batch: Batch, model: nn.Module) -> tuple[Batch, float]:
 def gradients(loss: Tensor, wanted: Sequence[Tensor], model: nn.Module) -> list[Tensor | None]:
     """The gradient of a loss with respect to some of a model's parameters, None where it does not depend on one.
 
-    On a sharded model it is the mean over the processes' losses. FSDP averages and shards only what a backward pass leaves
-    in `grad`, so that is what is run, and `grad` of every parameter is None afterwards.
+    On a sharded model it is the mean over the processes' losses. FSDP averages and shards only what a backward pass
+    leaves in `grad`, so that is what is run, and `grad` of every parameter is None afterwards.
     """
     if not is_sharded(model):
         return list(torch.autograd.grad(loss, wanted, allow_unused=True))

@@ -46,8 +46,10 @@ class ModelStructure:
         """
         if count > len(self.blocks):
             raise ValueError(
-                f"The strategy re-initialises {count} blocks, but the model has {len(self.blocks)}. Blocks are repeated modules "
-                f"of one class: set reinitialized_blocks to at most {len(self.blocks)} (in the strategy space a list, [0] where "
+                f"The strategy re-initialises {count} blocks, but the model has {len(self.blocks)}. Blocks are "
+                "repeated modules "
+                f"of one class: set reinitialized_blocks to at most {len(self.blocks)} (in the strategy space a list, "
+                "[0] where "
                 "there are none)."
             )
         return self.blocks[len(self.blocks) - count :]

@@ -10,20 +10,10 @@ from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import (
-    WithTensors,
-    evaluation_mode,
-    hash_state,
-    load_model,
-    load_processor,
-    noise_scheduler_of,
-    restore_precision,
-    unwrap,
-)
+from sophon_hf.models.loading import noise_scheduler_of, unwrap
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
-from sophon_hf.tasks.evaluation import Evaluation, evaluate_model, first_rows, to_device
 
 
 class Task(Protocol):
@@ -62,24 +52,3 @@ def load_task(source: str | os.PathLike, model: nn.Module) -> Task:
     task = infer_task(model)
     scheduler = noise_scheduler_of(source) if isinstance(task, DiffusionTask) else None
     return task if scheduler is None else DiffusionTask(scheduler)
-
-
-__all__ = [
-    "ClassificationTask",
-    "DiffusionTask",
-    "Evaluation",
-    "ModelStructure",
-    "Task",
-    "WithTensors",
-    "evaluate_model",
-    "evaluation_mode",
-    "first_rows",
-    "hash_state",
-    "infer_task",
-    "load_model",
-    "load_processor",
-    "load_task",
-    "restore_precision",
-    "to_device",
-    "unwrap",
-]

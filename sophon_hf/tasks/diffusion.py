@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sophon_hf.data.batches import Batch, derive_seed
+from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.models.loading import as_integers, evaluation_mode, forward_names, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_mse
 from sophon_hf.tasks.metrics import mean_squared_error
+from sophon_hf.utils import derive_seed
 
 
 class DiffusionTask:

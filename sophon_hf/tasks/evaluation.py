@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sophon_hf.data.batches import Batch
+from sophon_hf.data.domain import Domain
 from sophon_hf.models.loading import evaluation_mode
 from sophon_hf.models.sharding import is_sharded
-
-if TYPE_CHECKING:
-    from sophon_hf.data.domain import Domain
-    from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.base import Task
 
 
 class Evaluation(NamedTuple):

@@ -1,7 +1,8 @@
 """Suppression losses L_alpha of the SOPHON paper, section 4.3, and the two it compares them with in section 5.8.
 
 Every function takes a prediction first, returns a scalar that is *minimised* while protecting, and computes in
-float32 (or float64, when the prediction has it): half-precision predictions are converted, so that the tails stay exact.
+float32 (or float64, when the prediction has it): half-precision predictions are converted, so that the tails stay
+exact.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
 from sophon_hf.data.batches import Stream
-from sophon_hf.data.domain import build_domain, load_domain
+from sophon_hf.data.domain import build_domain
 from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.data.loading import load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 
 # ---- Where a domain comes from ----
@@ -226,7 +227,7 @@ def waves_of_mixed_lengths() -> datasets.Dataset:
 )  # fmt: skip
 def test_batches_on_the_fly_are_those_in_memory(dataset, needs, processing):
     task = ClassificationTask()
-    streams = [Stream(domain, task, seed=3).batches(3) for domain in both_paths(dataset(), needs, processing())]
+    streams = [Stream(domain, task.collate, seed=3).batches(3) for domain in both_paths(dataset(), needs, processing())]
     for _ in range(4):
         one, other = next(streams[0]), next(streams[1])
         assert set(one) == set(other)
@@ -297,11 +298,11 @@ def test_transform_is_not_frozen_but_follows_the_seed():
 
 def test_transform_differs_from_epoch_to_epoch_and_is_the_same_again():
     domain = build_domain(points(4).with_transform(jitter), POINTS)
-    stream = Stream(domain, ClassificationTask(), seed=1)
+    stream = Stream(domain, ClassificationTask().collate, seed=1)
     first, second = stream.batch(0, 4), stream.batch(4, 4)
     order = [batch["x"].sum(dim=1).argsort() for batch in (first, second)]
     assert not torch.equal(first["x"][order[0]], second["x"][order[1]])
-    assert torch.equal(Stream(domain, ClassificationTask(), seed=1).batch(4, 4)["x"], second["x"])
+    assert torch.equal(Stream(domain, ClassificationTask().collate, seed=1).batch(4, 4)["x"], second["x"])
 
 
 def test_transform_may_rename_the_labels_or_leave_them_out():

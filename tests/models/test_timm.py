@@ -19,7 +19,8 @@ from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.models.loading import load_model
 from sophon_hf.tasks.evaluation import evaluate_model
 
-# VGG's hidden layer of 4,096 channels times a fiftieth: 12 of its 129 million parameters. CAFormer takes no such number.
+# VGG's hidden layer of 4,096 channels times a fiftieth: 12 of its 129 million parameters. CAFormer takes no such
+# number.
 CAFORMER, VGG = {}, {"mlp_ratio": 0.02}
 
 
