@@ -46,7 +46,7 @@ class AdversaryDomains:
         return {name: domain for name, domain in vars(self).items() if domain is not None}
 
     def check_disjoint(self) -> None:
-        """Raise a ValueError where training, validation and test share an example, before a transform if there is one."""
+        """Raise a ValueError where two splits share an example (before a random transform, where there is one)."""
         domains = {name: domain for name, domain in self.given().items() if name in ("training", "validation", "test")}
         raw = any(domain.transformed for domain in domains.values())
         hashes = {name: set(domain.example_hashes(raw)) for name, domain in domains.items()}
@@ -54,8 +54,8 @@ class AdversaryDomains:
             shared = len(hashes.get(name, set()) & hashes.get(other, set()))
             if shared:
                 raise ValueError(
-                    f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has seen "
-                    "the answers measures nothing. Remove them, or split with `split_domain`."
+                    f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has "
+                    "seen the answers measures nothing. Remove them, or split with `split_domain`."
                 )
 
 
@@ -163,11 +163,11 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     if domain.labels is None:
         return True
     outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
-    return domain.num_classes <= outputs
+    return outputs is None or domain.num_classes <= outputs
 
 
 def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:
-    """Return the floating-point operations of one forward and backward pass for one example; None where none are counted.
+    """Return the operations of a forward and backward pass for one example; None where they cannot be counted.
 
     A count that fails (batch norm refuses a batch of one, say) must not cost the results that it stands beside.
     """

@@ -1,4 +1,4 @@
-"""Plots. Every function writes one PNG and returns its path; pyplot, and with it a notebook's backend, is left alone."""
+"""Plots: every function writes one PNG. pyplot, and with it a notebook's backend, is left alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COLOURS = {
     "scratch": "#555555",
     "ntl": "#009E73",
     "untrained": "#CC79A7",
+    "Algorithm 1": "#E69F00",
 }
 
 PANELS_IN_A_ROW = 3
@@ -38,11 +39,11 @@ def plot_curves(
     title: str = "",
     unit: str = "epochs",
 ) -> Path:
-    """The metric in the restricted domain while an adversary fine-tunes, as in Fig. 3: one panel a strategy.
+    """Draw the metric in the restricted domain while an adversary fine-tunes, as in Fig. 3: one panel a strategy.
 
     Args:
-        panels: Panel title -> model name -> where on the x axis, and the metric there for each seed; the line is the mean over
-            seeds, the band one standard deviation.
+        panels: Panel title -> model name -> where on the x axis, and the metric there for each seed. The line is the
+            mean over seeds, the band one standard deviation.
         path: Where the PNG goes.
         metric: Label of the y axis.
         title: Above the panels.
@@ -74,7 +75,7 @@ def plot_curves(
 
 
 def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, path: Path, metric: str) -> Path:
-    """Attack x model: what each attack reached on each model.
+    """Draw what each attack reached on each model.
 
     Args:
         rows: Attacks.
@@ -98,7 +99,7 @@ def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarra
 
 
 def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: str) -> Path:
-    """The best attack so far against the number of attacks tried, for each model.
+    """Draw the best attack so far against the number of attacks tried, for each model.
 
     Args:
         lines: Model -> test metric of the best attack among the first 1, 2, ... (chosen on validation data).
@@ -117,7 +118,7 @@ def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: s
 
 
 def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str = "") -> Path:
-    """A suppression loss over the iterations, one line a run, as in Fig. 13 and 14; gaps where it is not finite.
+    """Draw a suppression loss over the iterations, one line a run, as in Fig. 13 and 14; gaps where it is not finite.
 
     Args:
         lines: Label -> L_FTS of each iteration.
@@ -138,7 +139,7 @@ def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str 
 
 
 def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
-    """Images side by side.
+    """Write images side by side.
 
     Args:
         images: Shape (rows, columns, channels, height, width), in [-1, 1]; 1 or 3 channels.

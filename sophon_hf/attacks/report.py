@@ -98,7 +98,7 @@ def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, An
 
 
 def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
-    """Return the report as Markdown, without its plots: score and failed checks first, then a table like the paper's."""
+    """Return the report as Markdown, without plots: score and failed checks first, then a table like the paper's."""
     return _TEMPLATES.get_template("report.md.jinja").render(_values(results, summary), links={})
 
 

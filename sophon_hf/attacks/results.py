@@ -91,7 +91,7 @@ class AttackResults:
         return found
 
     def scores(self) -> Scores:
-        """Return what scores this sweep; take it once where several figures are wanted, since it goes through all runs."""
+        """Return what scores this sweep; it goes through all runs, so take it once where several figures are wanted."""
         return Scores(self.summaries(), self.metric, self.greater_is_better, self.test_examples, self.original_metric)
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:

@@ -81,11 +81,13 @@ class AttackRun:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AttackRun:
         """Return the run that `to_dict` wrote; what was not finite is NaN."""
-        curve = None
+        curve: Curve | None = None
         if values["curve"] is not None:
-            curve = Curve(
-                **{n: [math.nan if v is None else v for v in points] for n, points in values["curve"].items()}
-            )
+            points: dict[str, Any] = {
+                name: [math.nan if value is None else value for value in points]
+                for name, points in values["curve"].items()
+            }
+            curve = Curve(**points)
         return cls(**{**values, "strategy": FineTuningStrategy.from_dict(values["strategy"]), "curve": curve})
 
 

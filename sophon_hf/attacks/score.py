@@ -1,6 +1,7 @@
 """Score a protection: summaries of attacks, and recovered transfer from the strongest of them on each of three models.
 
-Nothing here needs a curve, so a suite's own results and the summaries in a claim (`sophon.json`) are scored by the same code.
+Nothing here needs a curve, so a suite's own results and the summaries in a claim (`sophon.json`) are scored by the same
+code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy
 
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
-# Closer than this (points, or a share of scratch's error), original and scratch show no transfer that could be protected.
+# Closer than this (points, or a share of scratch's error), original and scratch show no transfer to protect.
 LEAST_TRANSFER = 0.03
 STANDARD_ERRORS = 3.0
 BOOTSTRAP_SAMPLES = 2000
@@ -90,15 +91,15 @@ class AttackSummary:
 
 
 def mean_of_finite(values: Sequence) -> np.ndarray:
-    """The mean over the first axis, of what is finite there; NaN where nothing is."""
-    values = np.asarray(values, dtype=float)
-    finite = np.isfinite(values)
-    total, count = np.where(finite, values, 0).sum(axis=0), finite.sum(axis=0)
+    """Return the mean over the first axis, of what is finite there; NaN where nothing is."""
+    array = np.asarray(values, dtype=float)
+    finite = np.isfinite(array)
+    total, count = np.where(finite, array, 0).sum(axis=0), finite.sum(axis=0)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def describe_interval(interval: Sequence[float] | None) -> str:
-    """A 95 % interval in words, or why there is none."""
+    """Return a 95 % interval in words, or why there is none."""
     return NO_INTERVAL if interval is None else "95 % interval {:.0%} to {:.0%}".format(*interval)
 
 
@@ -110,8 +111,8 @@ class RecoveredTransfer:
 
     Attributes:
         value: RT, or None where it is void.
-        interval: 95 % bootstrap interval over seeds and test examples; None where RT is void, and for an MSE of one seed,
-            whose error nothing tells.
+        interval: 95 % bootstrap interval over seeds and test examples; None where RT is void, and for an MSE of one
+            seed, whose error nothing tells.
         void: Why it is void, or None.
     """
 
@@ -134,8 +135,8 @@ class Scores:
     Attributes:
         attacks: All of them, on all models.
         metric: Its name, "accuracy" say.
-        greater_is_better: For the adversary. Such a metric lies in [0, 1] and is compared in points; an error is compared
-            in shares of what training from scratch reaches.
+        greater_is_better: For the adversary. Such a metric lies in [0, 1] and is compared in points; an error is
+            compared in shares of what training from scratch reaches.
         test_examples: Size of the test split.
         original_metric: The original domain's test metric of each model, where it was measured.
     """
@@ -186,7 +187,7 @@ class Scores:
         return f"{self.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model"
 
     def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
-        """Say which attacks ended on the original model and failed with every seed on another one; None where none did."""
+        """Say which attacks ended on the original model and failed with every seed on `model`; None where none did."""
         allowed = None if among is None else set(among)
         compared = {a.strategy for a in self.attacks if a.model == "original" and a.seeds}
         names = dict.fromkeys(
@@ -201,8 +202,8 @@ class Scores:
         if not names:
             return None
         return (
-            f"attacks that ended on the original model broke off with every seed on {model}, where they might have been "
-            f"the strongest: {'; '.join(names)}"
+            f"attacks that ended on the original model broke off with every seed on {model}, where they might have "
+            f"been the strongest: {'; '.join(names)}"
         )
 
     def recovered_transfer(
@@ -226,8 +227,8 @@ class Scores:
         # Written so that NaN is void too.
         if not (original.mean - scratch.mean) * self.sign >= needed:
             reason = (
-                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: {needed:.3f} apart are needed "
-                "(3 points, and three standard errors) for a transfer to protect"
+                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: {needed:.3f} apart are "
+                "needed (3 points, and three standard errors) for a transfer to protect"
             )
             return RecoveredTransfer(None, None, reason)
         if not protected.finite:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttackSuite:
-    """Finds the strongest attack of a sweep.
+    """Find the strongest attack of a sweep.
 
     Args:
         sweep: The name of a sweep, a JSON or YAML file with a list of strategies, or the strategies themselves.
@@ -51,15 +52,16 @@ class AttackSuite:
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
-        measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20 epochs
-            also at every tenth of its length beyond them.
+        measured_epochs: When test and validation metrics are taken; of an attack that is longer than the usual 20
+            epochs also at every tenth of its length beyond them.
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
-        examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where there
-            are fewer.
-        task: What is learned, where it cannot be inferred. That of a pipeline by its id or folder has its noise scheduler.
-        processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is saved
-            with the original model, or else the protected one, where that is an id or a folder; modules bring none.
-        input_columns: {"original": ..., "restricted": ..., "benign": ...}: the raw input column, where it is not found by
+        examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where
+            there are fewer.
+        task: What is learned, where it cannot be inferred. The task of a pipeline (an id or a folder) has the
+            pipeline's noise scheduler.
+        processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is
+            saved with the original model, or else the protected one, where that is an id or a folder.
+        input_columns: The raw input column by domain ("original", "restricted", "benign"), where it is not found by
             itself.
         label_columns: The same for the label column.
     """
@@ -132,8 +134,8 @@ class AttackSuite:
             benign_eval_dataset: Its test split.
 
         Raises:
-            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's own,
-                overlapping data, or missing labels.
+            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's
+                own, overlapping data, or missing labels.
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
@@ -150,8 +152,8 @@ class AttackSuite:
         domains = data.build(needs, processor)
         if domains.original_test is not None and not head_fits(task, models["original"], domains.original_test):
             raise ValueError(
-                f"The original domain's test split has {domains.original_test.num_classes} classes, more than the model's "
-                "head has outputs: select the classes that the model knows, in its order (`select_classes`)."
+                f"The original domain's test split has {domains.original_test.num_classes} classes, more than the "
+                "model's head has outputs: select the classes that the model knows, in its order (`select_classes`)."
             )
         domains.check_disjoint()
         if benign_dataset is not None and benign_eval_dataset is not None:
@@ -163,7 +165,7 @@ class AttackSuite:
             for name, model in models.items():
                 found = evaluate_model(task, model, domains.original_test, EVALUATION_BATCH)
                 original_metric[name] = found.metric
-                _draw(task, model, domains.original_test, self.output_dir / f"original-{name}.png")
+                _draw(task, domains.original_test, self.output_dir / f"original-{name}.png", model)
         results = self._attack(task, models, domains, original_metric)
         results.facts["models"] = {name: _name(model) for name, model in given.items()}
         results.facts["date"] = date.today().isoformat()
@@ -290,7 +292,7 @@ class AttackSuite:
                         seed=run.seed,
                         measured=self.measured_every or self.measured_epochs,
                         after_step=lambda *_: bar.update(),
-                        at_end=lambda model, key=key: _draw(task, model, data.test, self._file(key, "png")),
+                        at_end=partial(_draw, task, data.test, self._file(key, "png")),
                     )
                 except NotApplicableError as reason:
                     run.error, run.applicable = str(reason), False
@@ -341,7 +343,7 @@ def _name(model: nn.Module | str) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def _draw(task: Task, model: nn.Module, domain: Domain, path: Path) -> None:
+def _draw(task: Task, domain: Domain, path: Path, model: nn.Module) -> None:
     """Draw what a model denoises; a picture that fails must not cost the attack that it shows."""
     try:
         draw_denoised(task, model, domain, path)

@@ -57,7 +57,7 @@ def add_adapter(
 
 
 def _says_unsupported(error: Exception) -> bool:
-    """Whether peft itself refuses a layer, for which it has no error type of its own: its words must tell."""
+    """Return whether peft itself refuses a layer: it has no error type for that, so its words must tell."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     from_peft = frame.f_globals["__name__"].split(".")[0] == "peft"
     return from_peft and _REFUSAL.search(str(error)) is not None
@@ -91,5 +91,5 @@ def _config(strategy: FineTuningStrategy, targets: str, steps: int) -> Any:
         return peft.IA3Config(target_modules=targets, feedforward_modules=[])
     if strategy.adapter == "oft":
         return peft.OFTConfig(oft_block_size=rank, target_modules=targets, use_cayley_neumann=False)
-    cls = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[strategy.adapter]
+    cls = peft.LoHaConfig if strategy.adapter == "loha" else peft.LoKrConfig
     return cls(r=rank, alpha=2 * rank, target_modules=targets)

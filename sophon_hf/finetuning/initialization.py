@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def initialize(
     if strategy.initialization == "scratch":
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
-        # The head comes anew below, and may lie in the whole model, never in a block.
+        # The head is replaced below; it may lie in the whole model, never in a block.
         _copy_state(fresh, model.get_submodule(name), skip="" if name else structure.head)
     model.set_submodule(structure.head, shard_part(_new_head(model, structure, num_classes), model))
     prefixes = tuple(f"{name}." if name else "" for name in (*renewed, structure.head))
@@ -57,24 +58,26 @@ def _new_head(model: nn.Module, structure: ModelStructure, num_classes: int | No
     if same and not is_sharded(head):
         fresh = copy_of(head)
     elif isinstance(head, nn.Linear):
-        fresh = nn.Linear(head.in_features, head.out_features if same else num_classes, bias=head.bias is not None)
+        outputs = head.out_features if same or num_classes is None else num_classes
+        fresh = nn.Linear(head.in_features, outputs, bias=head.bias is not None)
     else:
         raise NotApplicableError(
-            f"The head {structure.head!r} is a {type(head).__name__} with {structure.outputs} outputs: only a linear head "
-            f"can be replaced by one with {num_classes}."
+            f"The head {structure.head!r} is a {type(head).__name__} with {structure.outputs} outputs: only a linear "
+            f"head can be replaced by one with {num_classes}."
         )
     fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)
     _reset(fresh)
-    if hasattr(model, "_init_weights"):
+    init_weights: Any = getattr(model, "_init_weights", None)
+    if init_weights is not None:
+        # A head of transformers is drawn as the library draws it, which is not torch's way.
         for module in fresh.modules():
-            model._init_weights(module)
+            init_weights(module)
     return fresh
 
 
 def _fresh_parts(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Newly initialised counterparts: from a fresh model of the library where there is a config, else by resetting."""
-    config = getattr(model, "config", None)
-    fresh_model = None
+    """Yield newly initialised parts, from a fresh model of the library where there is a config, else by resetting."""
+    config, fresh_model = getattr(model, "config", None), None
     if names and config is not None and hasattr(model, "save_pretrained"):
         from_config = getattr(type(model), "from_config", type(model))
         fresh_model = from_config(copy.deepcopy(config))
@@ -111,14 +114,14 @@ def _copy_state(source: nn.Module, target: nn.Module, skip: str) -> None:
             continue
         if name not in values or values[name].shape != tensor.shape:
             raise NotApplicableError(
-                f"{name!r} of shape {tuple(tensor.shape)} has no counterpart in a newly made {type(source).__name__}, so "
-                "it would keep what was learned: the model was changed after it was made."
+                f"{name!r} of shape {tuple(tensor.shape)} has no counterpart in a newly made {type(source).__name__}, "
+                "so it would keep what was learned: the model was changed after it was made."
             )
         tensor.copy_(distributed_like(values[name], tensor))
 
 
 class Stored:
-    """A copy of a model's state that can be put back exactly, as often as wanted.
+    """A copy of a model's state that can be restored exactly, as often as wanted.
 
     It holds parameters, buffers, gradients, modules that get replaced (the head), `requires_grad`, training flags.
     """
@@ -133,7 +136,7 @@ class Stored:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self.model.set_submodule(self.head, self.head_module)
         torch._foreach_copy_([local(t) for t in self.tensors], [local(c) for c in self.copies])
         for parameter, gradient, requires_grad in self.gradients:

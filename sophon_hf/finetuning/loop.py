@@ -82,7 +82,9 @@ class FineTuning:
         else:
             renewed = [p for name, p in model.named_parameters() if name in self.reinitialized]
             adapter, self.after_step = add_adapter(model, strategy, structure, steps)
-            self.parameters = [*adapter, *(p.requires_grad_() for p in renewed)]
+            for parameter in renewed:
+                parameter.requires_grad_()  # `add_adapter` has frozen all that was there.
+            self.parameters = [*adapter, *renewed]
 
     def __iter__(self) -> Iterator[Update]:
         optimizer = make_optimizer(self.strategy, self.parameters)

@@ -1,4 +1,9 @@
-"""What an informed adversary does to a protected model before fine-tuning it."""
+"""What an informed adversary does to a protected model before fine-tuning it.
+
+An attacker can carry out all preparations, and warms up for `WARM_UP_STEPS`. A simulated adversary can only warm up
+(`SIMULATED_PREPARATIONS` in `sophon_hf.finetuning.strategy` says why), and does so for half of its updates, since it
+has far fewer; both train as `FineTuningStrategy.warm_up` says.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,9 @@ from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
 from sophon_hf.utils import derive_seed
 
+# Ash and Adams (2020): weights are multiplied by the first, and the second scales the noise.
 SHRINK, PERTURB = 0.5, 0.1
+# As many batches as an average of running statistics needs to settle.
 STATISTICS_BATCHES = 20
 WARM_UP_STEPS = 100
 NO_ORIGINAL_DATA = "warming up needs data of the original domain, and none was given"
@@ -48,7 +55,11 @@ def prepare_model(
     elif strategy.preparation == "warm_up":
         if original is None:
             raise NotApplicableError(NO_ORIGINAL_DATA)
-        _warm_up(model, task, original, strategy, seed)
+        warm_up = strategy.warm_up
+        batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
+        structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
+        for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, structure=structure):
+            pass
 
 
 @torch.no_grad()
@@ -72,7 +83,7 @@ def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: in
 
 @torch.no_grad()
 def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
-    """Put every layer that feeds a normalisation back to the norm of a fresh initialisation.
+    """Restore every layer that feeds a normalisation to the norm of a fresh initialisation.
 
     Such layers are scale-invariant: the function does not change (running statistics move along), but an inflated
     norm, which makes every gradient step small in proportion, is undone. A layer whose output goes elsewhere too (to a
@@ -102,7 +113,7 @@ def shrink_and_perturb(model: nn.Module, seed: int = 0) -> None:
 
 
 def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> nn.Module:
-    """A newly initialised model of the same architecture, head included.
+    """Return a newly initialised model of the same architecture, head included.
 
     Where it warms up on original data as the protected model does, it shows what these data alone are worth.
 
@@ -116,11 +127,3 @@ def untrained_copy(model: nn.Module, task: Task, sample: Domain, seed: int) -> n
         torch.manual_seed(derive_seed(seed, "untrained"))
         initialize(untrained, FineTuningStrategy(initialization="scratch"), structure, None)
     return untrained
-
-
-def _warm_up(model: nn.Module, task: Task, original: Domain, strategy: FineTuningStrategy, seed: int) -> None:
-    warm_up = strategy.warm_up
-    batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
-    structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
-    for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, structure=structure):
-        pass

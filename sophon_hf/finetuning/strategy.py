@@ -1,7 +1,7 @@
 """Fine-tuning strategies phi = initialization x transfer x optimization (section 2.2), and the space Phi of them.
 
 A strategy is data: the defender samples strategies while protecting, an attack suite lists them, and one engine
-(`sophon_hf.finetuning.engine`) runs them for both.
+(`sophon_hf.finetuning.loop`) runs them for both.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("lora", "rslora", "dora", "adalora", "ia3", "loha", "lokr", "oft")
 USUAL_EPOCHS = 20.0
 PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up")
+# Only an attacker carries out the others: a warm-up consists of optimizer steps, as a simulation does, while the others
+# change the weights in one stroke.
+SIMULATED_PREPARATIONS = (None, "warm_up")
 
 
 class NotApplicableError(ValueError):
@@ -132,17 +135,17 @@ class FineTuningStrategy:
 
     @property
     def needs_original_head(self) -> bool:
-        """Whether the model's own head makes the predictions, so that labels must fit it."""
+        """Return whether the model's own head makes the predictions, so that labels must fit it."""
         return self.initialization == "direct"
 
     @property
     def warm_up(self) -> FineTuningStrategy:
-        """How preparation "warm_up" trains on original data: all of the model, with the same optimizer and rate."""
+        """Return how preparation "warm_up" trains on original data: the whole model, same optimizer and rate."""
         return FineTuningStrategy(optimizer=self.optimizer, learning_rate=self.learning_rate)
 
     @property
     def name(self) -> str:
-        """A short, readable name: "new head + 1 block, all, adam 0.001"."""
+        """Return a short, readable name: "new head + 1 block, all, adam 0.001"."""
         start = self.initialization.replace("_", " ")
         if self.reinitialized_blocks:
             start += f" + {self.reinitialized_blocks} block" + "s" * (self.reinitialized_blocks > 1)
@@ -165,30 +168,30 @@ class FineTuningStrategy:
         return f"{start}, {part}, {self.optimizer} {self.learning_rate:g}{extras}, batch {self.batch_size}"
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps of an attack on a data set of `examples`."""
+        """Return the optimizer steps of an attack on a data set of `examples`."""
         return self.steps if self.steps is not None else self.step_of_epoch(self.epochs, examples)
 
     def step_of_epoch(self, epoch: float, examples: int) -> int:
-        """The step at which `epoch` passes over `examples` are complete; batches run on across their borders."""
+        """Return the step at which `epoch` passes over `examples` are complete; batches run on across their borders."""
         # Rounded first, since 1.1 epochs of 10 steps are 11.000000000000002 steps in floating point.
         return math.ceil(round(epoch * examples / min(self.batch_size, examples), 9))
 
     def epoch_of_step(self, step: int, examples: int) -> float:
-        """How many passes over `examples` a step completes: the inverse of `step_of_epoch`."""
+        """Return how many passes over `examples` a step completes: the inverse of `step_of_epoch`."""
         return step * (min(self.batch_size, examples) / examples)
 
     def with_changes(self, **changes: Any) -> FineTuningStrategy:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         _check_fields(type(self), changes)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FineTuningStrategy:
-        """The inverse of `to_dict`.
+        """Return the strategy that `to_dict` wrote.
 
         Raises:
             ValueError: An unknown field (the closest one is named) or a value out of range.
@@ -212,7 +215,8 @@ class StrategySpace:
         batch_sizes: Examples a step, of R_i and of T_i.
         weight_decays: Weight decays.
         schedules: Over an adversary's updates: K, or the horizon of one that lives on, from a warm-up's end on.
-        preparations: Of None and "warm_up", with which the first half of an adversary's updates are made on original data.
+        preparations: Of None and "warm_up", with which an adversary makes the first half of its updates on original
+            data.
     """
 
     initializations: tuple[str, ...] = ("direct", "new_head")
@@ -238,11 +242,11 @@ class StrategySpace:
         if "pattern" in self.transfers:
             raise ValueError("A strategy space cannot draw transfer 'pattern', which needs a pattern of its own.")
         for preparation in self.preparations:
-            if preparation not in (None, "warm_up"):
+            if preparation not in SIMULATED_PREPARATIONS:
                 raise ValueError(
                     f"preparations has {preparation!r}, but only 'warm_up' (or null, for none) can be simulated."
                 )
-        for field, values in (
+        for name, values in (
             ("initialization", self.initializations),
             ("transfer", self.transfers),
             ("optimizer", self.optimizers),
@@ -252,7 +256,7 @@ class StrategySpace:
             ("schedule", self.schedules),
         ):
             for value in values:
-                FineTuningStrategy(**{field: value})
+                FineTuningStrategy().with_changes(**{name: value})
         for blocks in self.reinitialized_blocks:
             FineTuningStrategy(initialization="new_head", reinitialized_blocks=blocks)
 
@@ -274,7 +278,7 @@ class StrategySpace:
         )
 
     def without_original_head(self) -> StrategySpace:
-        """The strategies that bring their own head, for labels that the model's head has no outputs for.
+        """Return the strategies that bring their own head, for labels that the model's head has no outputs for.
 
         Raises:
             ValueError: There are none.
@@ -285,17 +289,16 @@ class StrategySpace:
         return replace(self, initializations=kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | str) -> StrategySpace:
-        """The inverse of `to_dict`; a string is read as JSON.
+        """Return the space that `to_dict` wrote; a string is read as JSON.
 
         Raises:
             ValueError: An unknown field (the closest one is named), or values out of range.
         """
-        if isinstance(values, str):
-            values = json.loads(values)
-        _check_fields(cls, values)
-        return cls(**values)
+        read: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
+        _check_fields(cls, read)
+        return cls(**read)

@@ -48,8 +48,9 @@ def test_a_model_that_was_saved_and_loaded_finds_the_runs_of_its_module(tmp_path
 
 
 @pytest.mark.parametrize(
-    "model, cls", [(classifier(), ResNetForImageClassification), (unet(), UNet2DModel), (vit(), ViTForImageClassification)]
-)  # fmt: skip
+    "model, cls",
+    [(classifier(), ResNetForImageClassification), (unet(), UNet2DModel), (vit(), ViTForImageClassification)],
+)
 def test_a_configuration_survives_the_disk(tmp_path, model, cls):
     model.save_pretrained(tmp_path)
     assert configuration(cls.from_pretrained(tmp_path)) == configuration(model) != {}

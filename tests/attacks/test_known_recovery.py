@@ -1,4 +1,4 @@
-"""The suite, end to end, on models whose recovered transfer is known beforehand: printed letters against written digits."""
+"""The suite, end to end, on models whose recovered transfer is known beforehand: printed letters, written digits."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def test_nothing_but_tables_scrolls_sideways(page, width):
     """A browser's window has a least width, a frame in it has none."""
     script = (
         "const frame = document.querySelector('iframe'); frame.onload = () => {"
-        "const root = frame.contentDocument.documentElement; document.title = `${root.scrollWidth} of ${root.clientWidth}`}"
+        "const root = frame.contentDocument.documentElement;"
+        "document.title = `${root.scrollWidth} of ${root.clientWidth}`}"
     )
     frame = f'<iframe width="{width}" height="900" style="border: 0" srcdoc="{html.escape(page.read_text())}"></iframe>'
     outer = page.with_name(f"frame-{width}.html")

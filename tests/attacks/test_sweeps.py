@@ -46,6 +46,18 @@ def test_peft_and_adaptive_sweeps():
     assert {s.initialization for s in adaptive if s.epochs == 200} == {"direct", "new_head"}
 
 
+def test_every_sweep_is_a_file_in_a_fixed_order():
+    counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 17, "peft": 9}
+    counts |= {"adaptive": 29, "hardest": 5, "informed": 6, "full": 70}
+    assert {name: len(load_sweep(name)) for name in SWEEPS} == counts
+    strong, adaptive = load_sweep("strong"), load_sweep("adaptive")
+    assert strong[0] == FineTuningStrategy(learning_rate=3e-4)
+    assert strong[14] == FineTuningStrategy("new_head", 1, optimizer="momentum", learning_rate=0.1)
+    assert adaptive[0] == FineTuningStrategy(preparation="batch_norm")
+    assert adaptive[-2:] == [FineTuningStrategy("new_head", epochs=200), FineTuningStrategy(epochs=200)]
+    assert load_sweep("full")[:3] == load_sweep("paper")
+
+
 def test_the_full_sweep_holds_every_attack_once():
     full = load_sweep("full")
     assert len(set(full)) == len(full)

@@ -51,7 +51,8 @@ def run_both(domain, steps: int, rates: list[float], **fields) -> tuple[float, f
     model.double()
     naive = copy.deepcopy(model)
     strategy = FineTuningStrategy(batch_size=16, **fields)
-    batches = [{**b, "x": b["x"].double()} for b, _ in zip(Stream(domain, ClassificationTask().collate, 1).batches(16), rates)]
+    stream = Stream(domain, ClassificationTask().collate, 1)
+    batches = [{**b, "x": b["x"].double()} for b, _ in zip(stream.batches(16), rates)]
     structure = ModelStructure("head", ())
     fine_tuning = FineTuning(model, ClassificationTask(), strategy, batches, steps, structure=structure)
     updates = []
