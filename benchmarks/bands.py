@@ -1,4 +1,4 @@
-"""The denoising MSE of a diffusion pair by bands of timesteps: where is there transfer to protect, and where is it suppressed?
+"""The denoising MSE of a diffusion pair by bands of timesteps: where is transfer, and where is it suppressed?
 
     SOPHON_DATA=DIR python benchmarks/bands.py --names paper
 
@@ -76,9 +76,13 @@ def main() -> None:
         row |= {} if name == "scratch" else {"restricted": by_band(pair.model, test)}
         start = strategy.with_changes(initialization="scratch" if name == "scratch" else "direct")
         run_attack(
-            pair.model, task, start, AdversaryDomains(training, test), measured=(options.epochs,),
+            pair.model,
+            task,
+            start,
+            AdversaryDomains(training, test),
+            measured=(options.epochs,),
             at_end=lambda model, row=row: row.update(fine_tuned=by_band(model, test)),
-        )  # fmt: skip
+        )
         rows[name] = row
         for what, values in row.items():
             print(f"{name:20} {what:12}", *(f"{value:8.4f}" for value in values), flush=True)

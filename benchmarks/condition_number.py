@@ -1,4 +1,4 @@
-"""Immunisation by condition number, after arXiv 2505.23760: linear probing of the restricted domain is made ill-conditioned."""
+"""Immunisation by condition number, after arXiv 2505.23760: linear probing is made ill-conditioned."""
 
 from __future__ import annotations
 

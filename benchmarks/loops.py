@@ -1,4 +1,4 @@
-"""What the speed benchmarks run: models with random data, our suppression loop, and the floor it is measured against."""
+"""What the speed benchmarks run: models with random data, our suppression loop, and its floor."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def ours(model: nn.Module, environment: Environment, steps: int) -> dict[str, to
 
 
 def floor(model: nn.Module, environment: Environment, steps: int) -> None:
-    """The same forward and backward passes and Adam steps, on one batch of R_i and one of T_i that are already there."""
+    """The same forward and backward passes and Adam steps, on one batch of R_i and one of T_i."""
     task = infer_task(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     simulated = environment(steps)
@@ -149,7 +149,8 @@ def in_fresh_process(call: str) -> dict[str, float]:
     that of the tensors that live, and not of what an allocator keeps for later.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = f"import json, torch; torch.set_num_threads(1); import {Path(sys.argv[0]).stem} as run; print(json.dumps({call}))"
+    module = Path(sys.argv[0]).stem
+    code = f"import json, torch; torch.set_num_threads(1); import {module} as run; print(json.dumps({call}))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if process.returncode:
         raise RuntimeError(f"A process that measures memory failed:\n{process.stderr[-2000:]}")

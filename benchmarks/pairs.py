@@ -291,7 +291,7 @@ def faces(cache: Path, seed: int = 0) -> Pair:
 
 
 def imagenet(cache: Path, seed: int = 0) -> Pair:
-    """20 classes of Tiny ImageNet are original, CIFAR-10 restricted; a ResNet-18 of transformers, pre-trained here: for a GPU.
+    """20 classes of Tiny ImageNet are original, CIFAR-10 restricted; a ResNet-18, pre-trained here: for a GPU.
 
     Images are 64x64, those of CIFAR-10 enlarged. 2,000 of its test images report.
     """

@@ -42,9 +42,17 @@ def work(case: str, K: int, iterations: int, folder: str) -> None:
     batch, times = CASES[case][2], Times()
     space = {"initializations": ["direct"], "learning_rates": [1e-3], "batch_sizes": [batch]}
     config = SophonConfig(
-        folder, max_steps=iterations, K=K, strategy_space=space, per_device_train_batch_size=batch,
-        eval_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        folder,
+        max_steps=iterations,
+        K=K,
+        strategy_space=space,
+        per_device_train_batch_size=batch,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     trainer = SophonTrainer(model, restricted.dataset, make(case, seed=1)[1].dataset, config, callbacks=[times])
     trainer.train()
     if trainer.is_world_process_zero():
@@ -57,10 +65,28 @@ def launch(processes: int, case: str, K: int, iterations: int) -> float:
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            __file__, "--work", folder, "--models", case, "--K", str(K), "--iterations", str(iterations),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *several,
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            __file__,
+            "--work",
+            folder,
+            "--models",
+            case,
+            "--K",
+            str(K),
+            "--iterations",
+            str(iterations),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode:

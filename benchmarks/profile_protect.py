@@ -129,9 +129,15 @@ def main() -> None:
     evaluation = sum(share["evaluating"] for share in shares.values())
     rounded = {section: {w: round(v, 4) for w, v in share.items()} for section, share in shares.items()}
     result = {
-        "model": options.model, **settings, "examples": options.examples, "seconds": round(total, 2), "evaluation": round(evaluation, 4),
-        "forward_and_backward": round(sum(shares[PASSES].values()), 4), "shares": rounded, "torch": torch.__version__,
-    }  # fmt: skip
+        "model": options.model,
+        **settings,
+        "examples": options.examples,
+        "seconds": round(total, 2),
+        "evaluation": round(evaluation, 4),
+        "forward_and_backward": round(sum(shares[PASSES].values()), 4),
+        "shares": rounded,
+        "torch": torch.__version__,
+    }
     print(f"{'evaluation':28}{evaluation:12.1%}")
     print(json.dumps(result))
 

@@ -46,9 +46,12 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     given = {"tolerance": options.tolerance, "max_steps": options.iterations}
     given = {name: value for name, value in given.items() if value is not None}
     config = SophonConfig(
-        output_dir=str(folder), seed=options.seed, use_cpu=not torch.cuda.is_available(), report_to="none",
+        output_dir=str(folder),
+        seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
         **{**SETTINGS[options.preset], **given, **fields},
-    )  # fmt: skip
+    )
     asked = {"config": fields, "tolerance": config.tolerance, "max_steps": config.max_steps, "seed": options.seed}
     if options.preset != "paper":
         asked["preset"] = options.preset
@@ -161,10 +164,16 @@ def main() -> None:
     allowed = {"benign_dataset": pair.allowed, "benign_eval_dataset": pair.allowed_test} if options.benign else {}
     start = time.time()
     results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
-        protected=protected, original=pair.model, restricted_dataset=adversary, eval_dataset=pair.restricted_test,
-        validation_dataset=pair.validation, baselines=baselines, original_dataset=pair.original,
-        original_eval_dataset=pair.original_test, **allowed,
-    )  # fmt: skip
+        protected=protected,
+        original=pair.model,
+        restricted_dataset=adversary,
+        eval_dataset=pair.restricted_test,
+        validation_dataset=pair.validation,
+        baselines=baselines,
+        original_dataset=pair.original,
+        original_eval_dataset=pair.original_test,
+        **allowed,
+    )
     names = {"original": "before", "protected": "after"}
     intact = {names.get(model, model): metric for model, metric in results.original_metric.items()}
     transfer = results.recovered_transfer()
@@ -172,21 +181,32 @@ def main() -> None:
         [strategy for strategy in results.curves("protected") if strategy.initialization == "direct"]
     )
     record = {
-        "pair": options.pair, "protection": options.name, "sweep": Path(options.sweep).stem, "examples": len(adversary),
-        "seeds": options.seeds, "metric": task.metric, f"original_{task.metric}": intact,
+        "pair": options.pair,
+        "protection": options.name,
+        "sweep": Path(options.sweep).stem,
+        "examples": len(adversary),
+        "seeds": options.seeds,
+        "metric": task.metric,
+        f"original_{task.metric}": intact,
         "best": {
             model: {"strategy": best.name, "epoch": best.epoch, "validation": best.validation, "test": best.finite}
-            for model in MODELS if (best := results.best(model))
+            for model in MODELS
+            if (best := results.best(model))
         },
         "ntl_steps": options.ntl_steps if baselines else None,
-        "recovered_transfer": vars(transfer), "recovered_transfer_direct": vars(direct),
+        "recovered_transfer": vars(transfer),
+        "recovered_transfer_direct": vars(direct),
         "recovered_by_original_data": vars(results.recovered_transfer(model="untrained")),
-        "benign": results.benign, "table": table(results), "protection_run": protection, "attack_seconds": round(time.time() - start),
+        "benign": results.benign,
+        "table": table(results),
+        "protection_run": protection,
+        "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
         "commit": commit,
-        "date": date.today().isoformat(), "machine": machine(),
+        "date": date.today().isoformat(),
+        "machine": machine(),
         "versions": results.facts["versions"],
-    }  # fmt: skip
+    }
     name = f"{options.pair}-{options.name}-{options.seed}-{Path(options.sweep).stem}-{len(adversary)}.json"
     write_atomically(options.results / name, json.dumps(record, indent=1))
     print(

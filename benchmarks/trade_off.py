@@ -10,7 +10,7 @@ SWEEPS = ("hardest", "informed")
 
 
 def trade_off(records: list[dict], path: Path) -> None:
-    """Draws every protection of `animals` that both sweeps of `SWEEPS` attacked: the worse of the two against its costs.
+    """Draw every protection of `animals` that both sweeps attacked: the worse of the two against its costs.
 
     A dot is a protection seed. Costs are points of accuracy lost in the original domain and in an allowed task. Only
     protections of one pre-training compare, so those of others than the preset's are left out.

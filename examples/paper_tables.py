@@ -1,4 +1,4 @@
-"""Tables 1 to 7 of the paper as data: models, domains, attacks, published figures, and what `small` puts in their place."""
+"""Tables 1 to 7 of the paper as data: models, domains, attacks, published figures, and their small counterparts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Scale:
 
 
 class Vgg(nn.Module):
-    """VGG-13 with batch norm and one linear layer in place of three: 9.4 M parameters at the full width (9.6 in the paper)."""
+    """VGG-13 with batch norm and one linear layer in place of three: 9.4 M parameters (9.6 in the paper)."""
 
     def __init__(self, num_labels: int, width: int = 64):
         super().__init__()
@@ -124,18 +124,27 @@ def _small_resnet(depths: list[int], layer_type: str = "basic", factor: int = 1)
 
 def _small_metaformer(num_labels: int) -> nn.Module:
     config = PoolFormerConfig(
-        num_encoder_blocks=3, depths=[1, 1, 1], hidden_sizes=[32, 64, 128], patch_sizes=[7, 3, 3], strides=[4, 2, 2],
-        padding=[2, 1, 1], drop_path_rate=0.0, num_labels=num_labels,
-    )  # fmt: skip
+        num_encoder_blocks=3,
+        depths=[1, 1, 1],
+        hidden_sizes=[32, 64, 128],
+        patch_sizes=[7, 3, 3],
+        strides=[4, 2, 2],
+        padding=[2, 1, 1],
+        drop_path_rate=0.0,
+        num_labels=num_labels,
+    )
     return PoolFormerForImageClassification(config)
 
 
 def _unet(size: int, widths: tuple[int, ...], layers: int, groups: int) -> Callable[[int], nn.Module]:
     return lambda _: UNet2DModel(
-        sample_size=size, block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups,
+        sample_size=size,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        norm_num_groups=groups,
         down_block_types=("DownBlock2D",) * (len(widths) - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
-    )  # fmt: skip
+    )
 
 
 def _small_attack(attack: FineTuningStrategy) -> FineTuningStrategy:
@@ -199,18 +208,27 @@ SCALES = {
         pretraining=(1500, 500, 3e-3),
         ntl_steps=400,
         config={
-            "K": 20, "max_steps": 80, "alpha": 3e-3, "beta": 2e-3, "l_NTR": 4, "eval_steps": 20,
+            "K": 20,
+            "max_steps": 80,
+            "alpha": 3e-3,
+            "beta": 2e-3,
+            "l_NTR": 4,
+            "eval_steps": 20,
             "per_device_train_batch_size": 64,
             "strategy_space": {"learning_rates": [1e-3, 3e-3, 1e-2], "batch_sizes": [20]},
         },
         adapt=_small_attack,
     ),
-}  # fmt: skip
+}
 
 TABLES = {
     1: Table(
         "Overall effectiveness, classification",
-        [Experiment("CIFAR-10", dict(zip(("direct+all", "initFC+FC", "initFC+all"), load_sweep("paper"), strict=True)))],
+        [
+            Experiment(
+                "CIFAR-10", dict(zip(("direct+all", "initFC+FC", "initFC+all"), load_sweep("paper"), strict=True))
+            )
+        ],
         """
         direct+all | Scratch  | - - 49.1±1.2 59.5±0.7 60.6±0.5 62.0±0.5 62.7±0.5
         direct+all | Original | 99.6 9.3 42.8±4.0 78.5±0.4 82.4±0.3 84.2±0.2 84.8±0.2
@@ -285,7 +303,11 @@ TABLES = {
             Experiment(
                 "CIFAR-10",
                 dict(
-                    zip(("Momentum", "Nesterov", "Adagrad", "Adadelta", "Adam"), load_sweep("paper-optimizers"), strict=True)
+                    zip(
+                        ("Momentum", "Nesterov", "Adagrad", "Adadelta", "Adam"),
+                        load_sweep("paper-optimizers"),
+                        strict=True,
+                    )
                 ),
             )
         ],
@@ -309,7 +331,11 @@ TABLES = {
     ),
     6: Table(
         "Learning rates",
-        [Experiment("CIFAR-10", dict(zip(("5e-6", "1e-5", "1e-4", "1e-3", "1e-2"), load_sweep("paper-rates"), strict=True)))],
+        [
+            Experiment(
+                "CIFAR-10", dict(zip(("5e-6", "1e-5", "1e-4", "1e-3", "1e-2"), load_sweep("paper-rates"), strict=True))
+            )
+        ],
         """
         5e-6 | Scratch  | - - 20.3±1.2 31.7±0.2 35.9±0.0 38.0±0.1 39.7±0.1
         5e-6 | Original | 99.6 9.3 11.1±0.3 20.9±0.4 37.8±0.4 55.3±0.2 63.0±0.1
@@ -330,7 +356,11 @@ TABLES = {
     ),
     7: Table(
         "Batch sizes",
-        [Experiment("CIFAR-10", dict(zip(("50", "100", "150", "200", "250"), load_sweep("paper-batches"), strict=True)))],
+        [
+            Experiment(
+                "CIFAR-10", dict(zip(("50", "100", "150", "200", "250"), load_sweep("paper-batches"), strict=True))
+            )
+        ],
         """
         50 | Scratch  | - - 46.2±0.3 54.6±0.4 55.9±0.2 56.4±0.2 57.0±0.3
         50 | Original | 99.6 9.3 72.9±2.9 84.7±0.2 86.1±0.5 86.5±0.1 86.6±0.5
@@ -349,4 +379,4 @@ TABLES = {
         250 | SOPHON   | 96.2 10.0 1.0±0.0 1.2±0.0 3.6±0.2 9.8±0.0 9.9±0.0
         """,
     ),
-}  # fmt: skip
+}

@@ -38,26 +38,76 @@ def main() -> None:
     prepare(folder)
 
     step(
-        "protect", "--model", folder / "original", "--original", folder / "letters", "--restricted", folder / "digits",
-        "--output_dir", folder / "protected", "--max_steps", options.max_steps, "--K", 25, "--l_NTR", 6, "--alpha", 1e-3,
-        "--beta", 2e-3, "--tolerance", 0.02, "--eval_steps", 30, "--per_device_train_batch_size", 64, "--use_cpu", True,
-        "--strategy_space", json.dumps({"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]}),
-    )  # fmt: skip
+        "protect",
+        "--model",
+        folder / "original",
+        "--original",
+        folder / "letters",
+        "--restricted",
+        folder / "digits",
+        "--output_dir",
+        folder / "protected",
+        "--max_steps",
+        options.max_steps,
+        "--K",
+        25,
+        "--l_NTR",
+        6,
+        "--alpha",
+        1e-3,
+        "--beta",
+        2e-3,
+        "--tolerance",
+        0.02,
+        "--eval_steps",
+        30,
+        "--per_device_train_batch_size",
+        64,
+        "--use_cpu",
+        True,
+        "--strategy_space",
+        json.dumps({"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]}),
+    )
     # Six seeds, since with twenty examples much depends on which they are.
     budget = ("--sweep", folder / "sweep.json", "--examples", 20, "--epochs", options.epochs, "--seeds", *range(6))
     step(
-        "attack", "--protected", folder / "protected", "--original", folder / "original", "--restricted", folder / "digits",
-        "--original_data", folder / "letters", "--output_dir", folder / "attacks", *budget,
-    )  # fmt: skip
+        "attack",
+        "--protected",
+        folder / "protected",
+        "--original",
+        folder / "original",
+        "--restricted",
+        folder / "digits",
+        "--original_data",
+        folder / "letters",
+        "--output_dir",
+        folder / "attacks",
+        *budget,
+    )
     with hub(options.repo_id) as (repo_id, environment):
         step(
-            "publish", folder / "protected", repo_id, "--report", folder / "attacks",
-            *(["--private"] if options.private else []), environment=environment,
-        )  # fmt: skip
+            "publish",
+            folder / "protected",
+            repo_id,
+            "--report",
+            folder / "attacks",
+            *(["--private"] if options.private else []),
+            environment=environment,
+        )
         step(
-            "audit", repo_id, "--unprotected", folder / "original", "--restricted", folder / "digits",
-            "--original", folder / "letters", "--output_dir", folder / "audit", *budget, environment=environment,
-        )  # fmt: skip
+            "audit",
+            repo_id,
+            "--unprotected",
+            folder / "original",
+            "--restricted",
+            folder / "digits",
+            "--original",
+            folder / "letters",
+            "--output_dir",
+            folder / "audit",
+            *budget,
+            environment=environment,
+        )
 
 
 def prepare(folder: Path) -> None:
@@ -94,10 +144,15 @@ def hub(repo_id: str | None):
     from hub_server import running_hub
 
     with running_hub() as server:
-        yield "alice/letters", {
-            "HF_ENDPOINT": server.endpoint, "HF_TOKEN": server.add_user("alice"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }  # fmt: skip
+        yield (
+            "alice/letters",
+            {
+                "HF_ENDPOINT": server.endpoint,
+                "HF_TOKEN": server.add_user("alice"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0",
+            },
+        )
 
 
 if __name__ == "__main__":

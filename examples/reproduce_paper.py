@@ -140,13 +140,22 @@ def run(
         halves = (build_domain(original, needs, name="original"), build_domain(defender, needs, name="restricted"))
         train_ntl(baselines["ntl"], task, *halves, steps=scale.ntl_steps)
     suite = AttackSuite(
-        [scale.adapt(attack) for attack in experiment.attacks.values()], options.work / "attacks",
-        seeds=scale.seeds, measured_epochs=EPOCHS, examples=scale.examples[0], task=task,
-    )  # fmt: skip
+        [scale.adapt(attack) for attack in experiment.attacks.values()],
+        options.work / "attacks",
+        seeds=scale.seeds,
+        measured_epochs=EPOCHS,
+        examples=scale.examples[0],
+        task=task,
+    )
     results = suite.run(
-        protected=model, original=before, restricted_dataset=adversary, eval_dataset=test,
-        validation_dataset=validation, original_eval_dataset=original_test, baselines=baselines,
-    )  # fmt: skip
+        protected=model,
+        original=before,
+        restricted_dataset=adversary,
+        eval_dataset=test,
+        validation_dataset=validation,
+        original_eval_dataset=original_test,
+        baselines=baselines,
+    )
     return results, guard
 
 
@@ -165,11 +174,14 @@ def rows(results: AttackResults, attacks: dict[str, FineTuningStrategy]) -> list
             spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
             found.append(
                 {
-                    "attack": name, "method": method, "original": results.original_metric.get(model),
+                    "attack": name,
+                    "method": method,
+                    "original": results.original_metric.get(model),
                     "mean": [round(float(v), 4) for v in values.mean(axis=0)],
-                    "sd": [round(float(v), 4) for v in spread], "strategy": strategy.name,
+                    "sd": [round(float(v), 4) for v in spread],
+                    "strategy": strategy.name,
                 }
-            )  # fmt: skip
+            )
     return found
 
 
@@ -219,16 +231,29 @@ def main() -> None:
         ]
         guards[f"{experiment.model}, {experiment.restricted}"] = guard
     record = {
-        "table": options.table, "scale": options.scale, "title": table.title, "metric": results.metric, "rows": found,
-        "domains": {n: scale.domains[n][0] for e in table.experiments for n in (e.original, e.restricted) if n in scale.domains},
+        "table": options.table,
+        "scale": options.scale,
+        "title": table.title,
+        "metric": results.metric,
+        "rows": found,
+        "domains": {
+            n: scale.domains[n][0] for e in table.experiments for n in (e.original, e.restricted) if n in scale.domains
+        },
         "adversary_examples": results.facts["training_examples"],
-        "validation_examples": results.facts["validation_examples"], "test_examples": results.test_examples,
-        "config": scale.config, "pretraining_steps": scale.pretraining[:2], "ntl_steps": scale.ntl_steps, "guard": guards,
-        "seeds": scale.seeds, "seconds": round(time.time() - start),
-        "command": "python examples/reproduce_paper.py " + " ".join(sys.argv[1:]), "commit": commit,
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {DEVICE}, {torch.get_num_threads()} threads",
+        "validation_examples": results.facts["validation_examples"],
+        "test_examples": results.test_examples,
+        "config": scale.config,
+        "pretraining_steps": scale.pretraining[:2],
+        "ntl_steps": scale.ntl_steps,
+        "guard": guards,
+        "seeds": scale.seeds,
+        "seconds": round(time.time() - start),
+        "command": "python examples/reproduce_paper.py " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {DEVICE}, {torch.get_num_threads()} threads",
         "versions": results.facts["versions"],
-    }  # fmt: skip
+    }
     write_atomically(
         options.results / f"paper-table-{options.table}-{options.scale}.json", json.dumps(record, indent=1)
     )

@@ -39,9 +39,16 @@ def main() -> None:
     for loss in LOSSES:
         with tempfile.TemporaryDirectory() as folder:
             config = SophonConfig(
-                output_dir=folder, max_steps=options.max_steps, K=10, alpha=1e-3, suppression_loss=loss,
-                eval_strategy="no", save_strategy="no", strategy_space={"batch_sizes": [20]}, use_cpu=True,
-            )  # fmt: skip
+                output_dir=folder,
+                max_steps=options.max_steps,
+                K=10,
+                alpha=1e-3,
+                suppression_loss=loss,
+                eval_strategy="no",
+                save_strategy="no",
+                strategy_space={"batch_sizes": [20]},
+                use_cpu=True,
+            )
             trainer = SophonTrainer(copy.deepcopy(model), digits, letters, config)
             trainer.train()
         lines[loss.replace("_", " ")] = [entry["L_FTS"] for entry in trainer.state.log_history if "L_FTS" in entry]

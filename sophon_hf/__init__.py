@@ -44,8 +44,8 @@ __all__ = [
 if TYPE_CHECKING:
     from sophon_hf.attacks.suite import AttackSuite
     from sophon_hf.auditing.audit import audit
-    from sophon_hf.data.loading import load_domain
     from sophon_hf.data.labels import select_classes, split_domain
+    from sophon_hf.data.loading import load_domain
     from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
     from sophon_hf.hub.publish import publish
     from sophon_hf.protection.config import SophonConfig

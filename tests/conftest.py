@@ -30,7 +30,7 @@ except RuntimeError:
 from points import TinyNet, make_points  # noqa: E402
 
 from sophon_hf.data.domain import build_domain  # noqa: E402
-from sophon_hf.tasks.base import infer_task
+from sophon_hf.tasks.base import infer_task  # noqa: E402
 from sophon_hf.tasks.classification import ClassificationTask  # noqa: E402
 
 torch.set_num_threads(1)
@@ -85,18 +85,26 @@ def hub(tmp_path, monkeypatch):
         home.mkdir()
         (home / "token").write_text(server.add_user("alice"))
         environment = {
-            "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": server.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-        }  # fmt: skip
+        }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         # The libraries have read them when they were imported.
         read = {
-            "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True, "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token"),
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
             "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
-        }  # fmt: skip
+        }
         for name, value in read.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)

@@ -133,9 +133,18 @@ def audit(
     output_dir = Path(output_dir)
     found = Audit(str(source) if not os.path.isdir(source) else Path(source).resolve().name)
     data = Measurement(
-        restricted_dataset, eval_dataset, original_dataset, original_eval_dataset, sweep, list(seeds), epochs, examples,
-        output_dir, input_columns or {}, label_columns or {},
-    )  # fmt: skip
+        restricted_dataset,
+        eval_dataset,
+        original_dataset,
+        original_eval_dataset,
+        sweep,
+        list(seeds),
+        epochs,
+        examples,
+        output_dir,
+        input_columns or {},
+        label_columns or {},
+    )
     with tempfile.TemporaryDirectory(prefix="sophon-audit-") as stage:
         download = fetch(source, Path(stage) / "protected", revision)
         found.commit = download.commit

@@ -1,4 +1,4 @@
-"""Does the model card say what sophon.json says? Its metadata are compared; its prose is the publisher's, but for one sentence."""
+"""Does the model card say what sophon.json says? Its metadata are compared; its prose is the publisher's."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_metadata(header: str) -> dict[str, Any]:
 
 
 def _check_events(header: str) -> None:
-    """Whether the YAML can be built at little cost: a reference can name one value a billion times, and depth is slow."""
+    """Refuse YAML that costs much to build: a reference can name one value a billion times, and depth is slow."""
     depth = 0
     for event in yaml.parse(header, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

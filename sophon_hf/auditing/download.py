@@ -1,4 +1,4 @@
-"""A stranger's repository, fetched so that it can do no harm: safetensors, JSON and text only, each inside the folder."""
+"""A stranger's repository, fetched so that it can do no harm: safetensors, JSON and text only."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ def _on_hub(source: str, revision: str | None) -> tuple[str, dict[str, int]]:
         ) from error
     except (OfflineModeIsEnabled, HTTPError) as error:
         raise ConnectionError(
-            f"{source!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection (and "
+            f"{source!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
+            "(and "
             "HF_HUB_OFFLINE), or download the model and pass its folder."
         ) from error
     if len(files) > MOST_FILES:

@@ -30,8 +30,8 @@ from sophon_hf.auditing.verdicts import (
     judge_transfer,
 )
 from sophon_hf.data.domain import build_domain
-from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.fingerprint import fingerprint_domain
+from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.hub.claim import Claim
 from sophon_hf.models.loading import hash_state, load_model, load_processor
@@ -168,9 +168,13 @@ def measure(claim: Claim, models: Models, how: Measurement) -> tuple[list[Verdic
     else:
         suite, left_out = _suite(claim, models, how)
         results = suite.run(
-            protected=models.protected, original=models.unprotected, restricted_dataset=how.restricted,
-            eval_dataset=how.test, original_dataset=how.original, original_eval_dataset=how.original_test,
-        )  # fmt: skip
+            protected=models.protected,
+            original=models.unprotected,
+            restricted_dataset=how.restricted,
+            eval_dataset=how.test,
+            original_dataset=how.original,
+            original_eval_dataset=how.original_test,
+        )
         write_report(results, how.output_dir / "report")
         same_data = _same_data(claim, results)
         judged = judge_strongest(claim, results, same_data), judge_transfer(claim, results, same_data)
@@ -191,9 +195,13 @@ def _intactness(
     claim: Claim, models: Models, how: Measurement, results: AttackResults | None
 ) -> tuple[Verdict, dict[str, Any]]:
     domain = build_domain(
-        load_domain(how.original_test, "test"), models.task.inputs(models.protected), models.processor, name="original",
-        input_column=how.input_columns.get("original"), label=how.label_columns.get("original"),
-    )  # fmt: skip
+        load_domain(how.original_test, "test"),
+        models.task.inputs(models.protected),
+        models.processor,
+        name="original",
+        input_column=how.input_columns.get("original"),
+        label=how.label_columns.get("original"),
+    )
     fingerprint, theirs = fingerprint_domain(domain), claim.intactness_data
     measured = dict(results.original_metric) if results is not None else {}
     for name, model in (("protected", models.protected), ("original", models.unprotected)):
@@ -211,9 +219,16 @@ def _suite(claim: Claim, models: Models, how: Measurement) -> tuple[AttackSuite,
         epochs = _claimed_epochs(claim)
     examples = data["training"].examples if how.examples is None and "training" in data else how.examples
     suite = AttackSuite(
-        how.sweep, how.output_dir, seeds=how.seeds, epochs=epochs, examples=examples, task=models.task,
-        processing_class=models.processor, input_columns=how.input_columns, label_columns=how.label_columns,
-    )  # fmt: skip
+        how.sweep,
+        how.output_dir,
+        seeds=how.seeds,
+        epochs=epochs,
+        examples=examples,
+        task=models.task,
+        processing_class=models.processor,
+        input_columns=how.input_columns,
+        label_columns=how.label_columns,
+    )
     suite.strategies, left_out = _with_claimed(suite.strategies, claim)
     best = claim.attacks.strongest("protected", claim.greater_is_better)
     if best is not None:

@@ -58,10 +58,15 @@ def main(arguments: list[str]) -> None:
     """Run a sweep as the arguments say, and write its report to `output_dir/report`."""
     options = _parser().parse_args(arguments)
     suite = AttackSuite(
-        options.sweep, options.output_dir, seeds=options.seeds, epochs=options.epochs, measured_every=options.measured_every,
+        options.sweep,
+        options.output_dir,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        measured_every=options.measured_every,
         examples=options.examples,
-        input_columns=columns(options, "input", DOMAINS), label_columns=columns(options, "label", DOMAINS),
-    )  # fmt: skip
+        input_columns=columns(options, "input", DOMAINS),
+        label_columns=columns(options, "label", DOMAINS),
+    )
     training, test = load_restricted(options, options.restricted)
     benign, benign_test = (None, None) if options.benign is None else load_benign(options, options.benign)
     if options.dry_run:

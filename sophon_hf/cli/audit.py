@@ -12,9 +12,11 @@ from sophon_hf.cli.options import add_attack_options, add_domain_options, column
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sophon-hf audit",
-        description="Check what a published model claims. Without data: form, hashes, and whether the claim agrees with "
+        description="Check what a published model claims. Without data: form, hashes, and whether the claim agrees "
+        "with "
         "itself. With data: its figures too.",
-        epilog="Exits with 0 where everything that could be checked was reproduced, with 1 where something is weaker than "
+        epilog="Exits with 0 where everything that could be checked was reproduced, with 1 where something is weaker "
+        "than "
         "claimed or tampered with, and with 2 where the audit could not be carried out.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -37,11 +39,21 @@ def main(arguments: list[str]) -> None:
     restricted = (None, None) if options.restricted is None else load_restricted(options, options.restricted)
     original = (None, None) if options.original is None else load_original(options, options.original)
     audit = audit_model(
-        options.model, options.output_dir, revision=options.revision, unprotected=options.unprotected,
-        restricted_dataset=restricted[0], eval_dataset=restricted[1], original_dataset=original[0],
-        original_eval_dataset=original[1], sweep=options.sweep, seeds=options.seeds, epochs=options.epochs,
-        examples=options.examples, input_columns=columns(options, "input"), label_columns=columns(options, "label"),
-    )  # fmt: skip
+        options.model,
+        options.output_dir,
+        revision=options.revision,
+        unprotected=options.unprotected,
+        restricted_dataset=restricted[0],
+        eval_dataset=restricted[1],
+        original_dataset=original[0],
+        original_eval_dataset=original[1],
+        sweep=options.sweep,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        examples=options.examples,
+        input_columns=columns(options, "input"),
+        label_columns=columns(options, "label"),
+    )
     print(audit.to_text())
     print(f"\nThe whole audit: {options.output_dir}/audit.md")
     sys.exit(audit.exit_code)

@@ -1,4 +1,7 @@
-"""`sophon-hf`: protect a model, attack it, report, or see the demo. Libraries are imported only by the command that needs them."""
+"""`sophon-hf`: protect a model, attack it, report, or see the demo.
+
+Libraries are imported only by the command that needs them.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ USAGE = """usage: sophon-hf COMMAND ...
 Protect pre-trained models against fine-tuning in a restricted domain, and measure what the protection is worth.
 
 commands:
-  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains the fields)
-  attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
-  report  DIR                                 tell again what a finished sweep found
-  publish DIR user/name [--report DIR]        upload a protected model to the Hub, with card and sophon.json
-  audit   MODEL [--restricted ... --original ...]   find out whether what a published model claims is true
-  demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
+  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains the
+  fields) attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
+  report  DIR                                 tell again what a finished sweep found publish DIR user/name [--report
+  DIR]        upload a protected model to the Hub, with card and sophon.json audit   MODEL [--restricted ... --original
+  ...]   find out whether what a published model claims is true demo    [--output_dir DIR]                  pre-train,
+  protect, attack and report on data that ships with a dependency
 
 `--traceback` anywhere shows where an error came from.
 On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml
@@ -59,11 +62,14 @@ def _demo(arguments: list[str]) -> None:
     parser.add_argument(
         "--output_dir", default="demo-output", help="gets model, attacks and report; an earlier demo makes room"
     )
-    parser.add_argument("--iterations", type=int, default=90, help="Iter of Algorithm 1")
+    parser.add_argument("--seed", type=int, default=0, help="of both protections")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of iterations and adversary's seeds; 0.1 for a glance"
+    )
     options = parser.parse_args(arguments)
     from sophon_hf.cli.demo import run
 
-    run(options.output_dir, options.iterations)
+    run(options.output_dir, options.seed, options.scale)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

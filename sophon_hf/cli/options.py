@@ -6,8 +6,8 @@ import argparse
 
 import datasets
 
-from sophon_hf.data.domain import load_domain
 from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.data.loading import load_domain
 
 
 def add_domain_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,8 @@ def add_attack_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--epochs",
         type=float,
-        help="of an ordinary attack; one that sets its steps keeps them. Left out: the sweep's own, in an audit the claim's",
+        help="of an ordinary attack; one that sets its steps keeps them. Left out: the sweep's own, in an audit the "
+        "claim's",
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
 

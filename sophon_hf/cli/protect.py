@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from sophon_hf.data.domain import load_domain
 from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.data.loading import load_domain
 from sophon_hf.finetuning.strategy import check_choice
 from sophon_hf.protection.config import PRESETS, SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
@@ -59,12 +59,16 @@ class _Parser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            [ProtectArguments, SophonConfig], prog="sophon-hf protect", usage="%(prog)s [CONFIG.yaml] [--field value ...]",
-            description="Protect a model by Algorithm 1. Fields come from a YAML file, which comes first, and from flags, which "
+            [ProtectArguments, SophonConfig],
+            prog="sophon-hf protect",
+            usage="%(prog)s [CONFIG.yaml] [--field value ...]",
+            description="Protect a model by Algorithm 1. Fields come from a YAML file, which comes first, and from "
+            "flags, which "
             "win. model, original and restricted must be given, in the one or by the other.",
             epilog="All fields of transformers.TrainingArguments (seed, bf16, report_to, ...) are understood, too.",
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )  # fmt: skip
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
         own = {"help", *ProtectArguments.__annotations__, *SophonConfig.__annotations__}
         for action in self._actions:
             if action.dest not in own or action.option_strings[0].startswith("--no_"):

@@ -155,7 +155,7 @@ class Domain:
 
 
 def _hash_raw(row: dict[str, Any], label: str | None) -> str:
-    """Hash a row's pictures and sounds; in a row without any, its texts and lists, since a number may be a row's number."""
+    """Hash a row's pictures and sounds; in a row without any, its texts and lists: a number may count rows."""
     values = [value for column, value in row.items() if column != label]
     media = [v for v in values if isinstance(v, (Image, dict))]
     digest = hashlib.blake2b(digest_size=16)
@@ -222,7 +222,7 @@ def build_domain(
 
 
 def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Have Pillow decode images, and leave sounds as files, even where the data set's format asks for something else."""
+    """Have Pillow decode images, and leave sounds as files, in every format of the data set."""
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Audio) and feature.decode:
             dataset = dataset.cast_column(column, datasets.Audio(decode=False))

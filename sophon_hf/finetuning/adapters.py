@@ -79,14 +79,23 @@ def _config(strategy: FineTuningStrategy, targets: str, steps: int) -> Any:
     rank = strategy.rank
     if strategy.adapter in ("lora", "rslora", "dora"):
         return peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=targets,
-            use_rslora=strategy.adapter == "rslora", use_dora=strategy.adapter == "dora",
-        )  # fmt: skip
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            use_rslora=strategy.adapter == "rslora",
+            use_dora=strategy.adapter == "dora",
+        )
     if strategy.adapter == "adalora":
         return peft.AdaLoraConfig(
-            init_r=rank + rank // 2, target_r=rank, lora_alpha=2 * rank, target_modules=targets,
-            tinit=steps // 10, tfinal=steps // 5, deltaT=max(1, steps // 50), total_step=steps,
-        )  # fmt: skip
+            init_r=rank + rank // 2,
+            target_r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            tinit=steps // 10,
+            tfinal=steps // 5,
+            deltaT=max(1, steps // 50),
+            total_step=steps,
+        )
     if strategy.adapter == "ia3":
         return peft.IA3Config(target_modules=targets, feedforward_modules=[])
     if strategy.adapter == "oft":

@@ -1,4 +1,4 @@
-"""The model card: what was measured of a protected model, from its claim alone, so that it cannot say more than that."""
+"""The model card: what was measured of a protected model, from its claim alone, so that it cannot say more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sophon_hf.attacks.score import UNTRAINED
-from sophon_hf.attacks.score import describe_interval
+from sophon_hf.attacks.score import UNTRAINED, describe_interval
 from sophon_hf.hub.claim import AttackFigures, AttackReport, Claim
 from sophon_hf.utils import write_atomically
 
@@ -37,8 +36,8 @@ _TASKS = {
     "UNet2DModel": "unconditional-image-generation",
 }
 _STATUS = {
-    "not protected": "This model is NOT protected: no evaluated state was suppressed and kept the original domain within the "
-    "tolerance. It is the last one that kept it.",
+    "not protected": "This model is NOT protected: no evaluated state was suppressed and kept the original domain "
+    "within the tolerance. It is the last one that kept it.",
     "not measured": "Whether this model still works in its original domain was not measured while it was protected.",
     "in progress": "This is a checkpoint of a protection that has not ended: nothing was measured of this state.",
 }
@@ -115,7 +114,7 @@ def is_unedited(text: str) -> bool:
 
 
 def inherited_metadata(original: str) -> dict[str, Any]:
-    """License and base model, from the original's own card; what does not have the form that the Hub asks for is left out.
+    """License and base model, from the original's own card; what does not have the Hub's form is left out.
 
     Args:
         original: Its Hub id or folder.
@@ -130,8 +129,10 @@ def inherited_metadata(original: str) -> dict[str, Any]:
     ) as error:  # A card is a stranger's text, and the Hub may be out of reach; neither may cost the save.
         logger.warning(
             "The card of the original model cannot be read (%s), so its license is not known: add it to %s before "
-            "publishing.", type(error).__name__, CARD,
-        )  # fmt: skip
+            "publishing.",
+            type(error).__name__,
+            CARD,
+        )
     known = {n: data[n] for n in ("license", "license_name", "language") if _is_identifier(data.get(n))}
     link = data.get("license_link")
     if isinstance(link, str) and re.fullmatch(r"(https://[\w./%~-]+|LICENSE[\w.-]*)", link):
@@ -199,9 +200,11 @@ def evaluation_results(claim: Claim) -> list[EvalResult]:
             source = {
                 # A folder's name could be that of somebody's data set on the Hub.
                 "dataset_type": identity if _is_repo_id(identity) else "unknown",
-                "dataset_name": data.name or "not named", "dataset_split": data.split,
-                "dataset_revision": data.revision, "dataset_config": configuration or None,
-            }  # fmt: skip
+                "dataset_name": data.name or "not named",
+                "dataset_split": data.split,
+                "dataset_revision": data.revision,
+                "dataset_config": configuration or None,
+            }
         results.append(EvalResult(task_type=task, metric_type=metric, metric_value=value, metric_name=name, **source))
 
     if claim.intactness is not None:
@@ -279,7 +282,8 @@ def _first_paragraph(claim: Claim) -> str:
     against = f", against {' and '.join(others)}" if others else ""
     return (
         f"{score} The strongest of {_count(report)} found, *{_escape(best.name)}*, reaches {claim.metric} "
-        f"{_figure(claim, best.mean)} in the restricted domain{against}. 100 % means that the protection does nothing, 0 % "
+        f"{_figure(claim, best.mean)} in the restricted domain{against}. 100 % means that the protection does nothing, "
+        "0 % "
         "that pre-training is worth nothing to the adversary."
     )
 
@@ -299,7 +303,8 @@ def _threat(claim: Claim) -> str:
     if claim.attacks is None:
         return "No such adversary was tried on these weights."
     return (
-        f"Here the adversary has {_examples(claim.attacks)} and tries {_count(claim.attacks)}. An adversary with more data, more patience or an attack of another kind is outside of "
+        f"Here the adversary has {_examples(claim.attacks)} and tries {_count(claim.attacks)}. An adversary with more "
+        "data, more patience or an attack of another kind is outside of "
         "what was measured."
     )
 
@@ -319,7 +324,8 @@ def _simulated(claim: Claim) -> str | None:
     if before is None or after is None:
         return None
     return (
-        f"The defender's own simulated adversaries, who are weaker than attacks, reach {claim.metric} {_figure(claim, before)} in the "
+        f"The defender's own simulated adversaries, who are weaker than attacks, reach {claim.metric} "
+        f"{_figure(claim, before)} in the "
         f"restricted domain before protection, and {_figure(claim, after)} after."
     )
 
@@ -380,7 +386,8 @@ def _loading(folder: Path, claim: Claim, repo_id: str) -> str:
         code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{repo_id}")']
     else:
         return (
-            f"The weights are those of a class of its publisher's, `{claim.model}`, which is not part of this repository: it "
+            f"The weights are those of a class of its publisher's, `{claim.model}`, which is not part of this "
+            "repository: it "
             "is needed to load them.\n\n```python\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
             f'model = {claim.model}(...)\nload_torch_model(model, snapshot_download("{repo_id}"), strict=True)\n```'
         )

@@ -52,8 +52,9 @@ class Protection:
     """What the guard saw, on data held out of the defender's.
 
     Attributes:
-        status: "protected" (a state inside the tolerance), "not protected" (there was none, or every suppression gradient was
-            dropped, and the last good state was put back), "not measured" (no guard), "in progress" (a checkpoint).
+        status: "protected" (a state inside the tolerance), "not protected" (there was none, or every suppression
+            gradient was dropped, and the last good state was put back), "not measured" (no guard), "in progress" (a
+            checkpoint).
         iteration: Whose state this is.
         original_before: The original metric before protection, where measured.
         original_after: The same of this state.

@@ -25,17 +25,55 @@ logger = logging.getLogger(__name__)
 
 # Named one by one: what is not known to be needed stays on the machine, whatever it is called.
 ALLOWED = (
-    CARD, FILE_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "config.json", "generation_config.json",
-    "*.safetensors", "*.safetensors.index.json", "model_index.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "unet/config.json", "scheduler/scheduler_config.json", "plots/*.png",
-)  # fmt: skip
+    CARD,
+    FILE_NAME,
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "model_index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    "plots/*.png",
+)
 # Of an earlier commit's, so that the repository holds the weights of the claim and no others, in whatever format.
 REPLACED = [
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5",
-    "*.h5.index.json", "*.msgpack", "*.msgpack.index.json", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "plots/*",
-]  # fmt: skip
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.h5",
+    "*.h5.index.json",
+    "*.msgpack",
+    "*.msgpack.index.json",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.tflite",
+    "*.ot",
+    "plots/*",
+]
 _LOG_IN = "Run `hf auth login` (or set HF_TOKEN) with a token that may write."
 
 
@@ -75,9 +113,13 @@ def publish(
     repo_id = create_repository(repo_id, private)
     if not write_card_and_claim(folder, claim, repo_id, results):
         logger.warning(
-            "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Without "
-            "it, a card is written anew.", folder / CARD, FILE_NAME, repo_id,
-        )  # fmt: skip
+            "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. "
+            "Without "
+            "it, a card is written anew.",
+            folder / CARD,
+            FILE_NAME,
+            repo_id,
+        )
     files = published_files(folder, claim)
     with helpful_errors(repo_id):
         return HfApi().upload_folder(
@@ -123,7 +165,8 @@ def check_folder(folder: Path) -> Claim:
         if claim.weights.get(name) != found.get(name):
             what = "is missing" if name not in found else "is new" if name not in claim.weights else "has changed"
             raise ValueError(
-                f"{name} {what} since {FILE_NAME} was written, so the claim is not about these weights: save the model again."
+                f"{name} {what} since {FILE_NAME} was written, so the claim is not about these weights: save the model "
+                "again."
             )
     return claim
 
@@ -148,7 +191,8 @@ def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[
     attacked = results.facts.get("weights", {}).get("protected")
     if attacked != claim.state_hash:
         raise ValueError(
-            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run `sophon-hf attack "
+            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run `sophon-hf "
+            "attack "
             f"--protected {folder}` and name its output_dir."
         )
     if results.metric != claim.metric:
@@ -157,7 +201,7 @@ def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[
 
 
 def write_card_and_claim(folder: Path, claim: Claim, repo_id: str, results: AttackResults | None = None) -> bool:
-    """Write the claim, the card that is filled from it, and the plots of its attacks; where one cannot be written, neither.
+    """Write the claim, the card that is filled from it, and the plots of its attacks; all or none.
 
     Args:
         folder: What the model is saved in.
@@ -238,13 +282,15 @@ def _explained(error: Exception, repo_id: str) -> Exception:
             return PermissionError(f"The Hub does not accept the token. {_LOG_IN}")
         if status == 403:
             return PermissionError(
-                f"The account that is logged in may not write to {repo_id}: name a repository of your own, or log in as its "
+                f"The account that is logged in may not write to {repo_id}: name a repository of your own, or log in "
+                "as its "
                 "owner (`hf auth login`)."
             )
         return ConnectionError(f"The Hub refused {repo_id}: {error.server_message or status}. Nothing is published.")
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return ConnectionError(
-            f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing again goes on "
+            f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing again "
+            "goes on "
             "with the large files that arrived."
         )
     return error

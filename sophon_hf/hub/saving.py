@@ -69,7 +69,7 @@ def _earlier_attacks(folder: Path, state_hash: str) -> AttackReport | None:
 
 
 def save_model_files(model: nn.Module, folder: Path, task: Task) -> None:
-    """Save as the model's own library does, so that its stock `from_pretrained` loads it; a UNet as a whole pipeline."""
+    """Save as the model's own library does, so that `from_pretrained` loads it; a UNet as a whole pipeline."""
     if isinstance(task, DiffusionTask) and hasattr(model, "save_pretrained"):
         from diffusers import DDPMPipeline
 
@@ -94,7 +94,7 @@ def _forget_path(config: Path) -> None:
 
 @contextmanager
 def replaced_together(folder: Path) -> Iterator[Path]:
-    """A new folder, whose files take their places in `folder` when the block has ended well; else nothing changes there.
+    """Yield a new folder, whose files take their places in `folder` when the block has ended well.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Dataclasses read from a stranger's JSON: every field is there, of its type, finite and printable, or an error names it."""
+"""Dataclasses read from a stranger's JSON: every field is there, of its type, finite and printable."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 _WORDS = {
-    dict: "an object", list: "a list", str: "text", float: "a number", int: "a whole number", bool: "true or false",
-}  # fmt: skip
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+}
 _SHOWN = 80
 
 
@@ -35,8 +40,8 @@ def read_dataclass(cls: type[T], values: Any, file: str) -> T:
     """Build a dataclass, and those inside it, from parsed JSON.
 
     Args:
-        cls: Its annotations say what is read: dataclasses, `list[...]`, `dict[str, ...]`, `... | None`, `Any` (any JSON)
-            and plain types. Its own `__post_init__` may refuse values with a ValueError.
+        cls: Its annotations say what is read: dataclasses, `list[...]`, `dict[str, ...]`, `... | None`, `Any` (any
+            JSON) and plain types. Its own `__post_init__` may refuse values with a ValueError.
         values: What the JSON holds.
         file: For messages.
 

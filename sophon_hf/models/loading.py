@@ -49,7 +49,7 @@ def unwrap(model: Callable[..., Any]) -> nn.Module:
 
 
 def restore_precision(model: nn.Module) -> None:
-    """Undo what accelerate does to a model for bf16: it replaces `forward`, for whatever the model is used for afterwards."""
+    """Undo what accelerate does to a model for bf16: it replaces `forward`, for all that comes afterwards."""
     if "_original_forward" in model.__dict__:
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
@@ -184,8 +184,10 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
     if processor is None or (cls is AutoTokenizer and not _has_words(processor)):
         logger.warning(
             "No %s is saved with %s, so raw images are only scaled, and raw text or audio cannot be used: %s",
-            cls.__name__, source, why,
-        )  # fmt: skip
+            cls.__name__,
+            source,
+            why,
+        )
         return None
     return processor
 

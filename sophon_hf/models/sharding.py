@@ -64,9 +64,13 @@ def with_local(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     return DTensor.from_local(
-        value.to(tensor.device), tensor.device_mesh, tensor.placements, run_check=False,
-        shape=tensor.shape, stride=tensor.stride(),
-    )  # fmt: skip
+        value.to(tensor.device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def shard_part(part: nn.Module, model: nn.Module) -> nn.Module:

@@ -128,8 +128,9 @@ def _check_class_order(given: list[str], model: nn.Module) -> None:
     logger.warning(
         "The original domain names its classes %s, the model %s: make sure that label 0 means the same for both, and "
         "so on.",
-        given[:5], known[:5],
-    )  # fmt: skip
+        given[:5],
+        known[:5],
+    )
 
 
 def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
@@ -203,8 +204,10 @@ def fit_strategies(
             )
         logger.warning(
             "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
-            "every simulated adversary brings a new head.", classes, outputs,
-        )  # fmt: skip
+            "every simulated adversary brings a new head.",
+            classes,
+            outputs,
+        )
         space = space.without_original_head()
     if is_sharded(model):
         _check_shares(model, space, domains["restricted"], args.world_size)

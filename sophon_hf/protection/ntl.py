@@ -37,9 +37,14 @@ def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
 
 
 def ntl_loss(
-    source_logits: Tensor, source_labels: Tensor, target_logits: Tensor, target_labels: Tensor, discrepancy: Tensor,
-    a: float = 0.1, b: float = 0.1,
-) -> Tensor:  # fmt: skip
+    source_logits: Tensor,
+    source_labels: Tensor,
+    target_logits: Tensor,
+    target_labels: Tensor,
+    discrepancy: Tensor,
+    a: float = 0.1,
+    b: float = 0.1,
+) -> Tensor:
     """L_source - min(1, a L_target) min(1, b MMD); the KL divergence to one-hot labels is the cross-entropy."""
     source = F.cross_entropy(source_logits, source_labels)
     target = (a * F.cross_entropy(target_logits, target_labels)).clamp(max=1)

@@ -1,4 +1,4 @@
-"""ACC-k and MSE-k (section 5.1.3), plain and as `evaluate.Metric`: they load from this package, so they need no network.
+"""ACC-k and MSE-k (section 5.1.3), plain and as `evaluate.Metric`; they need no network.
 
 A metric object of `evaluate` writes every example to an Arrow table, which takes longer than the metric itself. What is
 measured many times while an adversary trains goes through the plain functions.

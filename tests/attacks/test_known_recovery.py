@@ -54,9 +54,12 @@ def folder(tmp_path_factory):
 def attack(folder, digits, protected, original, **settings) -> AttackResults:
     suite = AttackSuite(SWEEP, folder, seeds=[0, 1], epochs=10, measured_epochs=(5, 10), examples=30)
     return suite.run(
-        protected=protected, original=original, restricted_dataset=digits["adversary"], eval_dataset=digits["test"],
+        protected=protected,
+        original=original,
+        restricted_dataset=digits["adversary"],
+        eval_dataset=digits["test"],
         **settings,
-    )  # fmt: skip
+    )
 
 
 def test_an_unprotected_model_is_recovered_in_full(tmp_path, digits, original):

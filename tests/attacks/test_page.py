@@ -21,9 +21,16 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def browse(page: Path, *flags: str) -> subprocess.CompletedProcess:
     """What a browser says of a page: its document on stdout, its console on stderr."""
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        f"--user-data-dir={page.parent / 'profile'}", *flags, page.as_uri(),
-    ]  # fmt: skip
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        f"--user-data-dir={page.parent / 'profile'}",
+        *flags,
+        page.as_uri(),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr[-2000:]
     return process

@@ -25,9 +25,16 @@ SHORT = FineTuningStrategy(epochs=1, batch_size=20)
 def make_unet(seed: int) -> UNet2DModel:
     torch.manual_seed(seed)
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
 
 
 class Oracle(nn.Module):
@@ -72,9 +79,12 @@ def test_a_grid_shows_every_image_in_its_place(tmp_path):
 def test_a_diffusion_report_shows_every_model_after_its_best_attack(tmp_path):
     digits = handwritten_digits(8)["train"]
     arguments = {
-        "protected": make_unet(1), "original": make_unet(0), "restricted_dataset": digits.select(range(60)),
-        "eval_dataset": digits.select(range(60, 100)), "original_eval_dataset": digits.select(range(100, 120)),
-    }  # fmt: skip
+        "protected": make_unet(1),
+        "original": make_unet(0),
+        "restricted_dataset": digits.select(range(60)),
+        "eval_dataset": digits.select(range(60, 100)),
+        "original_eval_dataset": digits.select(range(100, 120)),
+    }
 
     def suite():
         return AttackSuite([SHORT], tmp_path / "attacks", seeds=[0, 1], measured_epochs=[0])
@@ -109,9 +119,11 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path):
     digits = handwritten_digits(8)["train"]
     suite = AttackSuite([SHORT], tmp_path, seeds=[0], measured_epochs=[0])
     arguments = {
-        "protected": make_unet(1), "original": make_unet(0), "restricted_dataset": digits.select(range(60)),
+        "protected": make_unet(1),
+        "original": make_unet(0),
+        "restricted_dataset": digits.select(range(60)),
         "eval_dataset": digits.select(range(60, 100)),
-    }  # fmt: skip
+    }
     suite.run(**arguments)
     for picture in (tmp_path / "runs").glob("*.png"):
         picture.unlink()
@@ -121,9 +133,12 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path):
 def test_a_classifier_has_none(tmp_path):
     points = make_points(1)
     results = AttackSuite([SHORT], tmp_path, seeds=[0]).run(
-        protected=TinyNet(), original=TinyNet(), restricted_dataset=points.select(range(60)),
-        eval_dataset=points.select(range(60, 120)), original_eval_dataset=points,
-    )  # fmt: skip
+        protected=TinyNet(),
+        original=TinyNet(),
+        restricted_dataset=points.select(range(60)),
+        eval_dataset=points.select(range(60, 120)),
+        original_eval_dataset=points,
+    )
     assert results.pictures == {} and not list(tmp_path.rglob("*.png"))
 
 
@@ -136,8 +151,10 @@ def test_another_process_finds_the_runs_of_a_diffusion_model(tmp_path):
         scheduler.register_to_config(_use_default_values=defaults)
         assert scheduler.config["_use_default_values"] == defaults
         AttackSuite([SHORT], tmp_path, seeds=[0], measured_epochs=[0], task=DiffusionTask(scheduler)).run(
-            protected=make_unet(1), original=make_unet(0), restricted_dataset=digits.select(range(60)),
+            protected=make_unet(1),
+            original=make_unet(0),
+            restricted_dataset=digits.select(range(60)),
             eval_dataset=digits.select(range(60, 100)),
-        )  # fmt: skip
+        )
         files.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")})
     assert len(files[0]) == 3 and files[1] == files[0]

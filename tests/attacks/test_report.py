@@ -65,8 +65,12 @@ def test_figures(results, tmp_path):
     assert summary["interval"][0] < 0.4 < summary["interval"][1]
     assert summary["void"] is None and summary["failed_checks"] == []
     assert summary["best"]["protected"] == {
-        "attack": A.name, "epoch": 1.0, "mean": pytest.approx(0.72), "sd": pytest.approx(0.02), "seeds": 3,
-    }  # fmt: skip
+        "attack": A.name,
+        "epoch": 1.0,
+        "mean": pytest.approx(0.72),
+        "sd": pytest.approx(0.02),
+        "seeds": 3,
+    }
     assert set(summary["best"]) == {"protected", "original", "scratch"}
     assert summary["cost_to_recover"]["steps"] == 10
     assert summary["original_metric"] == {"original": 0.9, "protected": 0.89}
@@ -88,7 +92,7 @@ def test_figures(results, tmp_path):
         (lambda r: [r.runs.remove(run) for run in r.of("scratch")], "is missing"),
         (lambda r: [c.curve.test.__setitem__(1, 0.61) for c in r.of("original")], "too close to scratch"),
     ],
-)  # fmt: skip
+)
 def test_a_void_score_is_absent_and_said_so(results, tmp_path, change, reason):
     results.facts["data"] = dict(results.facts["data"])
     change(results)

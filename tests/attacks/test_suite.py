@@ -58,10 +58,12 @@ def test_a_sweep_runs_every_attack_on_every_model_and_tunes_scratch(tmp_path, da
         (model, start, seed)
         for seed in (0, 1)
         for model, starts in (
-            ("protected", ("direct", "new_head")), ("original", ("direct", "new_head")), ("scratch", ("scratch",)),
+            ("protected", ("direct", "new_head")),
+            ("original", ("direct", "new_head")),
+            ("scratch", ("scratch",)),
         )
         for start in starts
-    }  # fmt: skip
+    }
     assert all(run.curve.epoch == [0, 1, 2] and not run.error for run in results.runs)
     assert results.test_examples == 60
     assert (results.facts["training_examples"], results.facts["validation_examples"]) == (54, 6)

@@ -62,10 +62,23 @@ if __name__ == "__main__":
 def test_two_processes_share_the_runs_and_find_what_one_finds(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(tmp_path / "run.py"), str(tmp_path / "two"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        str(tmp_path / "run.py"),
+        str(tmp_path / "two"),
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),

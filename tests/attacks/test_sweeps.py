@@ -13,11 +13,17 @@ def test_paper_sweeps():
     paper = load_sweep("paper")
     assert all(s.to_dict()[name] == value for s in paper for name, value in default.items())
     assert [(s.initialization, s.transfer) for s in paper] == [
-        ("direct", "all"), ("new_head", "head"), ("new_head", "all"),
-    ]  # fmt: skip
+        ("direct", "all"),
+        ("new_head", "head"),
+        ("new_head", "all"),
+    ]
     assert [s.optimizer for s in load_sweep("paper-optimizers")] == [
-        "momentum", "nesterov", "adagrad", "adadelta", "adam",
-    ]  # fmt: skip
+        "momentum",
+        "nesterov",
+        "adagrad",
+        "adadelta",
+        "adam",
+    ]
     assert [s.learning_rate for s in load_sweep("paper-rates")] == [5e-6, 1e-5, 1e-4, 1e-3, 1e-2]
     assert [s.batch_size for s in load_sweep("paper-batches")] == [50, 100, 150, 200, 250]
 

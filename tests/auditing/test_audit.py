@@ -56,9 +56,12 @@ def test_a_true_claim_is_reproduced_on_its_own_data(truth, tmp_path):
 
 def test_a_true_claim_is_reproduced_on_other_data_of_the_same_domains(truth, tmp_path):
     audit = full_audit(
-        truth, truth["folder"], tmp_path / "audit", eval_dataset=make_images(14, 4000, shift=1),
+        truth,
+        truth["folder"],
+        tmp_path / "audit",
+        eval_dataset=make_images(14, 4000, shift=1),
         original_eval_dataset=make_images(12, 4000),
-    )  # fmt: skip
+    )
     assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
     assert verdict_of(audit, "recovered transfer") == REPRODUCED
     # An accuracy is one on certain data; only the score can be carried over.
@@ -91,9 +94,13 @@ def test_an_adversary_with_fewer_examples_than_the_claims_passes_nothing(truth, 
 
 def test_few_examples_of_the_original_domain_tell_nothing(truth, tmp_path):
     audit = full_audit(
-        truth, truth["folder"], tmp_path / "audit", restricted_dataset=None, eval_dataset=None,
+        truth,
+        truth["folder"],
+        tmp_path / "audit",
+        restricted_dataset=None,
+        eval_dataset=None,
         original_eval_dataset=make_images(12, 60),
-    )  # fmt: skip
+    )
     assert verdict_of(audit, "original accuracy after protection") == NOT_CHECKABLE
     assert "exact to" in why_of(audit, "original accuracy after protection")
 
@@ -152,9 +159,13 @@ def test_a_broken_model_that_claims_to_be_intact_is_found(truth, tmp_path):
     publish_folder(tmp_path / "model", broken, None, attacks=claim.attacks)
     for data in (truth["data"]["original_test"], make_images(12, 2000)):
         audit = full_audit(
-            truth, tmp_path / "model", tmp_path / "audit", restricted_dataset=None, eval_dataset=None,
+            truth,
+            tmp_path / "model",
+            tmp_path / "audit",
+            restricted_dataset=None,
+            eval_dataset=None,
             original_eval_dataset=data,
-        )  # fmt: skip
+        )
         assert verdict_of(audit, "original accuracy after protection") == WEAKER and audit.exit_code == 1
 
 
@@ -183,11 +194,17 @@ def test_a_stronger_sweep_shows_a_claim_to_be_too_good(truth, tmp_path):
 @pytest.mark.parametrize(
     "claimed, measured, error, expected",
     [
-        (0.5, 0.5, 0.1, REPRODUCED), (0.5, 0.2, 0.1, REPRODUCED), (0.5, 0.59, 0.1, REPRODUCED),
-        (0.5, 0.61, 0.1, WEAKER), (0.5, 0.5, 0.3, NOT_CHECKABLE), (0.5, 0.7, 0.3, NOT_CHECKABLE),
-        (0.5, 0.9, 0.3, WEAKER), (math.nan, 0.5, 0.1, NOT_CHECKABLE), (0.5, 0.5, math.inf, NOT_CHECKABLE),
+        (0.5, 0.5, 0.1, REPRODUCED),
+        (0.5, 0.2, 0.1, REPRODUCED),
+        (0.5, 0.59, 0.1, REPRODUCED),
+        (0.5, 0.61, 0.1, WEAKER),
+        (0.5, 0.5, 0.3, NOT_CHECKABLE),
+        (0.5, 0.7, 0.3, NOT_CHECKABLE),
+        (0.5, 0.9, 0.3, WEAKER),
+        (math.nan, 0.5, 0.1, NOT_CHECKABLE),
+        (0.5, 0.5, math.inf, NOT_CHECKABLE),
     ],
-)  # fmt: skip
+)
 def test_the_rule(claimed, measured, error, expected):
     assert compare(claimed, measured, error, precision=0.2)[0] == expected
 
@@ -239,9 +256,13 @@ def test_a_true_claim_passes_as_often_as_the_error_says(truth):
 def test_intactness(truth, metric, stated, before, after, same_data, expected):
     protection = replace(truth["claim"].protection, original_before=stated[0], original_after=stated[1])
     claim = replace(
-        truth["claim"], attacks=None, protection=protection, data={"eval_original": replace_examples(truth, 4000)},
-        metric=metric, greater_is_better=metric == "accuracy",
-    )  # fmt: skip
+        truth["claim"],
+        attacks=None,
+        protection=protection,
+        data={"eval_original": replace_examples(truth, 4000)},
+        metric=metric,
+        greater_is_better=metric == "accuracy",
+    )
     assert verdicts.judge_intactness(claim, before, after, 4000, same_data).verdict == expected
 
 
@@ -262,10 +283,20 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
     parts = as_parts(truth["data"], tmp_path / "data")
     (tmp_path / "sweep.json").write_text(json.dumps([strategy.to_dict() for strategy in SWEEP]))
     arguments = [
-        "audit", str(folder), "--restricted", parts["restricted"], "--whole", "--original", parts["original"], "--sweep",
-        str(tmp_path / "sweep.json"), "--unprotected", str(truth["root"] / "original"), "--output_dir",
+        "audit",
+        str(folder),
+        "--restricted",
+        parts["restricted"],
+        "--whole",
+        "--original",
+        parts["original"],
+        "--sweep",
+        str(tmp_path / "sweep.json"),
+        "--unprotected",
+        str(truth["root"] / "original"),
+        "--output_dir",
         str(tmp_path / "audit"),
-    ]  # fmt: skip
+    ]
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     out = capsys.readouterr().out
@@ -319,9 +350,10 @@ def test_a_broken_library_ends_in_2_not_in_1(folder, tmp_path, monkeypatch, caps
 def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
     original, trainer = unet(), protect("unet", tmp_path / "out")
     data = {
-        "restricted_dataset": pixels(3, "sample"), "eval_dataset": pixels(4, "sample"),
+        "restricted_dataset": pixels(3, "sample"),
+        "eval_dataset": pixels(4, "sample"),
         "original_eval_dataset": pixels(6, "sample"),
-    }  # fmt: skip
+    }
     sweep = [FineTuningStrategy(batch_size=12, epochs=2)]
     AttackSuite(sweep, tmp_path / "attacks", task=trainer.task).run(protected=trainer.model, original=original, **data)
     claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")

@@ -169,10 +169,19 @@ def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_pat
 
 def test_flags_win_over_the_file(tmp_path):
     config = {
-        "model": "from-file", "original": "o", "restricted": "r", "restricted_classes": ["cat", "7"], "alpha": 1e-3,
-        "max_steps": 7, "K": 3, "adversary_half": False, "resume": None, "learning_rate": "5e-4",
-        "strategy_space": {"learning_rates": [1e-3], "batch_sizes": [25]}, "output_dir": str(tmp_path),
-    }  # fmt: skip
+        "model": "from-file",
+        "original": "o",
+        "restricted": "r",
+        "restricted_classes": ["cat", "7"],
+        "alpha": 1e-3,
+        "max_steps": 7,
+        "K": 3,
+        "adversary_half": False,
+        "resume": None,
+        "learning_rate": "5e-4",
+        "strategy_space": {"learning_rates": [1e-3], "batch_sizes": [25]},
+        "output_dir": str(tmp_path),
+    }
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config))
     options, args = read_arguments([str(path), "--max_steps", "9", "--model=from-flag"])
@@ -222,10 +231,19 @@ def config(tmp_path) -> dict:
         "original": write_domain(tmp_path / "original", (0, 4, 8), 0),
         "restricted": write_domain(tmp_path / "restricted", (2, 6, 10), 1),
         "output_dir": str(tmp_path / "protected"),
-        "max_steps": 2, "K": 1, "N": 1, "l_NTR": 1, "per_device_train_batch_size": 10, "save_strategy": "no",
-        "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "max_steps": 2,
+        "K": 1,
+        "N": 1,
+        "l_NTR": 1,
+        "per_device_train_batch_size": 10,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
         "strategy_space": {"learning_rates": [1e-3], "batch_sizes": [10]},
-    }  # fmt: skip
+    }
 
 
 CHAIN = """
@@ -247,9 +265,28 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     sweep = [{"initialization": start, "learning_rate": 0.01, "batch_size": 10} for start in ("direct", "new_head")]
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     attack = [
-        "attack", "--protected", protected, "--original", source, "--restricted", restricted, "--original_data", original, "--original_classes", "a", "b",
-        "--sweep", str(tmp_path / "sweep.json"), "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(attacks),
-    ]  # fmt: skip
+        "attack",
+        "--protected",
+        protected,
+        "--original",
+        source,
+        "--restricted",
+        restricted,
+        "--original_data",
+        original,
+        "--original_classes",
+        "a",
+        "b",
+        "--sweep",
+        str(tmp_path / "sweep.json"),
+        "--epochs",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+        "--output_dir",
+        str(attacks),
+    ]
     benign = write_domain(tmp_path / "benign", (1, 5, 9), 2)
     chain = [["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"], [*attack, "--dry-run"]]
     chain.append([*attack, "--benign", benign, "--benign_classes", "a", "c", "--measured_every", "2"])

@@ -220,11 +220,15 @@ def waves_of_mixed_lengths() -> datasets.Dataset:
         (lambda: pictures([picture("RGB", seed=i) for i in range(8)]), IMAGES, lambda: None),
         (lambda: pictures([picture("RGB", seed=i) for i in range(8)]), UNET, lambda: None),
         (sentences, TEXT, tokenizer),
-        (waves_of_mixed_lengths, MASKED_AUDIO, lambda: Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)),
+        (
+            waves_of_mixed_lengths,
+            MASKED_AUDIO,
+            lambda: Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True),
+        ),
         (waves_of_mixed_lengths, AUDIO, lambda: Wav2Vec2FeatureExtractor(sampling_rate=RATE)),
     ],
     ids=["points", "images", "diffusion", "text", "audio with a mask", "audio without a mask"],
-)  # fmt: skip
+)
 def test_batches_on_the_fly_are_those_in_memory(dataset, needs, processing):
     task = ClassificationTask()
     streams = [Stream(domain, task.collate, seed=3).batches(3) for domain in both_paths(dataset(), needs, processing())]

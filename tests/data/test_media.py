@@ -77,7 +77,7 @@ def test_images_of_mixed_sizes_need_a_processor_that_resizes():
 
 def test_images_for_a_model_of_five_channels_are_refused():
     five = ModelInputs(names=("x",), main="x", labelled=True, channels=5)
-    with pytest.raises(ValueError, match="takes 5 channels, but images have 1, 3 or 4"):
+    with pytest.raises(ValueError, match="takes 5 channels, images have 1, 3 or 4"):
         build_domain(pictures([picture("RGB"), picture("RGB")]), five)
 
 

@@ -56,9 +56,16 @@ def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
     config = SCALES["small"].config | {"max_steps": 1, "K": 1, "eval_steps": 1}
     models = {"CAFormer": SCALES["small"].models["ResNet-18"]}
     tiny = replace(
-        SCALES["small"], models=models, examples=(20, 30), validation_share=0.2, seeds=[0], pretraining=(2, 2, 1e-3),
-        ntl_steps=1, config=config, adapt=lambda attack: attack.with_changes(batch_size=20),
-    )  # fmt: skip
+        SCALES["small"],
+        models=models,
+        examples=(20, 30),
+        validation_share=0.2,
+        seeds=[0],
+        pretraining=(2, 2, 1e-3),
+        ntl_steps=1,
+        config=config,
+        adapt=lambda attack: attack.with_changes(batch_size=20),
+    )
     monkeypatch.setitem(reproduce_paper.SCALES, "small", tiny)
     folders = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--table", "1", *folders])

@@ -47,10 +47,16 @@ def make_vit() -> nn.Module:
 
 def make_unet() -> nn.Module:
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
-    )  # fmt: skip
+    )
 
 
 MODELS = {"conv": (ConvNet, "x"), "vit": (make_vit, "pixel_values"), "unet": (make_unet, "sample")}

@@ -46,17 +46,24 @@ def make_images(seed: int, examples: int, shift: int = 0) -> datasets.Dataset:
 def make_data() -> dict[str, datasets.Dataset]:
     """Both domains: the restricted one has the same patterns under other names."""
     return {
-        "original": make_images(1, 400), "original_test": make_images(2, 800),
-        "adversary": make_images(3, 60, shift=1), "test": make_images(4, 800, shift=1),
-    }  # fmt: skip
+        "original": make_images(1, 400),
+        "original_test": make_images(2, 800),
+        "adversary": make_images(3, 60, shift=1),
+        "test": make_images(4, 800, shift=1),
+    }
 
 
 def small_classifier() -> ResNetForImageClassification:
     return ResNetForImageClassification(
         ResNetConfig(
-            num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=CLASSES,
         )
-    )  # fmt: skip
+    )
 
 
 def pretrained(data: dict[str, datasets.Dataset]) -> ResNetForImageClassification:
@@ -84,21 +91,34 @@ def perturbed(model: ResNetForImageClassification) -> ResNetForImageClassificati
 
 def run_attacks(folder: Path, protected, original, data: dict[str, datasets.Dataset]) -> AttackResults:
     return AttackSuite(SWEEP, folder, measured_epochs=(0, 1, 5, 8.0, 10, 15, 20)).run(
-        protected=protected, original=original, restricted_dataset=data["adversary"], eval_dataset=data["test"],
+        protected=protected,
+        original=original,
+        restricted_dataset=data["adversary"],
+        eval_dataset=data["test"],
         original_eval_dataset=data["original_test"],
-    )  # fmt: skip
+    )
 
 
 def make_claim(folder: Path, model: torch.nn.Module, results: AttackResults | None, **changes) -> Claim:
     """A claim about the model saved in `folder`."""
     space = StrategySpace().to_dict()
     values = {
-        "schema": SCHEMA, "method": Method("SOPHON, Algorithm 1", {}, space), "model": type(model).__name__,
-        "base_model": "original", "base_revision": None, "remote_code": False, "versions": {}, "data": {},
-        "weights": hash_weights(folder), "state_hash": hash_state(model), "metric": "accuracy", "greater_is_better": True,
-        "protection": Protection("protected", 1, 0.9, 0.9, 0.8, 0.5, 0, 0), "compute": Compute(1.0, 1, 1),
+        "schema": SCHEMA,
+        "method": Method("SOPHON, Algorithm 1", {}, space),
+        "model": type(model).__name__,
+        "base_model": "original",
+        "base_revision": None,
+        "remote_code": False,
+        "versions": {},
+        "data": {},
+        "weights": hash_weights(folder),
+        "state_hash": hash_state(model),
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "protection": Protection("protected", 1, 0.9, 0.9, 0.8, 0.5, 0, 0),
+        "compute": Compute(1.0, 1, 1),
         "attacks": None if results is None else AttackReport.from_results(results),
-    }  # fmt: skip
+    }
     return Claim(**{**values, **changes})
 
 
@@ -120,8 +140,13 @@ def publish_truth(root: Path) -> dict:
     claim = publish_folder(root / "model", protected, results)
     original.save_pretrained(root / "original")
     return {
-        "data": data, "original": original, "folder": root / "model", "root": root, "claim": claim, "results": results,
-    }  # fmt: skip
+        "data": data,
+        "original": original,
+        "folder": root / "model",
+        "root": root,
+        "claim": claim,
+        "results": results,
+    }
 
 
 def edit_claim(folder: Path, **changes) -> None:
@@ -159,7 +184,10 @@ def full_audit(truth, folder, output_dir, fresh: bool = False, **changes):
     if not fresh:
         shutil.copytree(truth["root"] / "attacks" / "runs", output_dir / "runs", dirs_exist_ok=True)
     arguments = {
-        "unprotected": truth["original"], "restricted_dataset": data["adversary"], "eval_dataset": data["test"],
-        "original_eval_dataset": data["original_test"], "sweep": SWEEP,
-    }  # fmt: skip
+        "unprotected": truth["original"],
+        "restricted_dataset": data["adversary"],
+        "eval_dataset": data["test"],
+        "original_eval_dataset": data["original_test"],
+        "sweep": SWEEP,
+    }
     return audit_model(folder, output_dir, **{**arguments, **changes})

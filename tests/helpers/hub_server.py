@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("PUT", r"/storage/(?P<repo>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)", "upload"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
         ("HEAD|GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    )  # fmt: skip
+    )
 
     def log_message(self, *_) -> None:
         pass
@@ -329,10 +329,19 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str | None) -> dict:
         sha, files = self._at(repo, revision)
         return {
-            "_id": repo, "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": sha, "tags": [], "likes": 0,
-            "private": self.hub.repositories[repo].private, "downloads": 0, "gated": False, "disabled": False,
+            "_id": repo,
+            "id": repo,
+            "modelId": repo,
+            "author": repo.split("/")[0],
+            "sha": sha,
+            "tags": [],
+            "likes": 0,
+            "private": self.hub.repositories[repo].private,
+            "downloads": 0,
+            "gated": False,
+            "disabled": False,
             "siblings": [{"rfilename": path} for path in sorted(files)],
-        }  # fmt: skip
+        }
 
     def tree(self, repo: str, revision: str, path: str | None) -> list[dict]:
         files, prefix = self._at(repo, revision)[1], f"{path}/" if path else ""

@@ -40,10 +40,12 @@ def make_results(protected, original, scratch, **settings) -> AttackResults:
     made = [*runs("protected", protected, start=start), *runs("original", original, start=start)]
     made += runs("scratch", scratch, SCRATCH, start)
     defaults = {
-        "metric": "accuracy", "greater_is_better": True, "test_examples": 2000,
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "test_examples": 2000,
         "original_metric": {"original": 0.9, "protected": 0.89},
         "facts": {"seeds": [0, 1, 2], "training_examples": 500, "data": DISJOINT},
-    }  # fmt: skip
+    }
     return AttackResults(made, **{**defaults, **settings})
 
 

@@ -104,7 +104,7 @@ def make_optimizer(name: str, parameters, rate: float, weight_decay: float = 0.0
 
 
 def simulate(model, environment, weights, loss):
-    """Algorithm 1's inner loop as one would write it: a copy of theta, fine-tuned; yields (weight, L_alpha) at each step.
+    """Algorithm 1's inner loop as one would write it; yields (weight, L_alpha) at each step.
 
     The copy stands at step k while the k-th item is out.
     """

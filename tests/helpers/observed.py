@@ -14,9 +14,17 @@ SPACE = {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8, 16]}
 def config(tmp_path, **changes) -> SophonConfig:
     """Three iterations with a small simulation, and no evaluation or saving unless asked for."""
     settings = {
-        "max_steps": 3, "K": 3, "strategy_space": SPACE, "per_device_train_batch_size": 16, "eval_strategy": "no",
-        "eval_on_start": False, "save_strategy": "no", "disable_tqdm": True, "seed": 3, "use_cpu": True,
-    }  # fmt: skip
+        "max_steps": 3,
+        "K": 3,
+        "strategy_space": SPACE,
+        "per_device_train_batch_size": 16,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+        "use_cpu": True,
+    }
     return SophonConfig(str(tmp_path / "output"), **{**settings, **changes})
 
 

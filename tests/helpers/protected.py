@@ -17,8 +17,15 @@ HEAD_ONLY = ModelStructure("head", ("body",), 3)
 def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrainer:
     torch.manual_seed(0)
     settings = {
-        "max_steps": 6, "K": 2, "per_device_train_batch_size": 8, "eval_steps": 2, "save_steps": 3, "disable_tqdm": True,
-        "tolerance": 1.0, "use_cpu": True, "strategy_space": {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8]},
-    }  # fmt: skip
+        "max_steps": 6,
+        "K": 2,
+        "per_device_train_batch_size": 8,
+        "eval_steps": 2,
+        "save_steps": 3,
+        "disable_tqdm": True,
+        "tolerance": 1.0,
+        "use_cpu": True,
+        "strategy_space": {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8]},
+    }
     config = SophonConfig(str(output), **{**settings, **changes})
     return SophonTrainer(TinyNet() if model is None else model, make_points(1), make_points(2), config)

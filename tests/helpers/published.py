@@ -36,9 +36,15 @@ def classifier(labels: int = 3) -> ResNetForImageClassification:
 def unet() -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
 
 
 def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer:
@@ -46,10 +52,18 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
     args = SophonConfig(
         str(output_dir),
         **{
-            "max_steps": 2, "K": 2, "strategy_space": SPACE, "per_device_train_batch_size": 8, "eval_steps": 1,
-            "tolerance": 1.0, "save_steps": 1, "disable_tqdm": True, "use_cpu": True, **settings,
+            "max_steps": 2,
+            "K": 2,
+            "strategy_space": SPACE,
+            "per_device_train_batch_size": 8,
+            "eval_steps": 1,
+            "tolerance": 1.0,
+            "save_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **settings,
         },
-    )  # fmt: skip
+    )
     if kind == "module":
         return SophonTrainer(model or TinyNet(), make_points(1), make_points(2), args)
     if kind == "unet":
@@ -69,6 +83,10 @@ def attack(protected: torch.nn.Module, folder, original: torch.nn.Module | None 
     """What a small sweep finds on a classifier, in `folder`."""
     suite = AttackSuite(sweep, folder, seeds=[0, 1, 2], epochs=2, measured_epochs=[0, 1, 2])
     return suite.run(
-        protected=protected, original=original or classifier(), restricted_dataset=pixels(3, examples=60),
-        eval_dataset=pixels(4), original_dataset=pixels(5), original_eval_dataset=pixels(6),
-    )  # fmt: skip
+        protected=protected,
+        original=original or classifier(),
+        restricted_dataset=pixels(3, examples=60),
+        eval_dataset=pixels(4),
+        original_dataset=pixels(5),
+        original_eval_dataset=pixels(6),
+    )

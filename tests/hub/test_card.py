@@ -157,8 +157,13 @@ def test_every_section_is_there(saved):
     card = make_card(folder, scored(claim, results), "alice/model")
     headings = re.findall(r"^## (.+)$", card.text, re.MULTILINE)
     assert headings == [
-        "Threat model", "What was measured", "How to load it", "How to audit it", "Limits", "Data and cost",
-    ]  # fmt: skip
+        "Threat model",
+        "What was measured",
+        "How to load it",
+        "How to audit it",
+        "Limits",
+        "Data and cost",
+    ]
     assert "raises the cost of misuse" in card.text and "does not prevent" in card.text
     assert "sophon-hf audit alice/model --restricted DATA --original DATA" in card.text
     rows = [line for line in card.text.splitlines() if re.match(r"\| (protected|original|scratch) \| \w+.*\|$", line)]
@@ -300,9 +305,12 @@ def test_names_from_outside_are_text(saved):
     evil = "x](https://evil.org) <img src=y onerror=z> | `a` {{ 7*7 }} **b** # c"
     sweep = "a | <b>"
     report = with_attacks(
-        claim, results, sweep=sweep, failed_checks=[FailedCheck(evil, evil, False)],
+        claim,
+        results,
+        sweep=sweep,
+        failed_checks=[FailedCheck(evil, evil, False)],
         recovered_transfer=Transfer(None, None, evil),
-    )  # fmt: skip
+    )
     card = make_card(folder, report, "alice/model")
     assert "49" not in body(card).split("Checks that failed")[1].split("All attacks")[0]
     assert not re.search(r"(?<!\\)<img|(?<!\\)\]\(https://evil|(?<!\\)`a|(?<!\\)\*\*b", card.text)
@@ -333,13 +341,19 @@ def test_a_report_is_shown_with_its_curve(saved, tmp_path):
 def test_a_diffusion_report_gives_errors_not_shares(tmp_path):
     trainer = protect("unet", tmp_path / "out")
     suite = AttackSuite(
-        [FineTuningStrategy(batch_size=10, steps=2)], tmp_path / "attacks", seeds=[0, 1], measured_epochs=[0, 0.5],
+        [FineTuningStrategy(batch_size=10, steps=2)],
+        tmp_path / "attacks",
+        seeds=[0, 1],
+        measured_epochs=[0, 0.5],
         task=trainer.task,
-    )  # fmt: skip
+    )
     results = suite.run(
-        protected=trainer.model, original=unet(), restricted_dataset=pixels(3, "sample"), eval_dataset=pixels(4, "sample"),
+        protected=trainer.model,
+        original=unet(),
+        restricted_dataset=pixels(3, "sample"),
+        eval_dataset=pixels(4, "sample"),
         original_eval_dataset=pixels(5, "sample"),
-    )  # fmt: skip
+    )
     claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
     write_card_and_claim(tmp_path / "out", claim, "alice/model")
     card = ModelCard.load(tmp_path / "out" / "README.md")

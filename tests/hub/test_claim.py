@@ -58,8 +58,11 @@ def test_a_trainer_writes_what_it_did(saved):
     assert claim.compute.iterations == 2 and claim.compute.simulated_passes == 2 * (2 + 2)
     assert claim.compute.seconds > 0
     assert {name: data.examples for name, data in claim.data.items()} == {
-        "original": 36, "restricted": 36, "eval_original": 4, "eval_restricted": 4,
-    }  # fmt: skip
+        "original": 36,
+        "restricted": 36,
+        "eval_original": 4,
+        "eval_restricted": 4,
+    }
     assert claim.versions["torch"] == torch.__version__
 
 
@@ -132,7 +135,7 @@ def test_a_failed_attack_is_counted_and_an_infinite_one_is_no_number(saved):
     report = AttackReport.from_results(results)
     broken = next(a for a in report.attacks if a.model == first.model and a.strategy == first.strategy.to_dict())
     assert broken.failed == 1 and len(broken.seeds) == len(broken.test) == 2
-    assert any(check.name == "cells failed" for check in report.failed_checks)
+    assert any(check.name == "runs failed" for check in report.failed_checks)
     last = next(
         a
         for a in report.attacks
@@ -189,7 +192,7 @@ def changed(values: dict, place: str, value) -> dict:
         ("attacks", [], "attacks"),
         ("surprise", 1, "surprise.*no field"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_field_is_named(whole, place, value, message):
     with pytest.raises(ValueError, match=message):
         Claim.from_json(json.dumps(changed(whole, place, value)))
@@ -197,8 +200,20 @@ def test_a_wrong_field_is_named(whole, place, value, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "1", '"text"', "[" * 100_000, '{"schema": NaN}', '{"schema": 1e999}', "\ufffe", '{"schema": ' + "9" * 5000 + "}"],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "1",
+        '"text"',
+        "[" * 100_000,
+        '{"schema": NaN}',
+        '{"schema": 1e999}',
+        "\ufffe",
+        '{"schema": ' + "9" * 5000 + "}",
+    ],
+)
 def test_what_is_no_claim_is_refused(tmp_path, text):
     (tmp_path / "sophon.json").write_text(text)
     with pytest.raises(ValueError, match=r"sophon\.json"):

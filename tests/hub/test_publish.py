@@ -310,8 +310,9 @@ def test_pushing_while_training(hub, tmp_path, strategy):
     assert_clean(hub)
     claims = [
         Claim.from_json(commit["sophon.json"].content)
-        for commit in hub.repositories["alice/model"].commits.values() if "sophon.json" in commit
-    ]  # fmt: skip
+        for commit in hub.repositories["alice/model"].commits.values()
+        if "sophon.json" in commit
+    ]
     statuses = [claim.protection.status for claim in claims]
     assert statuses == ["in progress"] * (2 if strategy == "every_save" else 0) + ["protected"]
     for commit in hub.repositories["alice/model"].commits.values():
@@ -327,10 +328,9 @@ import sys
 import huggingface_hub.constants
 from published import protect
 
-trainer = protect("classifier", sys.argv[1] + "/out", push_to_hub=True, hub_model_id="alice/model", hub_strategy="every_save")
-assert trainer.args.world_size == 2
-commit = trainer.push_to_hub("alice/again")
-assert (commit is not None) == trainer.is_world_process_zero()
+trainer = protect("classifier", sys.argv[1] + "/out", push_to_hub=True, hub_model_id="alice/model",
+hub_strategy="every_save") assert trainer.args.world_size == 2 commit = trainer.push_to_hub("alice/again") assert
+(commit is not None) == trainer.is_world_process_zero()
 """
 
 
@@ -359,8 +359,12 @@ def test_a_push_that_fails_does_not_end_the_training(hub, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"hub_strategy": "checkpoint"}, "optimizer states"), ({"hub_strategy": "all_checkpoints"}, "optimizer states"), ({"hub_token": "hf_secret"}, "hf auth login")],
-)  # fmt: skip
+    [
+        ({"hub_strategy": "checkpoint"}, "optimizer states"),
+        ({"hub_strategy": "all_checkpoints"}, "optimizer states"),
+        ({"hub_token": "hf_secret"}, "hf auth login"),
+    ],
+)
 def test_settings_that_would_publish_states_or_keep_tokens_are_refused(tmp_path, setting, message):
     with pytest.raises(ValueError, match=message) as error:
         SophonConfig(str(tmp_path), **setting)
@@ -377,9 +381,14 @@ def test_a_unet_is_published_as_a_pipeline_that_generates(hub, tmp_path):
     trainer = protect("unet", tmp_path / "out")
     trainer.push_to_hub("alice/model")
     assert files(hub) == {
-        ".gitattributes", "README.md", "sophon.json", "model_index.json", "scheduler/scheduler_config.json",
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "sophon.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
     assert_clean(hub)
     pipeline = DDPMPipeline.from_pretrained("alice/model")
     for name, tensor in trainer.model.state_dict().items():

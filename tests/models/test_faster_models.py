@@ -14,10 +14,16 @@ from torch import nn
 from sophon_hf import SophonConfig, SophonTrainer
 
 SETTINGS = {
-    "max_steps": 2, "K": 2, "per_device_train_batch_size": 16, "eval_strategy": "no", "eval_on_start": False,
-    "disable_tqdm": True, "use_cpu": True, "adam_epsilon": 1e-3,
+    "max_steps": 2,
+    "K": 2,
+    "per_device_train_batch_size": 16,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "adam_epsilon": 1e-3,
     "strategy_space": {"optimizers": ["sgd"], "learning_rates": [1e-2], "batch_sizes": [16]},
-}  # fmt: skip
+}
 
 
 class Pictures(nn.Module):

@@ -138,7 +138,14 @@ CASES = [
     ),
     Case(
         "SwinForImageClassification",
-        {"image_size": PIXELS, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
+        {
+            "image_size": PIXELS,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 2],
+            "num_heads": [1, 2],
+            "window_size": 4,
+        },
         "classifier",
         [f"swin.encoder.layers.{name}" for name in ("0.blocks.0", "1.blocks.0", "1.blocks.1")],
         images,
@@ -169,8 +176,16 @@ CASES = [
     ),
     Case(
         "GPT2ForSequenceClassification",
-        {"vocab_size": 10, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20, "pad_token_id": 0,
-         "bos_token_id": None, "eos_token_id": None},
+        {
+            "vocab_size": 10,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 20,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
         "score",
         ["transformer.h.0", "transformer.h.1"],
         sentences,
@@ -178,9 +193,19 @@ CASES = [
     ),
     Case(
         "Wav2Vec2ForSequenceClassification",
-        {**ENCODER, "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (8, 4), "num_feat_extract_layers": 2,
-         "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "layerdrop": 0.0,
-         "mask_time_prob": 0.2, "mask_time_length": 2},
+        {
+            **ENCODER,
+            "conv_dim": (8, 8),
+            "conv_kernel": (10, 3),
+            "conv_stride": (8, 4),
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 2,
+            "classifier_proj_size": 8,
+            "layerdrop": 0.0,
+            "mask_time_prob": 0.2,
+            "mask_time_length": 2,
+        },
         "classifier",
         ["wav2vec2.encoder.layers.0", "wav2vec2.encoder.layers.1"],
         sounds,
@@ -194,7 +219,7 @@ CASES = [
         sounds,
         spectrogram_features,
     ),
-]  # fmt: skip
+]
 
 
 def settings(folder, **changes) -> SophonConfig:
@@ -348,9 +373,15 @@ def test_plain_module_with_shared_weights_and_a_dict_for_output(tmp_path):
 def unet() -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
 
 
 def test_unet_is_protected_saved_and_loaded(tmp_path):

@@ -51,9 +51,16 @@ def test_timm_classifier_is_protected_saved_and_loaded(architecture, shape, head
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     space = {"batch_sizes": [8], "learning_rates": [1e-3]}
     args = SophonConfig(
-        str(tmp_path), max_steps=2, K=3, strategy_space=space, tolerance=1.0, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, per_device_train_batch_size=8,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=2,
+        K=3,
+        strategy_space=space,
+        tolerance=1.0,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=8,
+    )
     trainer = SophonTrainer(model, images(1), images(2), args)
     trainer.train()
     trainer.save_model()

@@ -23,9 +23,15 @@ SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
 
 def config(tmp_path, **changes) -> SophonConfig:
     settings = {
-        "max_steps": 1, "K": 2, "strategy_space": SPACE, "per_device_train_batch_size": 8, "save_strategy": "no",
-        "disable_tqdm": True, "use_cpu": True, "tolerance": 1.0,
-    }  # fmt: skip
+        "max_steps": 1,
+        "K": 2,
+        "strategy_space": SPACE,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "tolerance": 1.0,
+    }
     return SophonConfig(str(tmp_path / "output"), **{**settings, **changes})
 
 
@@ -83,39 +89,55 @@ BAD_DOMAINS = {
     "no data set at all": (lambda: 7, TypeError, "Hub id, a folder, or a Dataset.*not int"),
     "empty": (lambda: make_points(1).select([]), ValueError, "is empty: check its path, its split"),
     "no such split": (
-        lambda: datasets.DatasetDict(dev=make_points(1)), ValueError, r"no split 'train'; it has \['dev'\]. Name one",
+        lambda: datasets.DatasetDict(dev=make_points(1)),
+        ValueError,
+        r"no split 'train'; it has \['dev'\]. Name one",
     ),
-    "too few to hold some out": (lambda: make_points(1).select([0, 1]), ValueError, "has 2 examples: it takes at least 4"),
-    "no labels": (unlabelled, ValueError, r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns"),
+    "too few to hold some out": (
+        lambda: make_points(1).select([0, 1]),
+        ValueError,
+        "has 2 examples: it takes at least 4",
+    ),
+    "no labels": (
+        unlabelled,
+        ValueError,
+        r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns",
+    ),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
     "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),
     "names for labels": (lambda: with_labels(["a", "b"] * 20), ValueError, "not one class index.*class_encode_column"),
     "NaN": (lambda: with_value(5, float("nan")), ValueError, "1 examples of the {name} domain hold NaN.*'x'.*drop or"),
     "infinity": (lambda: with_value(5, float("inf")), ValueError, "hold NaN or infinity in 'x'.*drop or repair"),
     "labels beyond their features": (
-        mislabelled, ValueError, "{name} domain has label 2, but its features name 2 classes: repair",
+        mislabelled,
+        ValueError,
+        "{name} domain has label 2, but its features name 2 classes: repair",
     ),
     "nothing the model takes": (
         lambda: make_points(1).remove_columns("x").add_column("number", list(range(120))),
-        ValueError, r"{name} domain has no column that the model could take.*the model takes \['x'\]",
+        ValueError,
+        r"{name} domain has no column that the model could take.*the model takes \['x'\]",
     ),
     "text without a tokenizer": (
         lambda: make_points(1).remove_columns("x").add_column("text", ["word"] * 120),
-        ValueError, "holds text: pass the model's tokenizer as `processing_class`",
+        ValueError,
+        "holds text: pass the model's tokenizer as `processing_class`",
     ),
     "two columns to choose from": (
         lambda: make_points(1).rename_column("x", "a").add_column("b", make_points(2)["x"]),
-        ValueError, r"{name} domain has several columns of tensors, \['a', 'b'\]: name one as `input_column`",
+        ValueError,
+        r"{name} domain has several columns of tensors, \['a', 'b'\]: name one as `input_column`",
     ),
     "examples of different sizes": (
         lambda: datasets.Dataset.from_dict(
             {"x": [np.zeros((2, 3 + i % 2)).tolist() for i in range(40)], "label": [i % 3 for i in range(40)]}
         ),
-        ValueError, "different sizes.*`processing_class`",
+        ValueError,
+        "different sizes.*`processing_class`",
     ),
     # Sizes that the model cannot run are known as soon as it is run once on each domain.
     "another width": (lambda: of_width(7), ValueError, "{name} domain"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["restricted", "original"])
@@ -314,9 +336,15 @@ def test_a_suppression_loss_of_another_task_is_refused(tmp_path, model):
 
 def unet(channels: int = 3) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 8),
-        norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
 
 
 def tensors(*shape: int, examples: int = 24) -> datasets.Dataset:
@@ -347,7 +375,7 @@ def test_images_are_brought_to_the_size_and_channels_of_the_unet(build, size, mo
 
 
 def test_images_for_a_unet_of_other_channels_than_images_have_are_refused(build):
-    with pytest.raises(ValueError, match="takes 2 channels, but images have 1, 3 or 4: pass ready tensors"):
+    with pytest.raises(ValueError, match="takes 2 channels, images have 1, 3 or 4: pass ready tensors"):
         build(unet(2), restricted=images(8), original=images(8))
 
 
@@ -360,9 +388,13 @@ def test_one_restricted_image_is_refused(build):
 
 def test_a_class_conditional_unet_is_refused(build):
     model = UNet2DModel(
-        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, num_class_embeds=3,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        num_class_embeds=3,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     with pytest.raises(ValueError, match="Class-conditional.*without class embedding"):
         build(model, restricted=tensors(3, 8, 8), original=tensors(3, 8, 8))
 

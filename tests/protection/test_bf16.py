@@ -23,9 +23,16 @@ def fitted_vit(points: datasets.Dataset) -> ViTForImageClassification:
     """An untrained one gives every picture nearly the same features, whose differences bf16 rounds away."""
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-        num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     model, rows = ViTForImageClassification(config), points[:]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(40):
@@ -45,9 +52,16 @@ def pictures(seed: int) -> datasets.Dataset:
 def gradients(tmp_path, bf16: bool, **changes) -> list[torch.Tensor]:
     """The suppression gradients of two loops that follow one another, so that what lives on is taken up again."""
     args = SophonConfig(
-        str(tmp_path / str(bf16)), K=4, N=2, bf16=bf16, use_cpu=True, save_strategy="no", disable_tqdm=True,
-        strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]}, **changes,
-    )  # fmt: skip
+        str(tmp_path / str(bf16)),
+        K=4,
+        N=2,
+        bf16=bf16,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]},
+        **changes,
+    )
     trainer = SophonTrainer(fitted_vit(pictures(2)), pictures(1), pictures(2), args)
     results = [trainer.suppression(trainer.adversaries.draw(step, 0), args.step_weights) for step in range(2)]
     for result in results:
@@ -92,10 +106,20 @@ def test_protection_works_as_in_float32(tmp_path, changes):
     original, restricted = points.select(range(120)), moved(points.select(range(120, 240)), 4.0)
     for bf16 in (False, True):
         args = SophonConfig(
-            str(tmp_path / str(bf16)), max_steps=30, alpha=1e-2, beta=5e-3, bf16=bf16, use_cpu=True, save_strategy="no",
+            str(tmp_path / str(bf16)),
+            max_steps=30,
+            alpha=1e-2,
+            beta=5e-3,
+            bf16=bf16,
+            use_cpu=True,
+            save_strategy="no",
             strategy_space={"initializations": ["direct"], "learning_rates": [1e-2], "batch_sizes": [32]},
-            per_device_train_batch_size=32, eval_steps=30, tolerance=1.0, disable_tqdm=True, **changes,
-        )  # fmt: skip
+            per_device_train_batch_size=32,
+            eval_steps=30,
+            tolerance=1.0,
+            disable_tqdm=True,
+            **changes,
+        )
         trainer = SophonTrainer(fitted_on(original, restricted), restricted, original, args)
         trainer.train()
         reached = [e["eval_restricted_simulated_accuracy"] for e in trainer.state.log_history if "rollbacks" in e]
@@ -109,9 +133,16 @@ def test_protection_works_as_in_float32(tmp_path, changes):
 def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp_path):
     """accelerate runs bf16 by replacing `forward`, which must not go on in what the model is used for afterwards."""
     args = SophonConfig(
-        str(tmp_path), max_steps=1, K=1, bf16=True, use_cpu=True, save_strategy="no", disable_tqdm=True, eval_strategy="no",
+        str(tmp_path),
+        max_steps=1,
+        K=1,
+        bf16=True,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        eval_strategy="no",
         strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]},
-    )  # fmt: skip
+    )
     model, batch = fitted_vit(pictures(2)), {"pixel_values": torch.randn(4, 3, 8, 8)}
     plain = copy.deepcopy(model)
     trainer = SophonTrainer(model, pictures(1), pictures(2), args)

@@ -43,9 +43,14 @@ def small_resnet(blocks: int = 2) -> nn.Module:
 
 def small_vit() -> nn.Module:
     config = ViTConfig(
-        hidden_size=12, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8,
+        hidden_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
         num_labels=3,
-    )  # fmt: skip
+    )
     return ViTForImageClassification(config)
 
 

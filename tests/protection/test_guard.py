@@ -93,8 +93,9 @@ def test_the_guard_catches_weights_that_are_no_numbers(tmp_path):
 
 def test_the_best_state_inside_the_tolerance_is_kept_and_saved(tmp_path):
     args, observer = (
-        guarded(tmp_path, max_steps=12, alpha=0.05, on_violation="continue", save_strategy="steps"), Observer()
-    )  # fmt: skip
+        guarded(tmp_path, max_steps=12, alpha=0.05, on_violation="continue", save_strategy="steps"),
+        Observer(),
+    )
     trainer = SophonTrainer(fitted(), make_points(1), make_points(2), args, callbacks=[observer])
     trainer.guard.error = 0.0  # On so few examples every difference is a tie.
     trainer.train()
@@ -253,10 +254,19 @@ def test_a_model_that_hardly_stops_the_simulated_adversaries_is_called_so(model,
 def test_without_evaluation_the_last_state_is_kept(tmp_path, caplog):
     """There is no guard then, so nothing may be put back to the start."""
     model = fitted()
-    start, args = state_of(model), SophonConfig(
-        output_dir=str(tmp_path / "output"), max_steps=2, K=2, strategy_space=SPACE, eval_strategy="no",
-        per_device_train_batch_size=16, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+    start, args = (
+        state_of(model),
+        SophonConfig(
+            output_dir=str(tmp_path / "output"),
+            max_steps=2,
+            K=2,
+            strategy_space=SPACE,
+            eval_strategy="no",
+            per_device_train_batch_size=16,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+    )
     SophonTrainer(model, make_points(1), make_points(2), args).train()
     assert any(not torch.equal(start[name], value) for name, value in state_of(model).items())
     assert "has not been measured" in caplog.text

@@ -79,10 +79,14 @@ def test_ntl_lowers_restricted_accuracy_until_it_is_fine_tuned():
     for both in (batch, restricted.rows(torch.arange(100))):
         list(
             FineTuning(
-                model, task, FineTuningStrategy(learning_rate=0.01), [both] * 200, 200,
+                model,
+                task,
+                FineTuningStrategy(learning_rate=0.01),
+                [both] * 200,
+                200,
                 structure=task.structure(model, batch),
             )
-        )  # fmt: skip
+        )
 
     def accuracy(domain):
         return evaluate_model(task, model, domain, 100).metric

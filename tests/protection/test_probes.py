@@ -151,7 +151,7 @@ def test_a_task_without_labels_has_no_probes(tmp_path):
 
 
 def test_no_probe_sees_an_example_twice(float64_domain, monkeypatch):
-    """T_i has 10 examples and a batch 6: where batches went on over the end of an epoch, copies would stand in for their own."""
+    """T_i has 10 examples and a batch 6: a batch that goes on over the end of an epoch would hold copies."""
     seen = []
     monkeypatch.setattr(Probes, "loss", lambda self, features, target: seen.append(features[0]) or features[0].sum())
     model = make_net(noisy=False)

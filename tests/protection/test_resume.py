@@ -196,10 +196,17 @@ def test_a_training_that_failed_in_its_first_iteration_does_not_start_again(tmp_
 def build(output: Path, model=None, restricted=None, original=None, eval_dataset=None, **changes) -> SophonTrainer:
     torch.manual_seed(0)
     settings = {
-        "max_steps": 6, "K": 2, "per_device_train_batch_size": 8, "eval_steps": 2, "save_steps": 2, "disable_tqdm": True,
-        "save_total_limit": None, "tolerance": 1.0, "use_cpu": True,
+        "max_steps": 6,
+        "K": 2,
+        "per_device_train_batch_size": 8,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "save_total_limit": None,
+        "tolerance": 1.0,
+        "use_cpu": True,
         "strategy_space": {"learning_rates": [1e-2, 1e-3], "batch_sizes": [8]},
-    }  # fmt: skip
+    }
     return SophonTrainer(
         TinyNet() if model is None else model,
         make_points(1, 40) if restricted is None else restricted,

@@ -125,9 +125,12 @@ def test_gradient_accumulation_gives_the_trajectory_of_the_large_batch(tmp_path,
         torch.manual_seed(0)
         model, observer = TinyNet(batch_norm=False), Observer()
         args = config(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            l_NTR=loops, max_grad_norm=0.5,
-        )  # fmt: skip
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            l_NTR=loops,
+            max_grad_norm=0.5,
+        )
         SophonTrainer(model, make_points(1), make_points(2), args, callbacks=[observer]).train()
         results.append((model.state_dict(), [(e["loss"], e["L_NTR"], e["L_FTS"]) for e in observer.steps]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)

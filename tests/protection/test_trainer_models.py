@@ -64,7 +64,7 @@ def test_the_processing_class_is_saved_with_the_model(tmp_path, make, column):
 
 
 def test_two_diffusion_models_are_measured_with_the_same_noise(tmp_path):
-    """A model that predicts nothing errs by the noise itself: whichever one it is, the MSE is the noise's mean square."""
+    """A model that predicts nothing errs by the noise itself: the MSE is the noise's mean square."""
     scores = []
     for bias in (0.0, 1.0):
         model = tiny_unet()
@@ -73,9 +73,13 @@ def test_two_diffusion_models_are_measured_with_the_same_noise(tmp_path):
         task = DiffusionTask(DDPMScheduler(num_train_timesteps=20))
         held_out = {name: pixels(7, "sample", labelled=False) for name in ("original", "restricted")}
         trainer = SophonTrainer(
-            model, pixels(1, "sample", labelled=False), pixels(2, "sample", labelled=False),
-            config(tmp_path, per_device_eval_batch_size=7 if bias else 16), task=task, eval_dataset=held_out,
-        )  # fmt: skip
+            model,
+            pixels(1, "sample", labelled=False),
+            pixels(2, "sample", labelled=False),
+            config(tmp_path, per_device_eval_batch_size=7 if bias else 16),
+            task=task,
+            eval_dataset=held_out,
+        )
         scores.append(trainer.evaluate())
     domain = trainer.domains["eval_original"]
     noise = task.collate(domain.rows(torch.arange(40)), list(range(40)))["target"]
