@@ -1,9 +1,9 @@
-"""Protect a domain pair with Algorithm 1, attack it, and record what was measured in docs/results/.
+"""Protect a domain pair with Algorithm 1, attack it, and record what was measured in benchmarks/results/.
 
     SOPHON_DATA=DIR python benchmarks/protection.py --pair animals --examples 500
 
 DIR holds the data sets as folders (cifar10/, ...). Interrupted, it goes on where it was. Prints a table and, as its
-last line, one JSON object; `python benchmarks/write_results.py` makes docs/results.md of all records.
+last line, one JSON object; `python benchmarks/write_results.py` makes pages of all records.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sophon_hf.utils import write_atomically
 
 SETTINGS = {**PRESETS, **BASELINES}
 MODELS = ("protected", "original", "ntl", "scratch", "untrained")
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, dict]:

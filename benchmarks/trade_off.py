@@ -1,4 +1,4 @@
-"""The picture of what a protection costs beside what it is worth, of the records in docs/results/."""
+"""The picture of what a protection costs beside what it is worth, of the records in benchmarks/results/."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Make the pages of results of the records in docs/results/*.json: worst case first, failures included.
+"""Make pages of the records in benchmarks/results/*.json: worst case first, failures included.
 
     python benchmarks/write_results.py
 
-docs/results.md is the overview, docs/results/attacks/ holds a page a protection with its every attack,
-docs/results/paper_tables.md the paper's tables, docs/images/trade_off.png the picture.
+README.md there is the overview, attacks/ holds one page a protection with its every attack, paper_tables.md the paper's
+tables. docs/images/trade_off.png is the picture. docs/results.md, the one screen that summarises them, is written by hand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,29 @@ from statistics import mean, stdev
 
 from trade_off import trade_off
 
-DOCS = Path(__file__).parent.parent / "docs"
-RESULTS = DOCS / "results"
-PROTECTIONS, PARTS, EARLIER = "Protections", "The preset with one thing changed", "Earlier versions of the preset"
+RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "trade_off.png"
+PROTECTIONS, PARTS = "Protections", "The preset with one thing changed"
+INTRODUCTION = """\
+# Records
+
+Every record of a protection and the attacks on it, worst case first. `python benchmarks/write_results.py` makes this page of
+the JSON files beside it; each holds its command, commit, versions, machine and date. [docs/results.md](../../docs/results.md)
+describes the pairs and sums up; [docs/attacks.md](../../docs/attacks.md) defines recovered transfer (RT) and the sweeps.
+[The paper's tables](paper_tables.md) have a page of their own.
+
+How to read a row:
+
+- *Worst case* is the strongest attack of the sweep. *Direct only* leaves out every attack with a new head, and flatters the
+  paper's algorithm. Where it is void, no direct attack on the unprotected model beats training from scratch by enough.
+- Each sweep has its own best attack on the original model and from scratch, so percentages of two sweeps do not compare.
+- `paper` is Algorithm 1, `representation` the preset, `-gentle` the preset with lower rates. `without-...`, `with-...` and
+  `alpha-...` change one part of the preset. `...-like` are baselines made like those of the field
+  (`benchmarks/baselines.py`); they protect an earlier pre-training of the same model, which by itself can shift a figure by 30 %.
+- A record in which no state was inside the tolerance measures the unprotected model: 100 % by construction. These are
+  `without-mixtures`, `without-distillation`, `cifar100` with `representation-gentle`, and `vehicles` with seed 1.
+- Settings and commands are those of the recorded commit; some fields have other names now.
+"""
 NOT_MEASURED = "an attack on protected, original or scratch is missing"
 
 
@@ -36,12 +56,8 @@ def percent(transfer: dict) -> str:
 
 
 def chapter(record: dict) -> str:
-    """Where in the overview a record stands, by what its protection is called."""
-    name = record["protection"]
-    if name.startswith(("with-", "without-", "alpha-")):
-        return PARTS
-    is_earlier = name.startswith("representation") and name not in ("representation", "representation-gentle")
-    return EARLIER if is_earlier else PROTECTIONS
+    """Return the heading under which a record stands, by the name of its protection."""
+    return PARTS if record["protection"].startswith(("with-", "without-", "alpha-")) else PROTECTIONS
 
 
 def over_seeds(records: list[dict]) -> list[str]:
@@ -106,7 +122,7 @@ def overview(records: list[dict]) -> list[str]:
     transfers = [-math.inf if (value := r["recovered_transfer"]["value"]) is None else value for r in records]
     for _, r in sorted(zip(transfers, records, strict=True), key=lambda pair: -pair[0]):
         lines.append(
-            f"| {r['pair']} | [{r['protection']}](results/attacks/{page_name(r)}) | {seed(r)} | {r['sweep']} | "
+            f"| {r['pair']} | [{r['protection']}](attacks/{page_name(r)}) | {seed(r)} | {r['sweep']} | "
             f"{r['examples']} | {percent(r['recovered_transfer'])} "
             f"| {percent(r['recovered_transfer_direct'])} | {intactness(r)} |"
         )
@@ -231,8 +247,8 @@ def attack_pages(records: list[dict], folder: Path) -> None:
         lines = [
             f"# {of_page[0]['pair']}, {of_page[0]['protection']}: attack by attack",
             "",
-            "Test metric at the end of each attack, mean ± SD over the attack seeds, the strongest attack first. What "
-            "the words mean stands in [results.md](../../results.md).",
+            "Test metric at the end of each attack, mean ± SD over the attack seeds, the strongest attack first. "
+            "[The overview](../README.md) explains the words.",
             "",
         ]
         lines += [line for record in of_page for line in details(record)]
@@ -243,17 +259,17 @@ def main() -> None:
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     papers = [record for record in records if "scale" in record]
     records = [record for record in records if "scale" not in record]
-    lines = [(RESULTS / "notes.md").read_text()]
-    for title in (PROTECTIONS, PARTS, EARLIER):
+    lines = [INTRODUCTION]
+    for title in (PROTECTIONS, PARTS):
         of_chapter = [record for record in records if chapter(record) == title]
-        notes = [(RESULTS / "earlier.md").read_text()] if title == EARLIER else []
-        lines += [f"## {title}", "", *notes, *over_seeds(of_chapter), *overview(of_chapter), ""]
-    (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
+        lines += [f"## {title}", "", *over_seeds(of_chapter), *overview(of_chapter), ""]
+    (RESULTS / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     attack_pages(records, RESULTS / "attacks")
-    tables = [(RESULTS / "paper.md").read_text(), *(line for record in papers for line in paper_table(record))]
+    introduction = (RESULTS / "paper_introduction.md").read_text()
+    tables = [introduction, *(line for record in papers for line in paper_table(record))]
     (RESULTS / "paper_tables.md").write_text("\n".join(tables), encoding="utf-8")
-    trade_off(records, DOCS / "images" / "trade_off.png")
-    print(json.dumps({"records": len(records) + len(papers), "page": str(DOCS / "results.md")}))
+    trade_off(records, PICTURE)
+    print(json.dumps({"records": len(records) + len(papers), "page": str(RESULTS / "README.md")}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 `small` takes minutes a table on one core: small models, 300 images for the adversary, and the folders of DIR (cifar10,
 tiny_imagenet_20, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a
 GPU, the models of timm (`pip install -e '.[timm]'` in a clone), and days. What either changes is written down in
-`paper_tables.py` and in the record, which goes to docs/results/. Interrupted, it goes on where it was.
+`paper_tables.py` and in the record, which goes to benchmarks/results/. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def domain(scale: Scale, name: str, size: int, data: Path) -> tuple[datasets.Dat
         if not (data / source).is_dir():
             sys.exit(
                 f"There is no folder {data / source}: set --data or SOPHON_DATA to a folder with the data that "
-                "docs/results/paper_tables.md lists (cifar10/, tiny_imagenet_20/, ...)."
+                "benchmarks/results/paper_tables.md lists (cifar10/, tiny_imagenet_20/, ...)."
             )
         source = str(data / source)
     if test is None:

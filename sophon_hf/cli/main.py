@@ -13,12 +13,12 @@ USAGE = """usage: sophon-hf COMMAND ...
 Protect pre-trained models against fine-tuning in a restricted domain, and measure what the protection is worth.
 
 commands:
-  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`sophon-hf protect --help` explains the
-  fields) attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
-  report  DIR                                 tell again what a finished sweep found publish DIR user/name [--report
-  DIR]        upload a protected model to the Hub, with card and sophon.json audit   MODEL [--restricted ... --original
-  ...]   find out whether what a published model claims is true demo    [--output_dir DIR]                  pre-train,
-  protect, attack and report on data that ships with a dependency
+  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`protect --help` explains the fields)
+  attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
+  report  DIR                                 tell again what a finished sweep found
+  publish DIR user/name [--report DIR]        upload a protected model to the Hub, with card and sophon.json
+  audit   MODEL [--restricted ... --original ...]   find out whether what a published model claims is true
+  demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
 
 `--traceback` anywhere shows where an error came from.
 On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml

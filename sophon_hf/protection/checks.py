@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 _FEWEST_WITH_BATCH_NORM = 20
 
 
-def refuse_arguments(
-    model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any, task: Any, metric: Any
-) -> None:
+def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any) -> None:
     """Refuse what cannot be protected, or does not go together, on any data.
 
     Raises:
@@ -50,8 +48,6 @@ def refuse_arguments(
             "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixup: leave "
             "`distillation` 0, or add the distance to your own loss."
         )
-    if task is not None and metric is not None:
-        raise ValueError("task and metric are both given, and a task has a metric: pass it to the task.")
     if isinstance(model, nn.Module) and is_sharded(model):
         raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
     modules = model.modules() if isinstance(model, nn.Module) else ()

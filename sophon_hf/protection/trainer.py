@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
 from accelerate.utils import broadcast
 from huggingface_hub import CommitInfo
@@ -63,8 +62,6 @@ class SophonTrainer(Trainer):
         processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
             out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
-        metric: What guard, log and claim speak of: "accuracy", "mse", or an `evaluate.EvaluationModule`. Left out, the
-            task's own. It does not go with `task`, which has a metric already.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
         reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It
@@ -94,14 +91,13 @@ class SophonTrainer(Trainer):
         eval_dataset: dict[str, Source] | None = None,
         processing_class: Any | None = None,
         task: Task | None = None,
-        metric: str | evaluate.EvaluationModule | None = None,
         input_columns: dict[str, str] | None = None,
         label_columns: dict[str, str] | None = None,
         reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = SophonConfig() if args is None else args
-        checks.refuse_arguments(model, args, reinforcement_loss, task, metric)
+        checks.refuse_arguments(model, args, reinforcement_loss)
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task

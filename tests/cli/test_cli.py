@@ -198,7 +198,7 @@ def test_the_configuration_that_the_readme_shows_is_one(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(readme.split("```yaml\n")[1].split("```")[0])
     options, config = read_arguments([str(path)])
-    assert options.preset == "representation" and (config.probes, config.output_dir) == (2, "protected")
+    assert options.preset == "representation" and (config.probe_depths, config.output_dir) == (2, "protected")
 
 
 # From a folder to a report.
@@ -299,8 +299,8 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
 
     # Half of 60 images is the adversary's; two models and scratch, two seeds.
-    assert plan.splitlines()[0] == "10 cells, 30 optimizer steps, 300 images:"
-    assert plan.count("3 steps a cell") == 2
+    assert plan.splitlines()[0] == "10 runs, 30 optimizer steps, 300 images:"
+    assert plan.count("3 steps a run") == 2
 
     assert "# Recovered transfer: " in attacking
     assert len(list((attacks / "runs").iterdir())) == 10
@@ -332,7 +332,7 @@ def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, co
     cli.main([*attack, "--protected", "user/nope"])
     lines = capsys.readouterr().out.splitlines()
     # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
-    assert lines[0] == f"6 cells, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
+    assert lines[0] == f"6 runs, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
     assert lines[2:] == [
         "The same attacks run on the 60 examples of the allowed task, which are counted above.",
         "'user/nope' is no folder here, and was not looked up on the Hub.",

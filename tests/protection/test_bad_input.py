@@ -492,8 +492,8 @@ def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
     processes = SimpleNamespace(n_gpu=0, world_size=2, distillation=0.0)
     with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
-        refuse_arguments(model, processes, None, None, None)
-    refuse_arguments(TinyNet(), processes, None, None, None)
+        refuse_arguments(model, processes, None)
+    refuse_arguments(TinyNet(), processes, None)
 
 
 def test_a_rate_can_be_replaced_in_a_configuration(tmp_path):
