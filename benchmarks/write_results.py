@@ -3,7 +3,7 @@
     python benchmarks/write_results.py
 
 README.md there is the overview, attacks/ holds one page a protection with its every attack, paper_tables.md the paper's
-tables. docs/images/trade_off.png is the picture. docs/results.md, the one screen that summarises them, is written by hand.
+tables, and docs/images/trade_off.png the picture. docs/results.md, which sums them up, is written by hand.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ PROTECTIONS, PARTS = "Protections", "The preset with one thing changed"
 INTRODUCTION = """\
 # Records
 
-Every record of a protection and the attacks on it, worst case first. `python benchmarks/write_results.py` makes this page of
-the JSON files beside it; each holds its command, commit, versions, machine and date. [docs/results.md](../../docs/results.md)
-describes the pairs and sums up; [docs/attacks.md](../../docs/attacks.md) defines recovered transfer (RT) and the sweeps.
-[The paper's tables](paper_tables.md) have a page of their own.
+Every record of a protection and the attacks on it, worst case first. `python benchmarks/write_results.py` makes this
+page of the JSON files beside it; each holds its command, commit, versions, machine and date.
+[docs/results.md](../../docs/results.md) describes the pairs and sums up; [docs/attacks.md](../../docs/attacks.md)
+defines recovered transfer (RT) and the sweeps. [The paper's tables](paper_tables.md) have a page of their own.
 
 How to read a row:
 
-- *Worst case* is the strongest attack of the sweep. *Direct only* leaves out every attack with a new head, and flatters the
-  paper's algorithm. Where it is void, no direct attack on the unprotected model beats training from scratch by enough.
-- Each sweep has its own best attack on the original model and from scratch, so percentages of two sweeps do not compare.
-- `paper` is Algorithm 1, `representation` the preset, `-gentle` the preset with lower rates. `without-...`, `with-...` and
-  `alpha-...` change one part of the preset. `...-like` are baselines made like those of the field
-  (`benchmarks/baselines.py`); they protect an earlier pre-training of the same model, which by itself can shift a figure by 30 %.
+- *Worst case* is the strongest attack of the sweep. *Direct only* leaves out every attack with a new head, and flatters
+  the paper's algorithm. Where it is void, no direct attack on the unprotected model beats training from scratch by
+  enough.
+- Each sweep has its own best attack on the original model and from scratch, so percentages of two sweeps do not
+  compare.
+- `paper` is Algorithm 1, `representation` the preset, `-gentle` the preset with lower rates. `without-...`, `with-...`
+  and `alpha-...` change one part of the preset. `...-like` are baselines made like those of the field
+  (`benchmarks/baselines.py`); they protect an earlier pre-training of the same model, which by itself can shift a
+  figure by 30 %.
 - A record in which no state was inside the tolerance measures the unprotected model: 100 % by construction. These are
   `without-mixtures`, `without-distillation`, `cifar100` with `representation-gentle`, and `vehicles` with seed 1.
 - Settings and commands are those of the recorded commit; some fields have other names now.

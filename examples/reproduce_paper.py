@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--scale", default="small", choices=list(SCALES))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("SOPHON_DATA", "data")))
     parser.add_argument("--work", type=Path, help="models and finished attacks; runs/paper/SCALE by default")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent.parent / "benchmarks" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the attacks; the scale's by default")
     options = parser.parse_args()
     options.work = options.work or Path("runs/paper") / options.scale
