@@ -9,6 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 demo: .venv/demo
 	$(BIN)/sophon-hf demo --output_dir demo-output
 
+# One process runs all tests of a file, which share what is costly to set up.
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
