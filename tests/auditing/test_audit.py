@@ -24,10 +24,11 @@ from audited import (
 from points import TinyNet, make_points
 from published import make_trainer, pixels, protect, unet
 
-from sophon_hf import AttackSuite, FineTuningStrategy, cli
+from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.auditing import verdicts
 from sophon_hf.auditing.audit import audit as audit_model
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, as_results, compare
+from sophon_hf.cli import main as cli
 from sophon_hf.hub.claim import AttackReport, Claim, Transfer
 from sophon_hf.hub.publish import with_report, write_card_and_claim
 
@@ -338,7 +339,7 @@ def test_a_broken_library_ends_in_2_not_in_1(folder, tmp_path, monkeypatch, caps
     def fail(*_, **__):
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr("sophon_hf.cli.audit.audit", fail)
+    monkeypatch.setattr("sophon_hf.cli.audit.audit_model", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main(["audit", str(folder)])
     assert ended.value.code == 2 and "CUDA error" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import torch
 from audited import edit_claim, full_audit, verdict_of, why_of
 from huggingface_hub import HfApi
 
-from sophon_hf import cli
 from sophon_hf.auditing.audit import audit as audit_model
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED
+from sophon_hf.cli import main as cli
 
 
 def push(hub, folder, repo_id: str = "alice/model") -> str:

@@ -328,9 +328,11 @@ import sys
 import huggingface_hub.constants
 from published import protect
 
-trainer = protect("classifier", sys.argv[1] + "/out", push_to_hub=True, hub_model_id="alice/model",
-hub_strategy="every_save") assert trainer.args.world_size == 2 commit = trainer.push_to_hub("alice/again") assert
-(commit is not None) == trainer.is_world_process_zero()
+hub = {"push_to_hub": True, "hub_model_id": "alice/model", "hub_strategy": "every_save"}
+trainer = protect("classifier", sys.argv[1] + "/out", **hub)
+assert trainer.args.world_size == 2
+commit = trainer.push_to_hub("alice/again")
+assert (commit is not None) == trainer.is_world_process_zero()
 """
 
 
