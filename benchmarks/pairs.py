@@ -126,7 +126,8 @@ def _existing(path: Path) -> Path:
     """The path; where there is none, the end, with what to do."""
     if not path.exists():
         sys.exit(
-            f"There is no {path}: set SOPHON_DATA to a folder with the data that benchmarks/results/paper_tables.md lists "
+            f"There is no {path}: set SOPHON_DATA to a folder with the data that "
+            "benchmarks/results/paper_tables.md lists "
             "(cifar10/, ...)."
         )
     return path
