@@ -1,4 +1,4 @@
-"""What is being learned: classification or diffusion. Each task says how a batch becomes a loss and a metric."""
+"""What a task is, and which one a model is for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from evaluate import EvaluationModule
 from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch
@@ -14,10 +15,11 @@ from sophon_hf.models.loading import noise_scheduler_of, unwrap
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
+from sophon_hf.tasks.metrics import Metric
 
 
 class Task(Protocol):
-    """What trainer, engine and attacks need to know of a task. The first suppression loss is the default one."""
+    """Describe what trainer, fine-tuning and attacks ask of a task; the first suppression loss is the default."""
 
     metric: str
     greater_is_better: bool
@@ -34,21 +36,38 @@ class Task(Protocol):
     def compute_metric(self, scores: dict[str, list]) -> float: ...
 
 
-def infer_task(model: nn.Module) -> Task:
-    """`DiffusionTask` for a `UNet2DModel`, `ClassificationTask` for everything else.
+def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None = None) -> Task:
+    """Return a `DiffusionTask` for a `UNet2DModel`, a `ClassificationTask` for everything else.
+
+    Args:
+        model: Any model.
+        metric: What the task is measured by (see `load_metric`); ACC-k or MSE-k by default.
 
     Raises:
-        ValueError: A class-conditional UNet, whose labels no task here supplies.
+        ValueError: A class-conditional UNet, whose labels no task here supplies, or a metric that does not fit.
     """
-    if type(unwrap(model)).__name__ == "UNet2DModel":
-        if unwrap(model).config.class_embed_type or unwrap(model).config.num_class_embeds:
-            raise ValueError("Class-conditional UNet2DModels are not supported: use one without class embedding.")
-        return DiffusionTask()
-    return ClassificationTask()
+    bare: Any = unwrap(model)
+    if type(bare).__name__ != "UNet2DModel":
+        return ClassificationTask(metric="accuracy" if metric is None else metric)
+    if bare.config.class_embed_type or bare.config.num_class_embeds:
+        raise ValueError("Class-conditional UNet2DModels are not supported: use one without class embedding.")
+    return DiffusionTask(metric="mse" if metric is None else metric)
 
 
-def load_task(source: str | os.PathLike, model: nn.Module) -> Task:
-    """The task of a model that came from `source`: a pipeline's UNet keeps the noise scheduler it was trained with."""
-    task = infer_task(model)
-    scheduler = noise_scheduler_of(source) if isinstance(task, DiffusionTask) else None
-    return task if scheduler is None else DiffusionTask(scheduler)
+def load_task(
+    source: str | os.PathLike, model: nn.Module, metric: str | EvaluationModule | Metric | None = None
+) -> Task:
+    """Return the task of a model from `source`: a pipeline's UNet keeps the noise scheduler it was trained with.
+
+    Args:
+        source: Hub id or folder.
+        model: What was loaded from it.
+        metric: As in `infer_task`.
+
+    Raises:
+        ValueError: As in `infer_task`.
+    """
+    task = infer_task(model, metric)
+    if isinstance(task, DiffusionTask) and (scheduler := noise_scheduler_of(source)) is not None:
+        return DiffusionTask(scheduler, metric="mse" if metric is None else metric)
+    return task

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import as_integers, first_channels, forward_names, main_input, unwrap
+from sophon_hf.models.loading import as_integers, forward_names, main_input, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
-from sophon_hf.tasks.metrics import accuracy
+from sophon_hf.tasks.metrics import Metric, load_metric
 
 
 class ClassificationTask:
@@ -21,41 +22,52 @@ class ClassificationTask:
 
     Args:
         head: Name of the model's final layer, where it cannot be found by running the model.
+        metric: "accuracy" (ACC-k), a module of `evaluate` that compares class indices, or what `load_metric` makes of
+            one.
+
+    Attributes:
+        metric: The metric's name.
+        greater_is_better: Whether a greater value of it is better.
+
+    Raises:
+        ValueError: The metric is unknown, or compares no predictions with references.
     """
 
-    metric = "accuracy"
-    greater_is_better = True
     suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
         "inverse_cross_entropy": inverse_cross_entropy,
         "kl_from_uniform": kl_from_uniform,
         "negated_cross_entropy": negated_cross_entropy,
     }
 
-    def __init__(self, head: str | None = None):
-        self.head = head
+    def __init__(self, head: str | None = None, metric: str | EvaluationModule | Metric = "accuracy"):
+        self.head, self._metric = head, load_metric(metric)
+        if not self._metric.needs_references:
+            raise ValueError(f"The metric {self._metric.name!r} takes no references, so it measures no classifier.")
+        self.metric, self.greater_is_better = self._metric.name, self._metric.greater_is_better
 
     def inputs(self, model: nn.Module) -> ModelInputs:
-        """What the model takes."""
+        """Return what the model takes."""
         return ModelInputs(
             names=forward_names(model),
             main=main_input(model),
             labelled=True,
-            channels=first_channels(model),
+            # The first 2-d convolution takes the image.
+            channels=next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None),
             image_size=_fixed_size(model),
             longest=getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None),
             pad_token_id=getattr(getattr(unwrap(model), "config", None), "pad_token_id", None),
         )
 
     def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
-        """Head and blocks of the model, found by running it on `batch`."""
+        """Return head and blocks of the model, found by running it on `batch`."""
         return find_structure(unwrap(model), lambda: self.predict(model, batch), self.head)
 
     def collate(self, rows: Batch, seeds: list[int]) -> Batch:
-        """A batch is its rows; `seeds` is for tasks that add noise."""
+        """Return the rows: a batch is nothing else. `seeds` is for tasks that add noise."""
         return rows
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Logits, shape (batch, classes)."""
+        """Return logits, shape (batch, classes)."""
         output = model(**{name: value for name, value in batch.items() if name != "labels"})
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None and isinstance(output, Mapping):
@@ -68,32 +80,32 @@ class ClassificationTask:
         return logits
 
     def target(self, batch: Batch) -> Tensor:
-        """Class indices, shape (batch,)."""
+        """Return class indices, shape (batch,)."""
         return batch["labels"]
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy: what an adversary minimises, and L_beta of the original domain."""
+        """Return the cross-entropy: what an adversary minimises, and L_beta of the original domain."""
         return F.cross_entropy(at_least_float32(prediction), target)
 
     def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor:
-        """KL divergence of the prediction from what the unprotected model predicts, the mean over the batch."""
+        """Return the KL divergence of the prediction from the unprotected model's, the mean over the batch."""
         ours, theirs = (at_least_float32(logits).log_softmax(dim=1) for logits in (prediction, unprotected))
         return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the metric is computed from, one entry an example."""
+        """Return what the metric is computed from, one entry for each example."""
         # argmax of NaN is 0, which would give a broken model the accuracy of a guess.
         broken = ~prediction.isfinite().all(dim=1)
         return {"predictions": prediction.argmax(dim=1).masked_fill(broken, -1), "references": target}
 
     def compute_metric(self, scores: dict[str, list]) -> float:
-        """ACC-k in [0, 1]."""
-        return accuracy(**scores)
+        """Return the metric's value, such as ACC-k in [0, 1]."""
+        return self._metric.compute(scores)
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """Transformers with position embeddings take one image size only; convolutional networks any."""
-    config = getattr(unwrap(model), "config", None)
+    """Return the one size that a model with position embeddings takes; convolutional networks take any."""
+    config: Any = getattr(unwrap(model), "config", None)
     if any(getattr(config, name, None) is None for name in ("image_size", "patch_size", "num_attention_heads")):
         return None
     height_and_width = as_integers(config.image_size)

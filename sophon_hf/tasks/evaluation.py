@@ -18,7 +18,7 @@ from sophon_hf.tasks.base import Task
 
 
 class Evaluation(NamedTuple):
-    """The task's metric (ACC-k or MSE-k) and the mean loss on a domain."""
+    """Hold the task's metric (such as ACC-k or MSE-k) and the mean loss on a domain."""
 
     metric: float
     loss: float
@@ -30,7 +30,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def first_rows(task: Task, domain: Domain, device: torch.device, count: int = 2) -> Batch:
-    """A batch of a domain's first examples, to try a model on."""
+    """Return a batch of a domain's first examples, to try a model on."""
     indices = torch.arange(min(count, len(domain)))
     return to_device(task.collate(domain.rows(indices), indices.tolist()), device)
 

@@ -1,8 +1,7 @@
 """Suppression losses L_alpha of the SOPHON paper, section 4.3, and the two it compares them with in section 5.8.
 
-Every function takes a prediction first, returns a scalar that is *minimised* while protecting, and computes in
-float32 (or float64, when the prediction has it): half-precision predictions are converted, so that the tails stay
-exact.
+Every function takes a prediction first and returns a scalar that is *minimised* while protecting. It computes in
+float32, or in float64 where the prediction has it; half-precision predictions are converted, so the tails stay exact.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Return half precision as float32; float32 and float64 as they are."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
@@ -28,7 +27,7 @@ def _check_classes(logits: Tensor) -> None:
 
 
 def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Inverse cross-entropy (ICE), eq. 11: the mean of `-log(1 - p_y)`.
+    """Return the inverse cross-entropy (ICE), eq. 11: the mean of `-log(1 - p_y)`.
 
     With `d = z_y - logsumexp(z_j, j != y)` it is `-log sigmoid(-d)`, which neither overflows where p_y -> 1
     nor loses its digits where p_y -> 0. Its gradient with respect to the logits is eq. 12.
@@ -52,7 +51,7 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Kullback-Leibler divergence from the uniform distribution (KLU), eq. 13; its gradient is eq. 14.
+    """Return the Kullback-Leibler divergence from the uniform distribution (KLU), eq. 13; its gradient is eq. 14.
 
     Args:
         logits: Shape (batch, classes), any floating dtype.
@@ -70,7 +69,7 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
 
 def denial_of_service(prediction: Tensor, target: Tensor | None = None) -> Tensor:
-    """Denial of service (DoS), eq. 16: the batch mean of the squared norm of the predicted noise.
+    """Return denial of service (DoS), eq. 16: the batch mean of the squared norm of the predicted noise.
 
     Args:
         prediction: Shape (batch, ...), any floating dtype.
@@ -83,10 +82,10 @@ def denial_of_service(prediction: Tensor, target: Tensor | None = None) -> Tenso
 
 
 def negated_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The unstable comparison of section 5.8 for classifiers: minus the cross-entropy (eq. 10), unbounded below."""
+    """Return the unstable comparison of section 5.8 for classifiers: minus the cross-entropy (eq. 10)."""
     return -F.cross_entropy(at_least_float32(logits), labels)
 
 
 def negated_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """The unstable comparison of section 5.8 for diffusion models: minus the mean squared error (eq. 15)."""
+    """Return the unstable comparison of section 5.8 for diffusion: minus the mean squared error (eq. 15)."""
     return -F.mse_loss(at_least_float32(prediction), target)
