@@ -157,7 +157,7 @@ class Domain:
 def _hash_raw(row: dict[str, Any], label: str | None) -> str:
     """Hash a row's pictures and sounds; in a row without any, its texts and lists: a number may count rows."""
     values = [value for column, value in row.items() if column != label]
-    media = [v for v in values if isinstance(v, (Image, dict))]
+    media: list[Any] = [v for v in values if isinstance(v, (Image, dict))]
     digest = hashlib.blake2b(digest_size=16)
     for value in media or [v for v in values if isinstance(v, (str, list))] or values:
         if isinstance(value, Image):
@@ -170,7 +170,7 @@ def _hash_raw(row: dict[str, Any], label: str | None) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Set the random states of Python, NumPy and torch (on the CPU only) in the block, and put them back after it."""
+    """Set the random states of Python, NumPy and torch's CPU in the block, and put them back after it."""
     with kept_random_state():
         random.seed(seed)
         np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""What can be learned of a model without running it, and how one is loaded from the Hub or a folder."""
+"""Load a model from the Hub or a folder, and read off what can be told of one without running it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sophon_hf.utils import unreachable
+
 logger = logging.getLogger(__name__)
 
 
 class WithTensors:
-    """A model called with other parameters and buffers than its own (`torch.func.functional_call`)."""
+    """Call a model with other parameters and buffers than its own (`torch.func.functional_call`)."""
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
         self.module, self.tensors = module, tensors
 
     def __call__(self, **inputs: Any) -> Any:
-        """The model's output."""
+        """Return the model's output."""
         return torch.func.functional_call(self.module, self.tensors, (), inputs)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; after it every module is in the mode it was in."""
+    """Put a model in evaluation mode in the block, and every module back in its own mode after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -44,8 +46,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: Callable[..., Any]) -> nn.Module:
-    """The model itself, without a distributed or functional wrapper."""
-    return model.module if isinstance(model, (DistributedDataParallel, WithTensors)) else model
+    """Return the model itself, without a distributed or functional wrapper."""
+    bare: Any = model.module if isinstance(model, (DistributedDataParallel, WithTensors)) else model
+    return bare
 
 
 def restore_precision(model: nn.Module) -> None:
@@ -55,7 +58,7 @@ def restore_precision(model: nn.Module) -> None:
 
 
 def refuse_half_precision(model: nn.Module, name: str) -> None:
-    """Whether a model's weights can be trained as they are; in half precision most of a small update is rounded away.
+    """Refuse a model whose weights are in half precision, where most of a small update is rounded away.
 
     Raises:
         ValueError: Floating-point parameters of less than 32 bits.
@@ -70,24 +73,19 @@ def refuse_half_precision(model: nn.Module, name: str) -> None:
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:
-    """The named parameters of the model's `forward`."""
+    """Return the named parameters of the model's `forward`."""
     parameters = inspect.signature(unwrap(model).forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def main_input(model: nn.Module) -> str:
-    """The parameter that raw inputs go to: the model's `main_input_name`, or the first one of its `forward`."""
+    """Return the parameter that raw inputs go to: the model's `main_input_name`, or the first one of its `forward`."""
     names = forward_names(model)
     return getattr(unwrap(model), "main_input_name", None) or names[0]
 
 
-def first_channels(model: nn.Module) -> int | None:
-    """Input channels of the first 2-d convolution, or None."""
-    return next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None)
-
-
 def hash_state(model: nn.Module) -> str:
-    """A hash of all parameters and buffers that are saved: equal for models that hold the same."""
+    """Return a hash of all parameters and buffers that are saved: equal for models that hold the same."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -100,7 +98,7 @@ def hash_state(model: nn.Module) -> str:
 
 
 def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
-    """A size as a tuple."""
+    """Return a size as a tuple."""
     return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
 
 
@@ -119,7 +117,7 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         OSError: It cannot be found or reached (as transformers and diffusers raise it).
     """
     source = os.fspath(source)
-    model = _load(source, trust_remote_code)
+    model: Any = _load(source, trust_remote_code)
     model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
     return model
 
@@ -161,7 +159,7 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
 
 
 def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
-    """What prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved.
+    """Return what prepares the model's raw inputs, saved with it; None, with a warning, where nothing was saved.
 
     Raises:
         ValueError: An image processor is saved, but cannot be made out. (Without one, images would be scaled only.)
@@ -193,13 +191,13 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
 
 
 def _has_words(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a vocabulary: transformers makes up an empty one where no file holds it."""
+    """Return whether a tokenizer has a vocabulary: transformers makes up an empty one where no file holds it."""
     # The mark of a space is in every empty vocabulary of T5's kind.
     return not set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}
 
 
 def noise_scheduler_of(source: str | os.PathLike) -> Any | None:
-    """The noise scheduler that a diffusion pipeline was trained with, or None where `source` is no pipeline."""
+    """Return the noise scheduler that a pipeline was trained with, or None where `source` holds no pipeline."""
     source = os.fspath(source)
     in_folder = os.path.isdir(source) and os.path.exists(os.path.join(source, "scheduler"))
     if in_folder or (not os.path.isdir(source) and _hub_file(source, "scheduler/scheduler_config.json")):
@@ -210,6 +208,7 @@ def noise_scheduler_of(source: str | os.PathLike) -> Any | None:
 
 
 def _is_diffusion(source: str) -> bool:
+    path: str | None
     if os.path.isdir(source):
         if os.path.exists(os.path.join(source, "model_index.json")):
             return True
@@ -237,9 +236,6 @@ def _hub_file(source: str, name: str) -> str | None:
     try:
         return hf_hub_download(source, name)
     except LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{source!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
-            "(and HF_HUB_OFFLINE), or download the model and pass its folder."
-        ) from error
+        raise OSError(unreachable(source, "model")) from error
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None

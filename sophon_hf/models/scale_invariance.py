@@ -6,6 +6,7 @@ Their norm only divides the effect of every gradient step, so it may hide what a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from sophon_hf.models.loading import evaluation_mode
 from sophon_hf.models.sharding import copy_of, local, norm_of
 from sophon_hf.models.structure import NORMALISATIONS
 
-UNCHANGED = 0.01
+_UNCHANGED = 0.01
 
 
 @torch.no_grad()
 def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> dict[nn.Module, list[nn.Module]]:
-    """Every layer that feeds a normalisation and nothing else, with the normalisations that it feeds.
+    """Return every layer that feeds a normalisation and nothing else, with the normalisations that it feeds.
 
     Found by running the model, and by trying: a layer whose output goes elsewhere too (to a skip connection, say) would
     change the prediction, and is left out.
@@ -33,7 +34,7 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
         before = predict()
         for layer, norms in _layers_before_normalisations(model, predict).items():
             _scale(layer, norms, 2.0)  # A power of two, which is undone without rounding.
-            if (predict() - before).norm() <= UNCHANGED * before.norm():
+            if (predict() - before).norm() <= _UNCHANGED * before.norm():
                 invariant[layer] = norms
             _scale(layer, norms, 0.5)
     return invariant
@@ -41,31 +42,33 @@ def scale_invariant_layers(model: nn.Module, predict: Callable[[], Tensor]) -> d
 
 @torch.no_grad()
 def fresh_norms(layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
-    """The norm of each layer's weight, were it newly initialised; a scalar on its device, the same at every call."""
+    """Return the norm that each layer's weight has when it is newly initialised: a scalar, the same at every call."""
     norms = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for layer in layers:
-            fresh = copy_of(layer).cpu()
+            fresh: Any = copy_of(layer).cpu()
             fresh.reset_parameters()
-            norms[layer] = fresh.weight.norm().to(layer.weight.device)
+            norms[layer] = fresh.weight.norm().to(next(layer.parameters()).device)
     return norms
 
 
 @torch.no_grad()
-def set_norm(layer: nn.Module, norms: list[nn.Module], norm: float | Tensor) -> None:
+def set_norm(layer: Any, norms: list[nn.Module], norm: float | Tensor) -> None:
     """Give a scale-invariant layer's weight another norm; running statistics after it move along."""
     _scale(layer, norms, norm / norm_of(layer.weight).clamp_min(1e-12))
 
 
-def _scale(layer: nn.Module, norms: list[nn.Module], factor: float | Tensor) -> None:
+def _scale(layer: Any, norms: list[nn.Module], factor: float | Tensor) -> None:
     local(layer.weight).mul_(factor)
     if layer.bias is not None:
         local(layer.bias).mul_(factor)
     for norm in norms:
-        if getattr(norm, "running_mean", None) is not None:
-            norm.running_mean.mul_(factor)
-            norm.running_var.mul_(factor**2)
+        # Running statistics of the layer's output grow with it, or the normalisation would not cancel the factor.
+        mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+        if mean is not None and variance is not None:
+            mean.mul_(factor)
+            variance.mul_(factor**2)
 
 
 def _layers_before_normalisations(model: nn.Module, predict: Callable) -> dict[nn.Module, list[nn.Module]]:

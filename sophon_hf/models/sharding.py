@@ -1,7 +1,7 @@
-"""Models whose parameters are sharded over the processes (FSDP2): what has to be done differently, in one place.
+"""What a model needs whose parameters are sharded over the processes (FSDP2).
 
 A sharded model is an `FSDPModule` whose parameters are `DTensor`s. Its layers gather their weights for each pass, so
-all processes walk through the same layers in step: they simulate the same adversaries, each on its share of every
+all processes walk through the same layers in step. They simulate the same adversaries, each on its share of every
 batch, and the mean of their gradients is the gradient of the whole batch.
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from sophon_hf.data.batches import Batch
+from sophon_hf.data.batches import Batch
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -30,29 +28,30 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    model = fsdp2_prepare_model(accelerator, model)
-    model.set_reshard_after_forward(True)
-    return model
+    sharded: Any = fsdp2_prepare_model(accelerator, model)
+    sharded.set_reshard_after_forward(True)
+    return sharded
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether its parameters are spread over the processes."""
+    """Return whether a model's parameters are spread over the processes."""
     return isinstance(model, FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory: the shard, or all of one that is not sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    """Return what this process holds of a tensor, sharing its memory: its shard, or all of a whole one."""
+    whole: Any = tensor.detach() if isinstance(tensor, DTensor) else None
+    return tensor if whole is None else whole.to_local()
 
 
 def norm_of(tensor: Tensor) -> Tensor:
-    """The norm of a whole tensor, a scalar that every process has."""
+    """Return the norm of a whole tensor, a scalar that every process has."""
     norm = tensor.detach().norm()
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def distributed_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A whole value, the same on every process, sharded as `tensor` is; as it is where `tensor` is not sharded."""
+    """Return a whole value, the same on every process, sharded as `tensor` is, or whole where `tensor` is."""
     if not isinstance(tensor, DTensor):
         return value
     value = value.detach().to(tensor.device, tensor.dtype)
@@ -60,28 +59,24 @@ def distributed_like(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 def with_local(value: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor like `tensor` of which this process holds `value`; the inverse of `local`."""
+    """Return the tensor like `tensor` of which this process holds `value`; the inverse of `local`."""
     if not isinstance(tensor, DTensor):
         return value
-    return DTensor.from_local(
-        value.to(tensor.device),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+    return DTensor.from_local(value.to(tensor.device), mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def shard_part(part: nn.Module, model: nn.Module) -> nn.Module:
     """Make a new part, the same on every process, fit into a model: sharded where the model is."""
     if not is_sharded(model):
         return part
-    return fully_shard(part, mesh=next(model.parameters()).device_mesh, reshard_after_forward=True)
+    weight: Any = next(model.parameters())
+    sharded: Any = fully_shard(part, mesh=weight.device_mesh, reshard_after_forward=True)
+    return sharded
 
 
 def copy_of(part: nn.Module) -> nn.Module:
-    """A deep copy of a part of a model, with whole parameters that hold no values in place of sharded ones.
+    """Copy a part of a model, with whole parameters that hold no values in place of sharded ones.
 
     Raises:
         TypeError: Something in it is a unit of the sharding by itself, which cannot be copied.
@@ -97,15 +92,16 @@ def copy_of(part: nn.Module) -> nn.Module:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy without memory for its parameters and buffers, to be given those of a whole model once it is gathered."""
-    blanks = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    blanks |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    """Copy a model without memory for parameters and buffers, to be given gathered ones by `with_state`."""
+    blanks: dict[int, Tensor] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        blanks[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return copy.deepcopy(model, blanks)
 
 
 def with_state(skeleton: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """The whole model: a copy of the skeleton that holds a gathered state."""
-    model = copy.deepcopy(skeleton)
+    """Return the whole model: a copy of the skeleton that holds a gathered state."""
+    model: Any = copy.deepcopy(skeleton)
     # What did not divide evenly was gathered with padding, which safetensors takes for a shared tensor.
     padded = {name for name, tensor in state.items() if tensor.untyped_storage().nbytes() > tensor.nbytes}
     model.load_state_dict({n: t.clone() if n in padded else t for n, t in state.items()}, assign=True)
@@ -115,7 +111,7 @@ def with_state(skeleton: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 def share(batch: Batch, model: nn.Module) -> tuple[Batch, float]:
-    """This process's examples of a batch that all processes have, and what the mean over them weighs.
+    """Return this process's examples of a batch that all processes have, and what the mean over them weighs.
 
     The mean of the weighted means over the processes is the mean over the batch, whether or not it divides evenly.
 
@@ -133,7 +129,7 @@ def share(batch: Batch, model: nn.Module) -> tuple[Batch, float]:
 
 
 def gradients(loss: Tensor, wanted: Sequence[Tensor], model: nn.Module) -> list[Tensor | None]:
-    """The gradient of a loss with respect to some of a model's parameters, None where it does not depend on one.
+    """Return the gradient of a loss with respect to some of a model's parameters, None where it does not depend on one.
 
     On a sharded model it is the mean over the processes' losses. FSDP averages and shards only what a backward pass
     leaves in `grad`, so that is what is run, and `grad` of every parameter is None afterwards.

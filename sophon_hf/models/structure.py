@@ -1,4 +1,4 @@
-"""Which part of a model is its head, and which are its blocks: read off one forward pass, so it works for any model."""
+"""Find a model's head and blocks by running it once, so that it works for any model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NORMALISATIONS = (
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The parts of a model that fine-tuning strategies name.
+    """Name the parts of a model that fine-tuning strategies name.
 
     Attributes:
         head: Name of the final layer, which makes the prediction (the paper's "final FC layer").
@@ -39,7 +39,7 @@ class ModelStructure:
     outputs: int | None = None
 
     def last_blocks(self, count: int) -> tuple[str, ...]:
-        """The names of the last `count` blocks.
+        """Return the names of the last `count` blocks.
 
         Raises:
             ValueError: The model has fewer.
@@ -78,6 +78,7 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
             if name not in order:
                 order.append(name)
             if isinstance(module, (*_LINEAR, *_CONVOLUTIONS)) and isinstance(output, Tensor):
+                # A layer that runs several times counts where it ran last: the head may be one.
                 order.remove(name)
                 order.append(name)
                 channels[name] = output.shape[-1] if isinstance(module, _LINEAR) else output.shape[1]

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from labelled_data import images, unet
 from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from protected import HEAD_ONLY, build
 from test_defences import small_resnet, small_vit
-from test_models import images, unet
 from torch.nn import functional as F
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
