@@ -64,8 +64,8 @@ class AdversaryData:
     """What an adversary has and what it is measured on, as an attack suite and an audit are given it.
 
     Attributes:
-        training: The adversary's data of the restricted domain.
-        test: The restricted domain's test split.
+        training: The adversary's data of the restricted domain; None in an audit without any.
+        test: The restricted domain's test split; None where there is no `training`.
         validation: What attacks are chosen by; a tenth of `training` where None.
         original: Data of the original domain that it may warm up on.
         original_test: The original domain's test split.
@@ -74,8 +74,8 @@ class AdversaryData:
         label_columns: The same for the label column.
     """
 
-    training: Source
-    test: Source
+    training: Source | None
+    test: Source | None
     validation: Source | None = None
     original: Source | None = None
     original_test: Source | None = None
@@ -93,6 +93,8 @@ class AdversaryData:
         Raises:
             ValueError: Missing labels, or validation examples that are all among the training examples.
         """
+        if self.training is None or self.test is None:
+            raise ValueError("An adversary needs training data and a test split of the restricted domain: give both.")
         dataset, label, validation = load_domain(self.training), self.label_columns.get("restricted"), self.validation
         carved = validation is None
         if carved:

@@ -13,15 +13,22 @@ from typing import Any
 
 from torch import nn
 
-from sophon_hf.attacks.sweeps import load_sweep
+from sophon_hf.attacks.adversary import AdversaryData
+from sophon_hf.attacks.suite import AttackSuite
+from sophon_hf.attacks.sweeps import SWEEPS, load_sweep
 from sophon_hf.auditing.card_check import judge_card
 from sophon_hf.auditing.download import Download, check_configurations, fetch
-from sophon_hf.auditing.remeasure import Measurement, load_models, measure
+from sophon_hf.auditing.remeasure import (
+    Models,
+    claimed_epochs,
+    load_models,
+    measure_intactness,
+    measure_resistance,
+)
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, Verdict, judge_consistency
 from sophon_hf.data.loading import Source
 from sophon_hf.finetuning.strategy import FineTuningStrategy
-from sophon_hf.hub.claim import FILE_NAME, Claim, printable
-from sophon_hf.hub.weights import hash_weights
+from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.utils import write_atomically
 
 
@@ -132,33 +139,60 @@ def audit(
         load_sweep(sweep)  # A misspelt name is refused even where no sweep is run.
     output_dir = Path(output_dir)
     found = Audit(str(source) if not os.path.isdir(source) else Path(source).resolve().name)
-    data = Measurement(
-        restricted_dataset,
-        eval_dataset,
-        original_dataset,
-        original_eval_dataset,
-        sweep,
-        list(seeds),
-        epochs,
-        examples,
-        output_dir,
-        input_columns or {},
-        label_columns or {},
-    )
     with tempfile.TemporaryDirectory(prefix="sophon-audit-") as stage:
         download = fetch(source, Path(stage) / "protected", revision)
         found.commit = download.commit
         claim = _read_claim(found, download)
-        if claim is not None and _check_files(found, download, claim):
+        if claim is None or not _check_files(found, download, claim):
             found.write(output_dir)
-            models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected)
-            found.verdicts.append(models.state)
-            if models.protected is not None:
-                verdicts, notes, found.facts = measure(claim, models, data)
-                found.verdicts += verdicts
-                found.notes += notes
+            return found
+        found.write(output_dir)  # Before hours of attacks: a folder that cannot be written is refused now.
+        state, models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected)
+        found.verdicts.append(state)
+        if models is not None:
+            theirs = None if claim.attacks is None else claim.attacks.data.get("training")
+            data = AdversaryData(
+                restricted_dataset,
+                eval_dataset,
+                original=original_dataset,
+                original_test=original_eval_dataset,
+                examples=theirs.examples if examples is None and theirs is not None else examples,
+                input_columns=input_columns or {},
+                label_columns=label_columns or {},
+            )
+            suite = AttackSuite(
+                sweep,
+                output_dir,
+                seeds=seeds,
+                epochs=claimed_epochs(claim) if epochs is None and str(sweep) in SWEEPS else epochs,
+                examples=data.examples,
+                task=models.task,
+                processing_class=models.processor,
+                input_columns=data.input_columns,
+                label_columns=data.label_columns,
+            )
+            _measure(found, claim, models, data, suite)
     found.write(output_dir)
     return found
+
+
+def _measure(found: Audit, claim: Claim, models: Models, data: AdversaryData, suite: AttackSuite) -> None:
+    """Add what the data allow to measure."""
+    if models.task.metric != claim.metric:
+        why = f"the claim measures {claim.metric}, an audit {models.task.metric}"
+        names = [f"original {claim.metric} after protection"]
+        names += [] if claim.attacks is None else [f"strongest attack's {claim.metric}", "recovered transfer"]
+        found.verdicts += [Verdict(name, NOT_CHECKABLE, why=why) for name in names]
+        return
+    verdicts, notes, results = measure_resistance(claim, models, data, suite)
+    intact, fingerprint = measure_intactness(claim, models, data, results)
+    found.verdicts += [*verdicts, intact]
+    found.notes += notes
+    if results is not None:
+        found.facts |= {name: results.facts[name] for name in ("seeds", "versions", "fingerprints")}
+        found.facts["attacks"] = [strategy.to_dict() for strategy in suite.strategies]
+    if fingerprint is not None:
+        found.facts["original_test"] = fingerprint
 
 
 # ---- Without data: is the repository whole, harmless, and in agreement with itself? ----

@@ -47,9 +47,9 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
         r.metric_type == "recovered_transfer" for r in evaluation_results(claim)
     ):
         return Verdict("card", TAMPERED, why="it is tagged non-fine-tunable, and the claim holds no score"), notes
-    missing = len(expected.keys() - dict(found))
-    missing = f"; it leaves out {missing} of its figures" if missing else ""
-    return Verdict("card", REPRODUCED, why=f"its metadata state what the claim does{missing}"), notes
+    left_out = len(expected.keys() - dict(found))
+    words = f"; it leaves out {left_out} of its figures" if left_out else ""
+    return Verdict("card", REPRODUCED, why=f"its metadata state what the claim does{words}"), notes
 
 
 def split_card(text: str) -> tuple[str, str]:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
-import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sophon_hf.hub.schema import parse_json
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
 
-logger = logging.getLogger(__name__)
+from sophon_hf.hub.claim import parse_json
+from sophon_hf.utils import unreachable
 
-READ = ("*.safetensors", "*.json", "*.txt", "README.md")
+_READ = ("*.safetensors", "*.json", "*.txt", "README.md")
 # An adapter's configuration makes transformers fetch another repository.
-NOT_READ = ("adapter_*", "*/adapter_*")
-MOST_FILES = 2000
-LARGEST_TEXT = 64 * 2**20
+_NOT_READ = ("adapter_*", "*/adapter_*")
+_MOST_FILES = 2000
+_LARGEST_TEXT = 64 * 2**20
 
 # Fields of a configuration that lead to code of the repository's, or to another repository.
 _CODE_FIELDS = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config", "use_pretrained_backbone")
@@ -60,16 +67,27 @@ def fetch(source: str | os.PathLike, folder: Path, revision: str | None = None) 
         ValueError: It holds too many files.
     """
     source = os.fspath(source)
-    if os.path.isdir(source):
-        origin, commit = Path(source), None
-        sizes, refused = _in_folder(origin)
+    is_folder = os.path.isdir(source)
+    if is_folder:
+        commit = None
+        sizes, refused = _in_folder(Path(source))
     else:
         commit, sizes = _on_hub(source, revision)
-        origin, refused = None, {}
-    refused |= {name: why for name in sizes if (why := _why_unsafe(name, sizes[name])) is not None}
+        refused = {}
+    for name, size in sizes.items():
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in parts[0] or not name.isprintable():
+            refused[name] = "its name leads out of the folder, or cannot be shown"
+        elif not name.endswith(".safetensors") and _is_read(name) and size > _LARGEST_TEXT:
+            largest = f"{_LARGEST_TEXT / 2**20:.0f} that a text may have"
+            refused[name] = f"it has {size / 2**20:.0f} MiB, more than the {largest}"
     chosen = [name for name in sizes if name not in refused and _is_read(name)]
-    if origin is None:
-        origin = _download(source, commit, chosen)
+    if is_folder:
+        origin = Path(source)
+    else:
+        # No name may be read as a pattern.
+        patterns = [glob.escape(name) for name in chosen]
+        origin = Path(snapshot_download(source, revision=commit, allow_patterns=patterns))
     for name in chosen:
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +96,7 @@ def fetch(source: str | os.PathLike, folder: Path, revision: str | None = None) 
 
 
 def check_configurations(folder: Path) -> None:
-    """Whether every JSON file there is one that stock libraries read without code or files from elsewhere.
+    """Check that stock libraries read every JSON file there without code or files from elsewhere.
 
     Raises:
         ValueError: It is not JSON, or it asks for code of the repository's or for another repository.
@@ -89,30 +107,24 @@ def check_configurations(folder: Path) -> None:
             continue
         values = parse_json(path.read_bytes(), name)
         if name.endswith(".index.json"):
-            _check_index(name, values)
-        for field, value in _fields(values):
-            if (field in _CODE_FIELDS and value) or (field in _NAME_FIELDS and _leads_elsewhere(value)):
-                raise ValueError(
-                    f"{name} sets {field!r} to {json.dumps(value)[:80]}, which asks for code or for another repository."
-                )
-
-
-def _check_index(name: str, values: Any) -> None:
-    files = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(file, str) and "/" not in file for file in files.values()):
-        raise ValueError(f"{name} must map each weight to a file beside it.")
-
-
-def _fields(values: Any) -> Iterator[tuple[str, Any]]:
-    """Every field at any depth; without recursion, since a stranger decides on the depth."""
-    waiting = [values]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+            files = values.get("weight_map") if isinstance(values, dict) else None
+            beside = isinstance(files, dict) and all(isinstance(f, str) and "/" not in f for f in files.values())
+            if not beside:
+                raise ValueError(f"{name} must map each weight to a file beside it.")
+        # Every field at any depth; without recursion, since a stranger decides on the depth.
+        waiting = [values]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, list):
+                waiting += value
+            elif isinstance(value, dict):
+                waiting += value.values()
+                for field, setting in value.items():
+                    if (field in _CODE_FIELDS and setting) or (field in _NAME_FIELDS and _leads_elsewhere(setting)):
+                        raise ValueError(
+                            f"{name} sets {field!r} to {json.dumps(setting)[:80]}, which asks for code or for another "
+                            "repository."
+                        )
 
 
 def _leads_elsewhere(value: Any) -> bool:
@@ -121,21 +133,12 @@ def _leads_elsewhere(value: Any) -> bool:
 
 def _is_read(name: str) -> bool:
     hidden = any(part.startswith((".", "checkpoint-")) for part in name.split("/"))
-    matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in READ)
-    return matches and not hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_READ)
-
-
-def _why_unsafe(name: str, size: int) -> str | None:
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in parts[0] or not name.isprintable():
-        return "its name leads out of the folder, or cannot be shown"
-    if not name.endswith(".safetensors") and _is_read(name) and size > LARGEST_TEXT:
-        return f"it has {size / 2**20:.0f} MiB, more than the {LARGEST_TEXT / 2**20:.0f} that a text may have"
-    return None
+    matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in _READ)
+    return matches and not hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_READ)
 
 
 def _in_folder(origin: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Files with their sizes, and those refused: links that lead out of the folder, pipes and devices."""
+    """Return files with their sizes, and those refused: links that lead out of the folder, pipes and devices."""
     sizes, refused, inside = {}, {}, origin.resolve()
     for root, folders, names in os.walk(origin):
         for entry in [*folders, *names]:
@@ -144,31 +147,21 @@ def _in_folder(origin: Path) -> tuple[dict[str, int], dict[str, str]]:
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 refused[name] = "it is a link that leads out of the folder"
             elif entry in names and not path.is_file():
-                refused[name] = "it is no plain file"
+                refused[name] = "it is not a plain file"
             elif entry in names:
                 sizes[name] = path.stat().st_size
-        if len(sizes) > MOST_FILES:
-            raise ValueError(f"{origin} holds more than {MOST_FILES} files: it is no published model.")
+        if len(sizes) > _MOST_FILES:
+            raise ValueError(f"{origin} holds more than {_MOST_FILES} files: a published model has fewer.")
     return sizes, refused
 
 
-def _on_hub(source: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """The commit, and its files with their sizes."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-    from huggingface_hub.hf_api import RepoFile
-
+def _on_hub(source: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
+    """Return the commit, and its files with their sizes."""
     api = HfApi()
     try:
         commit = api.model_info(source, revision=revision).sha
         entries = api.list_repo_tree(source, recursive=True, revision=commit)
-        files = {entry.path: entry.size for entry in islice(entries, MOST_FILES + 1) if isinstance(entry, RepoFile)}
+        files = {entry.path: entry.size for entry in islice(entries, _MOST_FILES + 1) if isinstance(entry, RepoFile)}
     except HFValidationError as error:
         raise FileNotFoundError(
             f"There is no folder {source!r}, and it is not the form of a Hub id ('user/name')."
@@ -179,22 +172,10 @@ def _on_hub(source: str, revision: str | None) -> tuple[str, dict[str, int]]:
             "private one run `hf auth login` first."
         ) from error
     except HfHubHTTPError as error:
-        raise ConnectionError(
-            f"The Hub refuses {source!r}{f' at {revision!r}' if revision else ''}: {error.response.status_code}."
-        ) from error
+        where = f" at {revision!r}" if revision else ""
+        raise ConnectionError(f"The Hub refuses {source!r}{where}: {error.response.status_code}.") from error
     except (OfflineModeIsEnabled, HTTPError) as error:
-        raise ConnectionError(
-            f"{source!r} is no folder here, and the Hub cannot be reached to look it up there. Check the connection "
-            "(and "
-            "HF_HUB_OFFLINE), or download the model and pass its folder."
-        ) from error
-    if len(files) > MOST_FILES:
-        raise ValueError(f"{source!r} holds more than {MOST_FILES} files: it is no published model.")
+        raise ConnectionError(unreachable(source, "model")) from error
+    if len(files) > _MOST_FILES:
+        raise ValueError(f"{source!r} holds more than {_MOST_FILES} files: a published model has fewer.")
     return commit, files
-
-
-def _download(source: str, commit: str, names: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    # No name may be read as a pattern.
-    return Path(snapshot_download(source, revision=commit, allow_patterns=[glob.escape(name) for name in names]))

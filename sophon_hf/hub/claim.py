@@ -1,53 +1,55 @@
 """`sophon.json`: what is claimed of a protected model, with the hashes that tie the claim to its weights.
 
-One that was downloaded is a stranger's file: it is read field by field, and nothing in it is run, opened or believed.
+A downloaded one is a stranger's file: pydantic reads it field by field, and nothing in it is run or opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from sophon_hf.attacks.checks import FailedCheck, check, void_reason
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.score import mean_of_finite
+from sophon_hf.attacks.score import AttackSummary, RecoveredTransfer, Scores
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
-from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace, check_choice
-from sophon_hf.hub.schema import parse_json, read_dataclass
-from sophon_hf.hub.weights import is_weight_file
+from sophon_hf.finetuning.strategy import StrategySpace
 from sophon_hf.utils import write_atomically
 
 FILE_NAME = "sophon.json"
 SCHEMA = 1
-MAX_BYTES = 16 * 2**20
-STATUSES = ("protected", "not protected", "not measured", "in progress")
-METRICS = ("accuracy", "mse")
+
+_MAX_BYTES = 16 * 2**20
+_LONGEST_SHOWN = 80
+# The plain dataclasses of other rooms are read in the same way where they stand in one of these.
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Method:
     """How the model was protected.
 
     Attributes:
         name: The algorithm.
         hyper_parameters: Those of `SophonConfig`, under its names.
-        strategy_space: Phi, as `StrategySpace.to_dict` writes it.
+        strategy_space: Phi.
     """
 
     name: str
     hyper_parameters: dict[str, Any]
-    strategy_space: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        StrategySpace.from_dict(self.strategy_space)
+    strategy_space: StrategySpace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Protection:
     """What the guard saw, on data held out of the defender's.
 
@@ -64,22 +66,17 @@ class Protection:
         dropped: Suppression gradients that were not finite and therefore not applied.
     """
 
-    status: str
-    iteration: int
+    status: Annotated[str, Field(pattern="^(protected|not protected|not measured|in progress)$")]
+    iteration: NonNegativeInt
     original_before: float | None
     original_after: float | None
     simulated_before: float | None
     simulated_after: float | None
-    rollbacks: int
-    dropped: int
-
-    def __post_init__(self) -> None:
-        check_choice(self.status, STATUSES, "status")
-        for name in ("iteration", "rollbacks", "dropped"):
-            _not_negative(getattr(self, name), name)
+    rollbacks: NonNegativeInt
+    dropped: NonNegativeInt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Compute:
     """What the protection cost.
 
@@ -89,79 +86,12 @@ class Compute:
         simulated_passes: Forward and backward passes of simulated adversaries, on all processes.
     """
 
-    seconds: float
-    iterations: int
-    simulated_passes: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _not_negative(getattr(self, field.name), field.name)
+    seconds: NonNegativeFloat
+    iterations: NonNegativeInt
+    simulated_passes: NonNegativeInt
 
 
-@dataclass(frozen=True)
-class AttackFigures:
-    """One attack on one model.
-
-    Attributes:
-        model: "protected", "original", "scratch", or a further baseline.
-        strategy: As `FineTuningStrategy.to_dict` writes it.
-        seeds: Those whose run ended.
-        epoch: Where the adversary stops, chosen on validation data; None where nothing could be chosen.
-        validation: Mean there, over the seeds that are finite.
-        test: Metric in the restricted domain there, one value a seed; None where it is not finite.
-        final: The same at the last measured epoch.
-        failed: Seeds whose run broke off.
-        applicable: False where the strategy cannot be carried out on the model, which is no resistance.
-    """
-
-    model: str
-    strategy: dict[str, Any]
-    seeds: list[int]
-    epoch: float | None
-    validation: float | None
-    test: list[float | None]
-    final: list[float | None]
-    failed: int
-    applicable: bool
-
-    def __post_init__(self) -> None:
-        FineTuningStrategy.from_dict(self.strategy)
-        _not_negative(self.failed, "failed")
-        for name in ("test", "final"):
-            if len(getattr(self, name)) != len(self.seeds):
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values, but there are {len(self.seeds)} seeds."
-                )
-        if (self.epoch is None) != (self.validation is None):
-            raise ValueError("epoch and validation go together: both are numbers, or neither is.")
-
-    @property
-    def name(self) -> str:
-        """The strategy in words."""
-        return FineTuningStrategy.from_dict(self.strategy).name
-
-    @property
-    def mean(self) -> float:
-        """Test metric at the chosen epoch, mean over the seeds that are finite; NaN where none is."""
-        return float(mean_of_finite([math.nan if v is None else v for v in self.test]))
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Recovered transfer: a value with its 95 % interval (None where nothing tells it), or why there is none."""
-
-    value: float | None
-    interval: list[float] | None
-    void: str | None
-
-    def __post_init__(self) -> None:
-        if (self.value is None) == (self.void is None) or (self.value is None and self.interval is not None):
-            raise ValueError("either a value is given, with its interval, or void says why not.")
-        if self.interval is not None and (len(self.interval) != 2 or self.interval[0] > self.interval[1]):
-            raise ValueError(f"interval is {self.interval}, but must be a lower and an upper end.")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class AttackReport:
     """What the attacks found.
 
@@ -178,50 +108,46 @@ class AttackReport:
     """
 
     sweep: str
-    seeds: list[int]
+    seeds: Annotated[list[int], Field(min_length=1)]
     versions: dict[str, str]
     data: dict[str, DataFingerprint]
     original_metric: dict[str, float]
-    attacks: list[AttackFigures]
-    recovered_transfer: Transfer
+    attacks: list[AttackSummary]
+    recovered_transfer: RecoveredTransfer
     failed_checks: list[FailedCheck]
 
     def __post_init__(self) -> None:
         if not is_base_name_or_hub_id(self.sweep):
             raise ValueError(f"sweep is {self.sweep!r}, but must be a name, without a path.")
-        if not self.seeds:
-            raise ValueError("seeds is empty.")
+        transfer = self.recovered_transfer
+        if (transfer.value is None) == (transfer.void is None) or (transfer.value is None and transfer.interval):
+            raise ValueError("recovered_transfer must have a value, with its interval, or void must say why not.")
+        if transfer.interval is not None and transfer.interval[0] > transfer.interval[1]:
+            raise ValueError(f"the interval of recovered_transfer is {transfer.interval}: its ends are swapped.")
 
     @classmethod
     def from_results(cls, results: AttackResults) -> AttackReport:
-        """What `sophon-hf attack` left in results.json, without curves and without anything that names a machine."""
+        """Return what `sophon-hf attack` left in results.json, without curves and without names of the machine."""
         # A message of the operating system may hold a path; the type of the error says enough.
-        cells = [replace(c, error=c.error.split(":")[0] if c.failed else c.error) for c in results.runs]
-        results = replace(results, runs=cells)
-        failed, transfer = check(results), results.recovered_transfer()
+        runs = [replace(r, error=r.error.split(":")[0] if r.failed and r.error else r.error) for r in results.runs]
+        results = replace(results, runs=runs)
+        failed, scores, facts = check(results), results.scores(), results.facts
         void = void_reason(failed)
-        facts = results.facts
         return cls(
             sweep=Path(str(facts.get("sweep", "custom"))).name,
-            seeds=list(facts.get("seeds") or sorted({c.seed for c in cells})),
+            seeds=list(facts.get("seeds") or sorted({run.seed for run in runs})),
             versions=dict(facts.get("versions", {})),
             data={name: DataFingerprint(**values) for name, values in facts.get("fingerprints", {}).items()},
             original_metric={n: float(v) for n, v in results.original_metric.items() if math.isfinite(v)},
-            attacks=_attacks(results),
-            recovered_transfer=Transfer(None, None, _plain(void))
-            if void
-            else Transfer(transfer.value, transfer.interval and list(transfer.interval), None),
+            attacks=list(scores.attacks),
+            recovered_transfer=scores.recovered_transfer()
+            if void is None
+            else RecoveredTransfer(None, None, _plain(void)),
             failed_checks=[FailedCheck(_plain(f.name), _plain(f.message), f.voids) for f in failed],
         )
 
-    def strongest(self, model: str, greater_is_better: bool) -> AttackFigures | None:
-        """The attack on a model with the best validation metric, as `AttackResults.best` chooses it."""
-        found = [a for a in self.attacks if a.model == model and a.validation is not None]
-        sign = 1 if greater_is_better else -1
-        return max(found, key=lambda attack: sign * attack.validation, default=None)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Claim:
     """The content of sophon.json.
 
@@ -236,8 +162,8 @@ class Claim:
         data: "original", "restricted", and the held-out "eval_original" and "eval_restricted".
         weights: SHA-256 of each safetensors file, by its name relative to the folder.
         state_hash: Hash of the weights as a model holds them: an attack report names the model that it attacked by it.
-        metric: "accuracy" or "mse".
-        greater_is_better: Whether a greater metric is better.
+        metric: Its name, "accuracy" or "f1" say.
+        greater_is_better: Whether a greater metric is better; such a metric lies in [0, 1].
         protection: What the guard saw.
         compute: What the protection cost.
         attacks: What the attacks found; None where none were run, and then no resistance is claimed.
@@ -251,81 +177,96 @@ class Claim:
     remote_code: bool
     versions: dict[str, str]
     data: dict[str, DataFingerprint]
-    weights: dict[str, str]
+    weights: Annotated[dict[str, _Sha256], Field(min_length=1)]
     state_hash: str
-    metric: str
+    metric: Annotated[str, Field(min_length=1, max_length=100)]
     greater_is_better: bool
     protection: Protection
     compute: Compute
     attacks: AttackReport | None
 
     def __post_init__(self) -> None:
-        check_choice(self.metric, METRICS, "metric")
         if not self.model.isidentifier():
             raise ValueError(f"model is {self.model!r}, but must be the name of a class.")
-        if self.greater_is_better != (self.metric == "accuracy"):
+        # Of these two the direction is known; the wrong one would turn every verdict round.
+        if self.metric in ("accuracy", "mse") and self.greater_is_better != (self.metric == "accuracy"):
             raise ValueError(f"greater_is_better is {self.greater_is_better}, which does not go with {self.metric}.")
         if self.base_model is not None and not is_base_name_or_hub_id(self.base_model):
             raise ValueError(f"base_model is {self.base_model!r}, but must be a Hub id or a folder's base name.")
-        if not self.weights:
-            raise ValueError("weights is empty: there is nothing that the claim could be about.")
-        for name, digest in self.weights.items():
-            if not is_weight_file(name):
-                raise ValueError(f"weights names {name!r}, which is no safetensors file inside the folder.")
-            if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise ValueError(f"weights[{name!r}] is {digest!r}, but must be 64 hexadecimal digits.")
+        for name in self.weights:
+            if not _is_weight_file(name):
+                raise ValueError(f"weights names {name!r}, which is not a safetensors file inside the folder.")
 
     @property
-    def measured_on_test(self) -> bool:
-        """Whether attacks measured the original domain's test split, before and after protection."""
-        return self.attacks is not None and {"original", "protected"} <= set(self.attacks.original_metric)
-
-    @property
-    def intactness_data(self) -> DataFingerprint | None:
-        """What `intactness` was measured on, where the claim says so."""
-        return self.attacks.data.get("original_test") if self.measured_on_test else self.data.get("eval_original")
+    def scores(self) -> Scores:
+        """Return what scores the attacks; without any, no model has a best one."""
+        report = self.attacks
+        if report is None:
+            return Scores((), self.metric, self.greater_is_better, 1)
+        examples = report.data["test"].examples if "test" in report.data else 1
+        return Scores(report.attacks, self.metric, self.greater_is_better, examples, report.original_metric)
 
     @property
     def intactness(self) -> tuple[float, float] | None:
-        """The original metric before and after: on the test split where attacks measured it, else as the guard did."""
+        """Return the original metric before and after: of the attacks' test split, else as the guard measured it."""
         if self.measured_on_test:
-            return self.attacks.original_metric["original"], self.attacks.original_metric["protected"]
+            metric = self.scores.original_metric
+            return metric["original"], metric["protected"]
         before, after = self.protection.original_before, self.protection.original_after
         return None if before is None or after is None else (before, after)
 
+    @property
+    def measured_on_test(self) -> bool:
+        """Return whether attacks measured the original domain's test split, before and after protection."""
+        return {"original", "protected"} <= self.scores.original_metric.keys()
+
+    @property
+    def intactness_data(self) -> DataFingerprint | None:
+        """Return what `intactness` was measured on, where the claim says so."""
+        if self.attacks is not None and self.measured_on_test:
+            return self.attacks.data.get("original_test")
+        return self.data.get("eval_original")
+
     @classmethod
     def read(cls, path: str | os.PathLike) -> Claim:
-        """Read and check every field.
+        """Read a claim and check every field.
 
         Args:
             path: The file, or the folder that holds it.
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It is too large, no JSON, of an unknown version, or a field is wrong (which one is said).
+            ValueError: The file is too large, not JSON, of another version, or a field is wrong; the field is named.
         """
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: it comes from `SophonTrainer`, and says what is claimed.")
+            raise FileNotFoundError(f"{path} does not exist: `SophonTrainer` writes it beside the model that it saves.")
         with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"{path.name} is larger than {MAX_BYTES / 2**20:g} MiB: it is no claim.")
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"{path.name} is larger than {_MAX_BYTES / 2**20:g} MiB: a claim is smaller.")
         return cls.from_json(content)
 
     @classmethod
     def from_json(cls, content: str | bytes) -> Claim:
-        """Check text as `read` does."""
+        """Return the claim that a text holds, checked as `read` does it."""
         values = parse_json(content, FILE_NAME)
         version = values.get("schema") if isinstance(values, dict) else None
         if type(version) is int and version != SCHEMA:
             advice = "update sophon_hf (pip install -U sophon-hf)" if version > SCHEMA else "publish the model again"
             raise ValueError(f"{FILE_NAME} has schema {version}, and this sophon_hf reads {SCHEMA}: {advice}.")
-        return read_dataclass(cls, values, FILE_NAME)
+        _check_printable(values)
+        try:
+            # Written again first: what was checked is what is read, whichever of two fields of one name a parser takes.
+            return _CLAIM.validate_json(json.dumps(values))
+        except ValidationError as error:
+            raise ValueError(f"{FILE_NAME}: {_first_error(error)}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{FILE_NAME} is nested too deeply.") from error
 
     def to_json(self) -> str:
-        """The inverse of `from_json`.
+        """Return the text that `from_json` reads.
 
         Raises:
             ValueError: A field would not be read again.
@@ -340,28 +281,88 @@ class Claim:
         write_atomically(path / FILE_NAME if path.is_dir() else path, self.to_json())
 
 
-def _attacks(results: AttackResults) -> list[AttackFigures]:
-    return [
-        AttackFigures(
-            **{
-                **vars(a),
-                "strategy": a.strategy.to_dict(),
-                **{name: list(getattr(a, name)) for name in ("seeds", "test", "final")},
-            }
-        )
-        for a in results.summaries()
-    ]
+_CLAIM = TypeAdapter(Claim)
+
+
+def parse_json(content: str | bytes, file: str) -> Any:
+    """Parse JSON as its standard has it, without NaN and infinity.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}, which JSON does not know")
+
+    try:
+        return json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+
+
+def _check_printable(values: Any) -> None:
+    """Raise a ValueError where a text at any depth holds what may not reach a terminal or a card.
+
+    Such are escape sequences and marks that turn the direction of writing. pydantic has no type for this, and would not
+    look into `hyper_parameters`.
+    """
+    waiting = [("", values)]
+    # Without recursion, since a stranger decides on the depth.
+    while waiting:
+        where, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"a name in {where or 'the file'}", name) for name in value]
+            waiting += [(f"{where}.{name}".lstrip("."), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{where}[{number}]", inner) for number, inner in enumerate(value)]
+        elif isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{FILE_NAME}: {where} holds characters that cannot be shown: {_shown(value)}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{FILE_NAME}: {where} is not finite.")
+
+
+def _first_error(error: ValidationError) -> str:
+    """Say which field is wrong and why, in pydantic's words; the value is shown where it is short."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    shown = "" if first["type"] in ("value_error", "missing") else f" (it is {_shown(first['input'])})"
+    return f"{where or 'the whole'}: {message}{shown}"
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
+    """Return the SHA-256 of each safetensors file of a saved model, without checkpoints and hidden folders.
+
+    Returns:
+        File name relative to the folder, with "/" -> 64 hexadecimal digits.
+    """
+    hashes = {}
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and _is_weight_file(name):
+            with open(path, "rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _is_weight_file(name: str) -> bool:
+    """Return whether a name, relative to the folder and with "/", is that of a saved model's weights inside it."""
+    hidden = any(not part or part.startswith((".", "checkpoint-")) for part in name.split("/"))
+    return name.endswith(".safetensors") and not hidden and re.search(r"[\\:]", name) is None
 
 
 def printable(text: str) -> str:
-    """Text without anything that moves a terminal."""
+    """Replace what moves a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _plain(text: str | None) -> str | None:
-    return text and printable(" ".join(text.split()))
-
-
-def _not_negative(value: float, name: str) -> None:
-    if value < 0:
-        raise ValueError(f"{name} is {value}, but must not be negative.")
+def _plain(text: str) -> str:
+    return printable(" ".join(text.split()))

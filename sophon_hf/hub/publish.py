@@ -18,8 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from sophon_hf.attacks.report import write_plots
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.hub.card import CARD, update_card
-from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim
-from sophon_hf.hub.weights import hash_weights
+from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim, hash_weights
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sophon_hf.hub.card import CARD, update_card
-from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim
+from sophon_hf.hub.claim import FILE_NAME, Claim
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
 
-MAX_SHARD_SIZE = "5GB"
+# As transformers and diffusers split weights by default.
+_SHARD_SIZE = "5GB"
 
 
 def save_protected(
@@ -31,6 +32,7 @@ def save_protected(
     processing_class: Any | None,
     claim_for: Callable[[Path], Claim],
     repository_name: str,
+    max_shard_size: int | str = _SHARD_SIZE,
 ) -> None:
     """Save model, processor, `sophon.json` and card; a card that was edited is left as it is.
 
@@ -39,62 +41,56 @@ def save_protected(
         model: The whole model.
         task: What it learned.
         processing_class: What prepares its raw inputs, or None.
-        claim_for: Returns the claim of the model that lies in a folder; what attacks found on the same weights is kept.
+        claim_for: Returns the claim of the model that lies in a folder, whose weights it hashes.
         repository_name: What the card says to load.
+        max_shard_size: Larger weights are split into several files.
 
     Raises:
         OSError: The folder cannot be written (a full disk, say); what was saved there before is whole.
     """
     with replaced_together(folder) as beside:
-        save_model_files(model, beside, task)
+        save_model_files(model, beside, task, max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(beside)
         claim = claim_for(beside)
-        claim = replace(claim, attacks=_earlier_attacks(folder, claim.state_hash))
+        earlier = _claim_of(folder)
+        if earlier is not None and earlier.state_hash == claim.state_hash:
+            # What attacks found on these very weights still holds.
+            claim = replace(claim, attacks=earlier.attacks)
         if (folder / CARD).exists():
             shutil.copyfile(folder / CARD, beside / CARD)
-        config = getattr(model, "config", None)
-        original = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
-        update_card(beside, claim, repository_name, original=original)
+        # transformers remembers where a model came from in its configuration, diffusers on the model.
+        original: Any = getattr(getattr(model, "config", None), "_name_or_path", None)
+        update_card(beside, claim, repository_name, original or getattr(model, "name_or_path", None) or None)
         claim.write(beside)
 
 
-def _earlier_attacks(folder: Path, state_hash: str) -> AttackReport | None:
-    """What attacks found on these very weights, where they were saved here before."""
-    try:
-        earlier = Claim.read(folder)
-    except (OSError, ValueError):
-        return None
-    return earlier.attacks if earlier.state_hash == state_hash else None
-
-
-def save_model_files(model: nn.Module, folder: Path, task: Task) -> None:
+def save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
     """Save as the model's own library does, so that `from_pretrained` loads it; a UNet as a whole pipeline."""
-    if isinstance(task, DiffusionTask) and hasattr(model, "save_pretrained"):
+    library_model: Any = model if hasattr(model, "save_pretrained") else None
+    if library_model is None:
+        save_torch_model(model, folder, max_shard_size=max_shard_size)
+    elif not isinstance(task, DiffusionTask):
+        library_model.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
         from diffusers import DDPMPipeline
 
         # A copy, since saving writes into the configuration of what is saved.
         scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
-        pipeline = DDPMPipeline(unet=model, scheduler=scheduler)
-        pipeline.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        pipeline = DDPMPipeline(unet=library_model, scheduler=scheduler)
+        pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+        # diffusers notes where a model was loaded from, which may be a folder under the user's name.
         for config in folder.rglob("config.json"):
-            _forget_path(config)
-    elif hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-    else:
-        save_torch_model(model, folder, max_shard_size=MAX_SHARD_SIZE)
-
-
-def _forget_path(config: Path) -> None:
-    # diffusers notes where a model was loaded from, which may be a folder under the user's name.
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values.pop("_name_or_path", None)
-    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values.pop("_name_or_path", None)
+            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replaced_together(folder: Path) -> Iterator[Path]:
     """Yield a new folder, whose files take their places in `folder` when the block has ended well.
+
+    Weights that an earlier save left there are removed; other models may lie in the folder too.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.
@@ -104,30 +100,28 @@ def replaced_together(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         names = [path.relative_to(beside) for path in beside.rglob("*") if path.is_file()]
-        stale = [name for name in _saved_before(folder) if name not in names]
+        earlier = _claim_of(folder)
+        stale = [] if earlier is None else [Path(name) for name in earlier.weights]
+        for parent in {name.parent for name in stale}:
+            stale += [path.relative_to(folder) for path in (folder / parent).glob("*.safetensors.index.json")]
         # Should the process die in between, the hashes of the claim tell: it comes last.
         for name in sorted(names, key=lambda name: (name.name == FILE_NAME, name)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(beside / name, folder / name)
         for name in stale:
-            (folder / name).unlink(missing_ok=True)
+            if name not in names:
+                (folder / name).unlink(missing_ok=True)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}. What was saved there before is whole.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _saved_before(folder: Path) -> list[Path]:
-    """The weights that an earlier save left here, and their indexes; other models may lie in the folder too."""
+def _claim_of(folder: Path) -> Claim | None:
     try:
-        weights = [Path(name) for name in Claim.read(folder).weights]
+        return Claim.read(folder)
     except (OSError, ValueError):
-        return []
-    parents = {name.parent for name in weights}
-    indexes = [
-        path.relative_to(folder) for parent in parents for path in (folder / parent).glob("*.safetensors.index.json")
-    ]
-    return weights + indexes
+        return None
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -136,4 +130,5 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     Through its own library, since what a file calls a weight need not be its name in the model.
     """
     subfolder = {"subfolder": "unet"} if (Path(folder) / "model_index.json").exists() else {}
-    model.load_state_dict(type(model).from_pretrained(folder, **subfolder).state_dict())
+    library_class: Any = type(model)
+    model.load_state_dict(library_class.from_pretrained(folder, **subfolder).state_dict())

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sophon_hf.data.domain import Domain
 from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
 from sophon_hf.finetuning.strategy import StrategySpace
-from sophon_hf.hub.claim import SCHEMA, Claim, Compute, Method, Protection
-from sophon_hf.hub.weights import hash_weights
+from sophon_hf.hub.claim import SCHEMA, Claim, Compute, Method, Protection, hash_weights
 from sophon_hf.models.loading import hash_state
 from sophon_hf.models.sharding import is_sharded, local, with_local
 from sophon_hf.protection.config import SophonConfig
@@ -102,7 +101,7 @@ class Run:
             base = os.path.basename(os.path.abspath(base))
         return Claim(
             schema=SCHEMA,
-            method=Method(method, _as_json(hyper_parameters), self.space.to_dict()),
+            method=Method(method, _as_json(hyper_parameters), self.space),
             model=type(model).__name__,
             base_model=base if base and is_base_name_or_hub_id(base) else None,
             base_revision=getattr(model, "hub_revision", None),

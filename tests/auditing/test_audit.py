@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ from published import make_trainer, pixels, protect, unet
 from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.auditing import verdicts
 from sophon_hf.auditing.audit import audit as audit_model
-from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, as_results, compare
+from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, compare
 from sophon_hf.cli import main as cli
-from sophon_hf.hub.claim import AttackReport, Claim, Transfer
+from sophon_hf.hub.claim import AttackReport, Claim
 from sophon_hf.hub.publish import with_report, write_card_and_claim
 
 # A true claim.
@@ -128,20 +128,15 @@ def test_a_model_without_attacks_claims_no_resistance(truth, tmp_path):
 
 def better(report: AttackReport, by: float) -> AttackReport:
     """A forger who is careful: every figure of the attacks on the protected model, and the score that follows."""
-    attacks = [
-        replace(a, test=[t - by for t in a.test], final=[t - by for t in a.final]) if a.model == "protected" else a
-        for a in report.attacks
-    ]
-    report = replace(report, attacks=attacks)
-    return report
+    attacks = [replace(a, test=tuple(t - by for t in a.test)) if a.model == "protected" else a for a in report.attacks]
+    return replace(report, attacks=attacks)
 
 
 def test_a_score_that_was_forged_with_care_is_found_by_measuring(truth, folder, tmp_path):
     claim = Claim.read(folder)
     forged = better(claim.attacks, 0.12)
-    again = as_results(forged, claim).recovered_transfer()
-    forged = replace(forged, recovered_transfer=Transfer(again.value, list(again.interval), None))
-    replace(claim, attacks=forged).write(folder)
+    again = replace(claim, attacks=forged).scores.recovered_transfer()
+    replace(claim, attacks=replace(forged, recovered_transfer=again)).write(folder)
     (folder / "README.md").unlink()
     assert verdict_of(audit_model(folder, tmp_path / "offline"), "sophon.json") == REPRODUCED
     audit = full_audit(truth, folder, tmp_path / "audit")
@@ -176,13 +171,12 @@ def test_a_stronger_sweep_shows_a_claim_to_be_too_good(truth, tmp_path):
     claim = truth["claim"]
     report = claim.attacks
     weak = [
-        replace(a, strategy=useless[0].to_dict(), test=[0.7] * 3, final=[0.7] * 3, validation=0.7)
+        replace(a, strategy=useless[0], test=(0.7,) * 3, final=(0.7,) * 3, validation=0.7)
         for a in report.attacks
         if a.model == "protected"
     ][:1]
     report = replace(report, attacks=[*weak, *(a for a in report.attacks if a.model != "protected")])
-    again = as_results(report, claim).recovered_transfer()
-    report = replace(report, recovered_transfer=Transfer(again.value, list(again.interval), None))
+    report = replace(report, recovered_transfer=replace(claim, attacks=report).scores.recovered_transfer())
     publish_folder(tmp_path / "model", perturbed(truth["original"]), None, attacks=report)
     audit = full_audit(truth, tmp_path / "model", tmp_path / "audit")
     assert verdict_of(audit, "recovered transfer") == WEAKER
@@ -273,8 +267,8 @@ def replace_examples(truth, examples: int):
 
 def test_a_claims_figures_give_its_own_score_again(truth):
     claim = truth["claim"]
-    again, results = as_results(claim.attacks, claim).recovered_transfer(), truth["results"].recovered_transfer()
-    assert asdict(again) == asdict(results)
+    assert claim.scores.recovered_transfer() == truth["results"].recovered_transfer()
+    assert claim.attacks.attacks == truth["results"].summaries()
 
 
 # The command line.

@@ -81,10 +81,9 @@ def test_hostile_file_names_on_the_hub_are_not_downloaded(hub, folder, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["sophon.json", "config.json"])
-def test_a_huge_file_is_not_downloaded(hub, folder, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("sophon_hf.auditing.download.LARGEST_TEXT", 2**16)
+def test_a_huge_file_is_not_downloaded(hub, folder, tmp_path, name):
     content = {p.name: p.read_bytes() for p in folder.iterdir()}
-    hub.add_repository("mallory/model", {**content, name: b" " * 2**17})
+    hub.add_repository("mallory/model", {**content, name: b" " * (2**26 + 1)})
     audit = audit_model("mallory/model", tmp_path / "audit")
     assert verdict_of(audit, "files") == TAMPERED and audit.exit_code == 1
     assert not any(request[1].endswith(f"/{name}") for request in hub.requests)

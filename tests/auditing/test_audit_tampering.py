@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -64,17 +65,17 @@ def test_a_configuration_that_does_not_fit_the_weights_is_found(folder, tmp_path
         ({"attacks__recovered_transfer__interval": [-1.0, 3.0]}, "its own attacks give"),
         ({"attacks__recovered_transfer__interval": None}, "its own attacks give"),
         ({"attacks__original_metric": {"original": 0.9, "protected": 0.5}}, "its own figures void"),
-        ({"metric": "f1"}, "metric is 'f1'"),
+        ({"metric": "mse"}, "greater_is_better is True, which does not go with mse"),
         ({"schema": 99}, "update sophon_hf"),
-        ({"extra": 1}, "'extra' is no field"),
-        ({"weights": {"../../model.safetensors": "0" * 64}}, "no safetensors file inside"),
-        ({"attacks__seeds": "all"}, "must be a list"),
+        ({"extra": 1}, "extra: Unexpected keyword argument"),
+        ({"weights": {"../../model.safetensors": "0" * 64}}, "not a safetensors file inside"),
+        ({"attacks__seeds": "all"}, "attacks.seeds: Input should be a valid (list|array)"),
     ],
 )
 def test_a_claim_that_was_changed_is_found(folder, tmp_path, changes, reason):
     edit_claim(folder, **changes)
     audit = audit_model(folder, tmp_path / "audit")
-    assert verdict_of(audit, "sophon.json") == TAMPERED and reason in why_of(audit, "sophon.json")
+    assert verdict_of(audit, "sophon.json") == TAMPERED and re.search(reason, why_of(audit, "sophon.json"))
     assert audit.exit_code == 1
 
 
@@ -235,7 +236,7 @@ def test_a_strangers_words_cannot_draw_in_the_report(folder, tmp_path):
 
 def test_strategies_that_would_take_for_ever_are_not_repeated(truth, tmp_path):
     claim = truth["claim"]
-    endless = FineTuningStrategy("new_head", learning_rate=1e-2, batch_size=12, epochs=1e7).to_dict()
+    endless = FineTuningStrategy("new_head", learning_rate=1e-2, batch_size=12, epochs=1e7)
     attacks = [
         replace(a, strategy=endless) if a.model == "protected" and a is best(claim) else a
         for a in claim.attacks.attacks
@@ -249,4 +250,4 @@ def test_strategies_that_would_take_for_ever_are_not_repeated(truth, tmp_path):
 
 
 def best(claim: Claim):
-    return claim.attacks.strongest("protected", claim.greater_is_better)
+    return claim.scores.best("protected")

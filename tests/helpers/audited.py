@@ -19,8 +19,7 @@ from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import StrategySpace
 from sophon_hf.hub.card import make_card
-from sophon_hf.hub.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection
-from sophon_hf.hub.weights import hash_weights
+from sophon_hf.hub.claim import SCHEMA, AttackReport, Claim, Compute, Method, Protection, hash_weights
 from sophon_hf.models.loading import hash_state
 from sophon_hf.tasks.base import infer_task
 
@@ -101,7 +100,7 @@ def run_attacks(folder: Path, protected, original, data: dict[str, datasets.Data
 
 def make_claim(folder: Path, model: torch.nn.Module, results: AttackResults | None, **changes) -> Claim:
     """A claim about the model saved in `folder`."""
-    space = StrategySpace().to_dict()
+    space = StrategySpace()
     values = {
         "schema": SCHEMA,
         "method": Method("SOPHON, Algorithm 1", {}, space),

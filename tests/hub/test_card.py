@@ -15,8 +15,9 @@ from published import attack, make_trainer, pixels, protect, unet
 
 from sophon_hf import AttackSuite, FineTuningStrategy, StrategySpace
 from sophon_hf.attacks.checks import FailedCheck
+from sophon_hf.attacks.score import RecoveredTransfer
 from sophon_hf.hub.card import inherited_metadata, make_card, update_card
-from sophon_hf.hub.claim import AttackReport, Claim, Transfer
+from sophon_hf.hub.claim import AttackReport, Claim
 from sophon_hf.hub.publish import with_report, write_card_and_claim
 
 
@@ -37,7 +38,7 @@ def with_attacks(claim: Claim, results, **changes) -> Claim:
 def scored(claim, results, value=0.83, interval=(0.7, 0.95)) -> Claim:
     """As if the sweep had a score, which one this small need not have."""
     checks = [FailedCheck("few seeds", "only 3", False)]
-    transfer = Transfer(value, interval and list(interval), None)
+    transfer = RecoveredTransfer(value, interval)
     return with_attacks(claim, results, recovered_transfer=transfer, failed_checks=checks)
 
 
@@ -103,7 +104,7 @@ def test_an_untrained_model_is_explained_where_one_was_attacked(tmp_path, saved)
 
 def test_a_strategy_space_is_told_in_words(saved):
     folder, claim, _ = saved
-    method = replace(claim.method, strategy_space=StrategySpace(preparations=(None, "warm_up")).to_dict())
+    method = replace(claim.method, strategy_space=StrategySpace(preparations=(None, "warm_up")))
     text = body(make_card(folder, replace(claim, method=method), "alice/model"))
     assert "initializations direct, new head;" in text and "preparations none, warm up." in text
 
@@ -112,7 +113,7 @@ def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
     folder, claim, results = saved
     report = AttackReport.from_results(results)
     first, *others = [a for a in report.attacks if a.model == "protected"]
-    failed = replace(first, seeds=[], epoch=None, validation=None, test=[], final=[], failed=3)
+    failed = replace(first, seeds=(), epoch=None, validation=None, test=(), final=(), failed=3)
     card = make_card(folder, with_attacks(claim, results, attacks=[failed, *others]), "alice/model")
     assert f"The strongest of {len(others)} attack" in first_paragraph(card)
     assert "3 failed" in card.text
@@ -120,7 +121,7 @@ def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
 
 def test_a_void_score_is_no_score(saved):
     folder, claim, results = saved
-    void = with_attacks(claim, results, recovered_transfer=Transfer(None, None, "original collapsed"))
+    void = with_attacks(claim, results, recovered_transfer=RecoveredTransfer(None, None, "original collapsed"))
     card = make_card(folder, void, "alice/model")
     assert first_paragraph(card).startswith("**Recovered transfer: void** (original collapsed).")
     assert card.data.tags == ["sophon"]
@@ -309,7 +310,7 @@ def test_names_from_outside_are_text(saved):
         results,
         sweep=sweep,
         failed_checks=[FailedCheck(evil, evil, False)],
-        recovered_transfer=Transfer(None, None, evil),
+        recovered_transfer=RecoveredTransfer(None, None, evil),
     )
     card = make_card(folder, report, "alice/model")
     assert "49" not in body(card).split("Checks that failed")[1].split("All attacks")[0]

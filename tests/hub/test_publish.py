@@ -20,10 +20,9 @@ from two_processes import launch
 
 from sophon_hf import SophonConfig
 from sophon_hf.cli.main import main
-from sophon_hf.hub.claim import Claim
+from sophon_hf.hub.claim import Claim, hash_weights
 from sophon_hf.hub.publish import publish
 from sophon_hf.hub.saving import replaced_together
-from sophon_hf.hub.weights import hash_weights
 from sophon_hf.models.loading import load_model
 
 CLASSIFIER = {

@@ -15,7 +15,7 @@ from transformers import ViTForImageClassification
 from two_processes import launch, results
 
 from sophon_hf.hub.claim import Claim
-from sophon_hf.hub.weights import hash_weights
+from sophon_hf.hub.claim import hash_weights
 from sophon_hf.models.loading import hash_state
 
 # The run as a user would write it. Each process saves what it ends with; the test reads `build` from it too.
