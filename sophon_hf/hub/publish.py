@@ -23,55 +23,18 @@ from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim, hash_weights
 logger = logging.getLogger(__name__)
 
 # Named one by one: what is not known to be needed stays on the machine, whatever it is called.
-ALLOWED = (
-    CARD,
-    FILE_NAME,
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "model_index.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
-    "plots/*.png",
+_ALLOWED = (
+    *(CARD, FILE_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "plots/*.png"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "model_index.json"),
+    *("unet/config.json", "scheduler/scheduler_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
 )
 # Of an earlier commit's, so that the repository holds the weights of the claim and no others, in whatever format.
-REPLACED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.pkl",
-    "*.h5",
-    "*.h5.index.json",
-    "*.msgpack",
-    "*.msgpack.index.json",
-    "*.onnx",
-    "*.onnx_data",
-    "*.gguf",
-    "*.tflite",
-    "*.ot",
-    "plots/*",
+_REPLACED = [
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
+    *("*.h5", "*.h5.index.json", "*.msgpack", "*.msgpack.index.json", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite"),
+    *("*.ot", "plots/*"),
 ]
 _LOG_IN = "Run `hf auth login` (or set HF_TOKEN) with a token that may write."
 
@@ -105,27 +68,29 @@ def publish(
         ConnectionError: The Hub cannot be reached, or the upload broke off; then nothing is published.
     """
     folder = Path(folder)
-    claim, results = check_folder(folder), None
+    claim, results = _check_folder(folder), None
     if report is not None:
         claim, results = with_report(folder, claim, report)
     # Before anything is written: who is not logged in finds the folder as it was.
     repo_id = create_repository(repo_id, private)
     if not write_card_and_claim(folder, claim, repo_id, results):
         logger.warning(
-            "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. "
-            "Without "
-            "it, a card is written anew.",
+            "%s was edited and is published as it is: make sure that it says what %s says, and that it names %s. Where "
+            "you delete it, a new card is written.",
             folder / CARD,
             FILE_NAME,
             repo_id,
         )
-    files = published_files(folder, claim)
-    with helpful_errors(repo_id):
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = [name for name in names if _is_published(name) and (claim.attacks is not None or "plots/" not in name)]
+    if len(files) < len(names):
+        logger.info("Not published: %s.", ", ".join(name for name in names if name not in files))
+    with _helpful_errors(repo_id):
         return HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=[glob.escape(name) for name in files],
-            delete_patterns=REPLACED,
+            delete_patterns=_REPLACED,
             commit_message=commit_message,
             revision=revision,
         )
@@ -147,8 +112,8 @@ def publish_checkpoint(folder: str | os.PathLike, repo_id: str, iteration: int, 
         logger.warning("%s: it was not pushed, training goes on. %s", message, error)
 
 
-def check_folder(folder: Path) -> Claim:
-    """The claim of a saved model, if the weights beside it are those that it speaks of.
+def _check_folder(folder: Path) -> Claim:
+    """Return the claim of a saved model, if the weights beside it are those that it speaks of.
 
     Raises:
         FileNotFoundError: There is none.
@@ -224,21 +189,10 @@ def write_card_and_claim(folder: Path, claim: Claim, repo_id: str, results: Atta
     return unedited
 
 
-def published_files(folder: Path, claim: Claim) -> list[str]:
-    """What of a folder is published: names relative to it. Checkpoints, hidden files, pickles and logs are not."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = [name for name in names if _is_published(name)]
-    if claim.attacks is None:
-        files = [name for name in files if not name.startswith("plots/")]
-    left = [name for name in names if name not in files]
-    if left:
-        logger.info("Not published: %s.", ", ".join(left))
-    return files
-
-
 def _is_published(name: str) -> bool:
-    folder = name.rpartition("/")[0]
-    allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED)
+    """Return whether a file leaves the machine. Checkpoints, hidden files, pickles and logs do not."""
+    allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in _ALLOWED)
+    folder = name.rpartition("/")[0]  # The asterisk of a pattern matches "/" too.
     return allowed and folder in ("", "unet", "scheduler", "plots") and not name.startswith(".")
 
 
@@ -248,11 +202,11 @@ def create_repository(repo_id: str, private: bool | None = None) -> str:
     Raises:
         PermissionError: Not logged in, or the repository is another owner's.
         ConnectionError: The Hub cannot be reached.
-        ValueError: No valid id, or the repository is public and is to be private.
+        ValueError: Not a valid id, or the repository is public and is to be private.
     """
     if get_token() is None:
         raise PermissionError(f"Not logged in to the Hub. {_LOG_IN}")
-    with helpful_errors(repo_id):
+    with _helpful_errors(repo_id):
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not HfApi().model_info(repo_id).private:
             raise ValueError(
@@ -262,34 +216,30 @@ def create_repository(repo_id: str, private: bool | None = None) -> str:
 
 
 @contextmanager
-def helpful_errors(repo_id: str) -> Iterator[None]:
+def _helpful_errors(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into errors that say what to do; no token is in them."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise _explained(error, repo_id) from error
-
-
-def _explained(error: Exception, repo_id: str) -> Exception:
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, (HTTPError, OSError)):
-        error = error.__cause__  # How the client reports a large file that did not arrive.
-    if isinstance(error, LocalTokenNotFoundError):
-        return PermissionError(f"Not logged in to the Hub. {_LOG_IN}")
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", None)
-        if status == 401:
-            return PermissionError(f"The Hub does not accept the token. {_LOG_IN}")
-        if status == 403:
-            return PermissionError(
+    except (HTTPError, OSError, RuntimeError) as raised:
+        error: BaseException = raised
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, (HTTPError, OSError)):
+            error = error.__cause__  # How the client reports a large file that did not arrive.
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError):
+            raise PermissionError(f"Not logged in to the Hub. {_LOG_IN}") from raised
+        if isinstance(error, HfHubHTTPError) and status == 401:
+            raise PermissionError(f"The Hub does not accept the token. {_LOG_IN}") from raised
+        if isinstance(error, HfHubHTTPError) and status == 403:
+            raise PermissionError(
                 f"The account that is logged in may not write to {repo_id}: name a repository of your own, or log in "
-                "as its "
-                "owner (`hf auth login`)."
-            )
-        return ConnectionError(f"The Hub refused {repo_id}: {error.server_message or status}. Nothing is published.")
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
-        return ConnectionError(
-            f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing again "
-            "goes on "
-            "with the large files that arrived."
-        )
-    return error
+                "as its owner (`hf auth login`)."
+            ) from raised
+        if isinstance(error, HfHubHTTPError):
+            reason = error.server_message or status
+            raise ConnectionError(f"The Hub refused {repo_id}: {reason}. Nothing is published.") from raised
+        if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+            raise ConnectionError(
+                f"The connection to the Hub failed ({type(error).__name__}), and nothing is published. Publishing "
+                "again goes on with the large files that arrived."
+            ) from raised
+        raise

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import pickletools
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
+from audited import make_claim
 from diffusers import DDPMPipeline
 from huggingface_hub import HfApi, ModelCard, load_torch_model, snapshot_download
 from points import TinyNet
-from published import attack, classifier, make_trainer, protect
+from published import attack, classifier, make_trainer, protect, unet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from two_processes import launch
 
 from sophon_hf import SophonConfig
 from sophon_hf.cli.main import main
 from sophon_hf.hub.claim import Claim, hash_weights
-from sophon_hf.hub.publish import publish
-from sophon_hf.hub.saving import replaced_together
+from sophon_hf.hub.publish import publish, with_report, write_card_and_claim
+from sophon_hf.hub.saving import load_weights, replaced_together, save_protected
 from sophon_hf.models.loading import load_model
 
 CLASSIFIER = {
@@ -180,18 +182,32 @@ def test_without_a_token_a_report_leaves_the_folder_as_it_was(hub, folder, tmp_p
     assert contents(folder) == before and not (folder / "plots").exists()
 
 
-@pytest.mark.parametrize("unwritable", ["sophon_hf.hub.claim.write_atomically", "sophon_hf.hub.card.write_atomically"])
-def test_card_and_claim_change_together_or_not_at_all(hub, folder, monkeypatch, unwritable):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def full_disk(size: int):
+    """No file gets larger than `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+
+def test_a_claim_that_cannot_be_written_leaves_the_card_as_it_was(folder):
+    claim, _ = with_report(folder, Claim.read(folder), folder.parent / "attacks")
     before = contents(folder)
-    monkeypatch.setattr(unwritable, full)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(len(claim.to_json()) - 1), pytest.raises(OSError, match="too large"):
+        write_card_and_claim(folder, claim, "alice/model")
+    assert contents(folder).items() >= before.items()
+
+
+def test_a_card_that_cannot_be_written_leaves_the_claim_as_it_was(hub, folder):
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    before = (folder / "sophon.json").read_bytes()
+    with pytest.raises(OSError, match="directory"):
         publish(folder, "alice/model", report=folder.parent / "attacks")
-    after = contents(folder)
-    assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() <= {name.split("/")[1] for name in PLOTS}
+    assert (folder / "sophon.json").read_bytes() == before and files(hub) == {".gitattributes"}
 
 
 def test_a_wrong_token_says_how_to_log_in_and_does_not_show_it(hub, folder, tmp_path, caplog, capsys):
@@ -399,10 +415,6 @@ def test_a_unet_is_published_as_a_pipeline_that_generates(hub, tmp_path):
 
 
 def test_a_unet_that_came_from_a_folder_does_not_name_it(hub, tmp_path):
-    from published import unet
-
-    from sophon_hf.models.loading import load_model
-
     (tmp_path / "secret-user").mkdir()
     unet().save_pretrained(tmp_path / "secret-user" / "base")
     trainer = protect("unet", tmp_path / "out", model=load_model(tmp_path / "secret-user" / "base"))
@@ -422,53 +434,50 @@ def test_a_plain_module_is_loaded_through_its_class(hub, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "unet", "module"])
-def test_large_models_are_sharded_and_load_and_resume(hub, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("sophon_hf.hub.saving.MAX_SHARD_SIZE", 600 if kind == "module" else "2KB")
-    trainer = protect(kind, tmp_path / "out")
-    shards = hash_weights(tmp_path / "out")
-    assert len(shards) > 1 and Claim.read(tmp_path / "out").weights == shards
-    trainer.push_to_hub("alice/model")
+def test_large_models_are_sharded_and_load(hub, tmp_path, kind):
+    trainer, folder = make_trainer(kind, tmp_path / "unused"), tmp_path / "out"
+    model, task = trainer.model.cpu(), trainer.task
+
+    def claim_for(staged):
+        return make_claim(staged, model, None, metric=task.metric, greater_is_better=task.greater_is_better)
+
+    def save(**settings):
+        save_protected(folder, model, task, None, claim_for, "alice/model", **settings)
+
+    save(max_shard_size=600 if kind == "module" else "2KB")
+    shards = hash_weights(folder)
+    assert len(shards) > 1 and Claim.read(folder).weights == shards
+    publish(folder, "alice/model")
     assert set(shards) < files(hub) and any(name.endswith(".index.json") for name in files(hub))
-    state = trainer.model.state_dict()
-    if kind == "classifier":
-        loaded = AutoModelForImageClassification.from_pretrained("alice/model").state_dict()
-    elif kind == "unet":
-        loaded = DDPMPipeline.from_pretrained("alice/model").unet.state_dict()
+    if kind == "module":
+        loaded = TinyNet()
+        load_torch_model(loaded, snapshot_download("alice/model"), strict=True)
     else:
-        model = TinyNet()
-        load_torch_model(model, snapshot_download("alice/model"), strict=True)
-        loaded = model.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    resumed = make_trainer(kind, tmp_path / "out")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert all(torch.equal(resumed.model.state_dict()[name], tensor) for name, tensor in state.items())
-    assert Claim.read(tmp_path / "out").compute.iterations == 2
-    monkeypatch.setattr("sophon_hf.hub.saving.MAX_SHARD_SIZE", "5GB")
-    resumed.save_model()
-    assert len(hash_weights(tmp_path / "out")) == 1 and not list((tmp_path / "out").glob("*.index.json"))
-    resumed.push_to_hub("alice/model")
+        # As a stranger loads it, and as a trainer that goes on from a checkpoint.
+        library = AutoModelForImageClassification if kind == "classifier" else DDPMPipeline
+        published = library.from_pretrained("alice/model")
+        loaded = {"classifier": classifier, "unet": unet}[kind]()
+        torch.nn.init.zeros_(next(loaded.parameters()))
+        load_weights(loaded, folder)
+        assert_same_state(published if kind == "classifier" else published.unet, model)
+    assert_same_state(loaded, model)
+    save()
+    assert len(hash_weights(folder)) == 1 and not list(folder.rglob("*.index.json"))
+    publish(folder, "alice/model")
     assert not set(shards) & files(hub)
 
 
-# A full disk.
+def assert_same_state(loaded, expected) -> None:
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("at", ["weights", "claim"])
-def test_a_full_disk_leaves_the_earlier_save_whole(folder, monkeypatch, at):
+def test_a_full_disk_leaves_the_earlier_save_whole(folder):
     trainer = make_trainer("classifier", folder.parent / "unused")
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if at == "weights":
-        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    else:
-        monkeypatch.setattr("sophon_hf.hub.claim.write_atomically", full)
-    with pytest.raises(OSError, match="No space left"):
+    before = contents(folder)
+    weights = (folder / "model.safetensors").stat().st_size
+    with full_disk(weights - 1), pytest.raises(OSError, match="(?i)too large"):
         trainer.save_model(str(folder))
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
-    monkeypatch.undo()
+    assert contents(folder) == before
     trainer.save_model(str(folder))
     assert Claim.read(folder).weights == hash_weights(folder) != json.loads(before["sophon.json"])["weights"]
 

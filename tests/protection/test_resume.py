@@ -148,9 +148,8 @@ def library_data(make, seed: int) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("make", [make_vit, make_bert, make_unet])
-def test_a_model_of_the_libraries_resumes_to_the_same_weights(tmp_path, make, monkeypatch):
+def test_a_model_of_the_libraries_resumes_to_the_same_weights(tmp_path, make):
     """Whose files call some weights by other names than the model does (ViT), or are a pipeline's (UNet)."""
-    monkeypatch.setattr("sophon_hf.hub.saving.MAX_SHARD_SIZE", "20KB")
     states = []
     for resume in (None, str(tmp_path / "output" / "checkpoint-2")):
         torch.manual_seed(0)
