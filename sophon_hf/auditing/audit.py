@@ -1,4 +1,4 @@
-"""Is what a published model claims of itself true? Hashes and form without data; figures on the auditor's own."""
+"""Audit a published model: hashes and form without data, figures on the auditor's own data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,34 +53,38 @@ class Audit:
 
     @property
     def exit_code(self) -> int:
-        """0 where everything that was checked was reproduced, 1 where something is weaker than claimed or tampered."""
+        """Return 1 where something is weaker than claimed or tampered with, else 0."""
         return int(any(v.verdict in (WEAKER, TAMPERED) for v in self.verdicts))
 
-    def add(self, claim: str, verdict: str, why: str = "", claimed: str = "", measured: str = "") -> None:
-        """Add a verdict."""
-        self.verdicts.append(Verdict(claim, verdict, claimed, measured, why))
+    def _add(self, claim: str, verdict: str, why: str) -> None:
+        self.verdicts.append(Verdict(claim, verdict, why=why))
+
+    @property
+    def _title(self) -> str:
+        return f"Audit of {self.source}" + (f" at {self.commit}" if self.commit else "")
 
     def summary(self) -> str:
-        """One line."""
-        counts = [
-            sum(v.verdict == kind for v in self.verdicts) for kind in (REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE)
-        ]
-        names = (REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE)
-        return ", ".join(f"{count} {name}" for count, name in zip(counts, names, strict=True) if count)
+        """Return how many claims there are of each verdict, in one line."""
+        counts = Counter(verdict.verdict for verdict in self.verdicts)
+        return ", ".join(f"{counts[k]} {k}" for k in (REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE) if counts[k])
 
     def to_text(self) -> str:
-        """The verdicts for a terminal, one a line, and the notes."""
-        title = f"Audit of {self.source}" + (f" at {self.commit}" if self.commit else "")
-        lines = [title, ""]
+        """Return the verdicts for a terminal, one a line, and the notes."""
+        lines = [self._title, ""]
         for v in self.verdicts:
             figures = f"claimed {v.claimed}, measured {v.measured}: " if v.claimed and v.measured else ""
             lines.append(f"{v.verdict:20}{v.claim}: {figures}{v.why}")
         return "\n".join(printable(line) for line in [*lines, "", *self.notes, f"{self.summary()}."])
 
     def to_markdown(self) -> str:
-        """The audit as a table and its notes."""
-        title = f"# Audit of {self.source}" + (f" at {self.commit}" if self.commit else "")
-        lines = [_inert(title), "", f"{self.summary()}.", "", "| claim | verdict | claimed | measured | why |"]
+        """Return the audit as a table in Markdown, and its notes."""
+        lines = [
+            f"# {_inert(self._title)}",
+            "",
+            f"{self.summary()}.",
+            "",
+            "| claim | verdict | claimed | measured | why |",
+        ]
         lines.append("|---" * 5 + "|")
         lines += ["| " + " | ".join(_inert(value) for value in asdict(v).values()) + " |" for v in self.verdicts]
         return "\n".join([*lines, "", *(f"- {_inert(note)}" for note in self.notes)]).rstrip() + "\n"
@@ -195,21 +200,19 @@ def _measure(found: Audit, claim: Claim, models: Models, data: AdversaryData, su
         found.facts["original_test"] = fingerprint
 
 
-# ---- Without data: is the repository whole, harmless, and in agreement with itself? ----
-
-
 def _read_claim(audit: Audit, download: Download) -> Claim | None:
+    """Judge file names and sophon.json, and return the claim where it can be read."""
     if download.refused:
         first = sorted(download.refused)[0]
-        audit.add("files", TAMPERED, f"{len(download.refused)} not touched, as {first!r}: {download.refused[first]}")
+        audit._add("files", TAMPERED, f"{len(download.refused)} not touched, as {first!r}: {download.refused[first]}")
     else:
-        audit.add("files", REPRODUCED, "every name stays inside the folder")
+        audit._add("files", REPRODUCED, "every name stays inside the folder")
     if download.ignored:
         shown = ", ".join(repr(name) for name in download.ignored[:5])
         more = f" and {len(download.ignored) - 5} more" if len(download.ignored) > 5 else ""
         audit.notes.append(f"An audit does not read: {shown}{more}.")
     if FILE_NAME in download.refused:
-        audit.add(FILE_NAME, TAMPERED, download.refused[FILE_NAME])
+        audit._add(FILE_NAME, TAMPERED, download.refused[FILE_NAME])
         return None
     if not (download.folder / FILE_NAME).exists():
         raise FileNotFoundError(f"{audit.source} holds no {FILE_NAME}: nothing is claimed of it that could be audited.")
@@ -217,33 +220,33 @@ def _read_claim(audit: Audit, download: Download) -> Claim | None:
         claim = Claim.read(download.folder / FILE_NAME)
         contradiction = judge_consistency(claim)
     except (ValueError, ArithmeticError) as error:
-        audit.add(FILE_NAME, TAMPERED, str(error))
+        # Figures of a forger's can be too large to compute with.
+        audit._add(FILE_NAME, TAMPERED, str(error))
         return None
     if contradiction is not None:
-        audit.add(FILE_NAME, TAMPERED, contradiction)
+        audit._add(FILE_NAME, TAMPERED, contradiction)
     else:
-        audit.add(FILE_NAME, REPRODUCED, "of the right form, and its score follows from its attacks")
+        audit._add(FILE_NAME, REPRODUCED, "of the right form, and its score follows from its attacks")
     return claim
 
 
 def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
-    """Whether the files are those that the claim is about, and may be loaded."""
+    """Judge weights, configurations and card; return whether they are the claim's and may be loaded."""
     found = hash_weights(download.folder)
     wrong = sorted(name for name in {*found, *claim.weights} if found.get(name) != claim.weights.get(name))
     if wrong:
-        kinds = {name: "differs" if name in found and name in claim.weights else "is missing" for name in wrong}
-        kinds |= {name: "is not claimed" for name in wrong if name not in claim.weights}
-        audit.add(
-            "weights", TAMPERED, f"{wrong[0]!r} {kinds[wrong[0]]}" + f" ({len(wrong)} such files)" * (len(wrong) > 1)
-        )
+        first, more = wrong[0], f" ({len(wrong)} such files)" if len(wrong) > 1 else ""
+        kind = "is not claimed" if first not in claim.weights else "is missing" if first not in found else "differs"
+        audit._add("weights", TAMPERED, f"{first!r} {kind}{more}")
     else:
-        audit.add("weights", REPRODUCED, f"SHA-256 of {len(found)} file{'s' * (len(found) != 1)}")
+        audit._add("weights", REPRODUCED, f"SHA-256 of {len(found)} file{'s' * (len(found) != 1)}")
     try:
         check_configurations(download.folder)
     except ValueError as error:
-        audit.add("configuration", NOT_CHECKABLE if claim.remote_code else TAMPERED, str(error))
+        # A publisher who says that the model needs code of its own forges nothing, but the code is not run either.
+        audit._add("configuration", NOT_CHECKABLE if claim.remote_code else TAMPERED, str(error))
         return False
-    audit.add("configuration", REPRODUCED, "asks for no code and no other repository")
+    audit._add("configuration", REPRODUCED, "asks for no code and no other repository")
     verdict, notes = judge_card(download.folder, claim)
     audit.verdicts.append(verdict)
     audit.notes += notes
@@ -253,11 +256,6 @@ def _check_files(audit: Audit, download: Download, claim: Claim) -> bool:
 
 
 def _inert(text: str) -> str:
-    """The same as it may stand in a table: no markup, no new cell."""
-    return (
-        html.escape(printable(str(text)), quote=False)
-        .replace("|", "\\|")
-        .replace("`", "'")
-        .replace("[", "(")
-        .replace("]", ")")
-    )
+    """Return text as it may stand in a table: no markup, no new cell."""
+    escaped = html.escape(printable(str(text)), quote=False)
+    return escaped.replace("|", "\\|").translate(str.maketrans("`[]", "'()"))

@@ -12,9 +12,9 @@ from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, Ver
 from sophon_hf.hub.card import CARD, NOT_EVALUATED, evaluation_results, is_unedited
 from sophon_hf.hub.claim import Claim
 
-LARGEST_CARD = 2**20
-LARGEST_METADATA = 2**15
-DEEPEST = 20
+_LARGEST_CARD = 2**20
+_LARGEST_METADATA = 2**15
+_DEEPEST = 20
 
 
 def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
@@ -27,82 +27,64 @@ def judge_card(folder: Path, claim: Claim) -> tuple[Verdict, list[str]]:
     if not path.exists():
         return Verdict("card", NOT_CHECKABLE, why=f"there is no {CARD}"), []
     try:
-        text = _read(path)
-        header, body = split_card(text)
-        metadata = read_metadata(header)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_CARD + 1)
+        if len(text) > _LARGEST_CARD:
+            raise ValueError(f"the card has more than {_LARGEST_CARD // 1024} KiB")
+        parts = re.match(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+        if parts is None:
+            raise ValueError("the card has none")
+        metadata, body = read_metadata(parts[1]), text[parts.end() :]
         found = _figures(metadata)
     except ValueError as error:
         return Verdict("card", NOT_CHECKABLE, why=f"its metadata cannot be read: {error}"), []
     notes = [] if is_unedited(body) else ["The card's text was edited: what it says was not compared with the claim."]
     if claim.attacks is not None and NOT_EVALUATED in " ".join(body.split()):
         return Verdict("card", TAMPERED, why='it says "not evaluated", and the claim holds attacks'), notes
-    expected = {r.metric_name: float(r.metric_value) for r in evaluation_results(claim)}
+    results = evaluation_results(claim)
+    expected = {result.metric_name: float(result.metric_value) for result in results}
     for name, value in found:
         if name not in expected:
             return Verdict("card", TAMPERED, why=f"it states {name!r}, which the claim does not"), notes
+        # Written so that NaN differs too.
         if not abs(value - expected[name]) <= 1e-6 * max(1.0, abs(value)):
             why = f"it states {value:.4g} for {name!r}, the claim {expected[name]:.4g}"
             return Verdict("card", TAMPERED, why=why), notes
-    if "non-fine-tunable" in (metadata.get("tags") or []) and not any(
-        r.metric_type == "recovered_transfer" for r in evaluation_results(claim)
-    ):
+    scored = any(result.metric_type == "recovered_transfer" for result in results)
+    if "non-fine-tunable" in str(metadata.get("tags")) and not scored:
         return Verdict("card", TAMPERED, why="it is tagged non-fine-tunable, and the claim holds no score"), notes
     left_out = len(expected.keys() - dict(found))
     words = f"; it leaves out {left_out} of its figures" if left_out else ""
     return Verdict("card", REPRODUCED, why=f"its metadata state what the claim does{words}"), notes
 
 
-def split_card(text: str) -> tuple[str, str]:
-    """The YAML at the head of a card, and what follows it.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = re.match(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-    if found is None:
-        raise ValueError("the card has none")
-    return found[1], text[found.end() :]
-
-
 def read_metadata(header: str) -> dict[str, Any]:
-    """A stranger's YAML: plain values, no references, no great size.
+    """Read a stranger's YAML: plain values, no references, no great size.
 
     Raises:
         ValueError: It is something else.
     """
-    if len(header) > LARGEST_METADATA:
-        raise ValueError(f"they have more than {LARGEST_METADATA // 1024} KiB")
+    if len(header) > _LARGEST_METADATA:
+        raise ValueError(f"they have more than {_LARGEST_METADATA // 1024} KiB")
+    depth = 0
     try:
-        _check_events(header)
+        # Before it is built: a reference can name one value a billion times, and depth is slow.
+        for event in yaml.parse(header, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("they hold references (*), which could unfold without end")
+            if depth > _DEEPEST:
+                raise ValueError(f"they are nested more than {_DEEPEST} deep")
         values = yaml.safe_load(header)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}, {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
-        raise ValueError("they are no mapping")
+        raise ValueError("they are not a mapping")
     return values
 
 
-def _check_events(header: str) -> None:
-    """Refuse YAML that costs much to build: a reference can name one value a billion times, and depth is slow."""
-    depth = 0
-    for event in yaml.parse(header, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("they hold references (*), which could unfold without end")
-        if depth > DEEPEST:
-            raise ValueError(f"they are nested more than {DEEPEST} deep")
-
-
-def _read(path: Path) -> str:
-    with open(path, encoding="utf-8") as file:
-        text = file.read(LARGEST_CARD + 1)
-    if len(text) > LARGEST_CARD:
-        raise ValueError(f"the card has more than {LARGEST_CARD // 1024} KiB")
-    return text
-
-
 def _figures(metadata: dict[str, Any]) -> list[tuple[str, float]]:
-    """The metrics of `model-index`, name and value: all that the Hub shows, also where two have one name."""
+    """Return name and value of each metric of `model-index`, all that the Hub shows, also where two have one name."""
     figures = []
     try:
         for model in metadata.get("model-index") or []:

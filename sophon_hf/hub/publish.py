@@ -136,7 +136,7 @@ def _check_folder(folder: Path) -> Claim:
 
 
 def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[Claim, AttackResults]:
-    """The claim with what attacks found, and their results; nothing is written.
+    """Return the claim with what attacks found, and their results; nothing is written.
 
     Args:
         folder: What the model is saved in.
@@ -155,9 +155,8 @@ def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[
     attacked = results.facts.get("weights", {}).get("protected")
     if attacked != claim.state_hash:
         raise ValueError(
-            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run `sophon-hf "
-            "attack "
-            f"--protected {folder}` and name its output_dir."
+            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run "
+            f"`sophon-hf attack --protected {folder}` and name its output_dir."
         )
     if results.metric != claim.metric:
         raise ValueError(f"{path} measures {results.metric}, the claim {claim.metric}.")

@@ -183,6 +183,14 @@ def test_a_stronger_sweep_shows_a_claim_to_be_too_good(truth, tmp_path):
     assert useless[0].to_dict() in audit.facts["attacks"]  # What the publisher found strongest is repeated.
 
 
+def test_a_claim_of_another_metric_is_not_judged_by_accuracy(truth, tmp_path):
+    claim = truth["claim"]
+    publish_folder(tmp_path / "model", perturbed(truth["original"]), None, attacks=claim.attacks, metric="f1_macro")
+    audit = full_audit(truth, tmp_path / "model", tmp_path / "audit")
+    assert verdict_of(audit, "recovered transfer") == NOT_CHECKABLE
+    assert why_of(audit, "original f1_macro after protection") == "the claim measures f1_macro, an audit accuracy"
+
+
 # The rule.
 
 

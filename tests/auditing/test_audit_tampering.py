@@ -219,6 +219,11 @@ def test_hostile_yaml_in_the_card_is_harmless(folder, tmp_path, monkeypatch, met
     assert not (tmp_path / "owned").exists()
 
 
+def test_tags_of_another_kind_are_harmless(folder, tmp_path):
+    (folder / "README.md").write_text("---\ntags: 3\n---\ntext\n")
+    assert verdict_of(audit_model(folder, tmp_path / "audit"), "card") == REPRODUCED
+
+
 @pytest.mark.parametrize("yaml, message", [(BOMB, "references"), ("[" * 30_000, "nested"), ("- " * 10_000, "nested")])
 def test_yaml_that_would_take_for_ever_is_refused_at_its_start(yaml, message):
     with pytest.raises(ValueError, match=message):

@@ -119,6 +119,13 @@ def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
     assert "3 failed" in card.text
 
 
+def test_a_card_speaks_of_the_claims_metric(saved):
+    folder, claim, results = saved
+    card = make_card(folder, replace(with_attacks(claim, results), metric="f1_macro"), "alice/model")
+    assert rf"f1\_macro {results.best('protected').mean:.1%} in the restricted domain" in body(card)
+    assert "accuracy" not in card.text and card.data.metrics == ["f1_macro"]
+
+
 def test_a_void_score_is_no_score(saved):
     folder, claim, results = saved
     void = with_attacks(claim, results, recovered_transfer=RecoveredTransfer(None, None, "original collapsed"))
