@@ -22,7 +22,7 @@ from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim, hash_weights
 
 logger = logging.getLogger(__name__)
 
-# Named one by one: what is not known to be needed stays on the machine, whatever it is called.
+# Named one by one: what is not known to be needed stays on the machine.
 _ALLOWED = (
     *(CARD, FILE_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "plots/*.png"),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "model_index.json"),
@@ -30,7 +30,7 @@ _ALLOWED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
 )
-# Of an earlier commit's, so that the repository holds the weights of the claim and no others, in whatever format.
+# Of an earlier commit's, so that the repository holds the weights of the claim and no others, in any format.
 _REPLACED = [
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
     *("*.h5", "*.h5.index.json", "*.msgpack", "*.msgpack.index.json", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite"),

@@ -15,7 +15,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from published import attack, classifier, protect
-from safetensors.torch import save_file
 
 LARGE = bytes(range(256)) * 4096
 
@@ -153,26 +152,6 @@ print("equal")
     assert_no_token(hub, tmp_path, published, loaded, audited)
 
 
-def test_protect_publish_and_load_a_pipeline(hub, tmp_path):
-    trainer = protect("unet", tmp_path / "out")
-    published = run("publish", str(tmp_path / "out"), "alice/pipeline")
-    assert published.returncode == 0, published.stderr
-    save_file(trainer.model.state_dict(), tmp_path / "expected.safetensors")
-    loaded = run(
-        code=f"""
-import torch
-from diffusers import DDPMPipeline
-from safetensors.torch import load_file
-pipeline = DDPMPipeline.from_pretrained("alice/pipeline")
-expected = load_file({str(tmp_path / "expected.safetensors")!r})
-assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
-print(pipeline(num_inference_steps=2, output_type="np").images.shape)
-"""
-    )
-    assert loaded.stdout.strip().endswith("(1, 8, 8, 3)"), loaded.stderr
-    assert_no_token(hub, tmp_path, published, loaded)
-
-
 def assert_no_token(hub, folder, *processes: subprocess.CompletedProcess) -> None:
     """In nothing that was printed, logged, written or published, save huggingface_hub's own file."""
     token = next(iter(hub.users))
@@ -184,15 +163,13 @@ def assert_no_token(hub, folder, *processes: subprocess.CompletedProcess) -> Non
         assert all(token.encode() not in file.content for file in repository.files.values())
 
 
-@pytest.mark.parametrize("command", [["publish", "OUT", "alice/model"], ["audit", "bob/secret"]])
-def test_a_wrong_token_is_in_no_message(hub, tmp_path, monkeypatch, command):
+def test_a_wrong_token_is_in_no_message(hub, tmp_path, monkeypatch):
     """Not even with every library at its most talkative."""
-    protect("classifier", tmp_path / "OUT")
+    protect("classifier", tmp_path / "out")
     (tmp_path / "huggingface" / "token").write_text("hf_wrongwrongwrong")
     for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         monkeypatch.setenv(name, "debug")
-    command = [str(tmp_path / "OUT") if argument == "OUT" else argument for argument in command]
-    process = run(*command, "--traceback")
+    process = run("publish", str(tmp_path / "out"), "alice/model", "--traceback")
     assert process.returncode != 0
     assert "hf_wrong" not in process.stdout + process.stderr
     assert not hub.repositories
