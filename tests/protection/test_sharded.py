@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 from two_processes import launch, results
 
-from sophon_hf.hub.claim import Claim
-from sophon_hf.hub.claim import hash_weights
+from sophon_hf.hub.claim import Claim, hash_weights
 from sophon_hf.models.loading import hash_state
 
 # The run as a user would write it. Each process saves what it ends with; the test reads `build` from it too.
