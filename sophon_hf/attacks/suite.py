@@ -35,7 +35,7 @@ from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.loading import Source
 from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
-from sophon_hf.models.loading import hash_state, load_model, load_processor, refuse_half_precision
+from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
 from sophon_hf.utils import write_atomically
@@ -147,6 +147,8 @@ class AttackSuite:
             refuse_half_precision(model, name)
         check_same_architecture(models)
         task, processor = self._task_and_processor(models["original"], original, protected)
+        for model in models.values():
+            agree_on_padding(model, processor)
         needs = task.inputs(models["original"])
         data = self._data(restricted_dataset, eval_dataset, validation_dataset, original_dataset, original_eval_dataset)
         domains = data.build(needs, processor)

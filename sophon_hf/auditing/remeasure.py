@@ -34,7 +34,7 @@ from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.loading import load_domain
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.hub.claim import Claim
-from sophon_hf.models.loading import hash_state, load_model, load_processor
+from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor
 from sophon_hf.tasks.base import Task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
 
@@ -98,10 +98,10 @@ def load_models(
     if hash_state(protected) != claim.state_hash:
         reason = "the loaded model's parameters are not those that the claim is about"
         return Verdict("state", TAMPERED, why=reason), None
+    task, processor = load_task(folder, protected), load_processor(folder, protected)
     for model in (protected, unprotected):
         if model is not None:
-            model.to(process_state().device)
-    task, processor = load_task(folder, protected), load_processor(folder, protected)
+            agree_on_padding(model.to(process_state().device), processor)
     state = Verdict("state", REPRODUCED, why="the loaded model holds what the claim is about")
     return state, Models(protected, unprotected, why, task, processor)
 

@@ -45,6 +45,7 @@ class Domain:
         self.name, self.dataset, self.preprocessor = name, dataset, preprocessor
         self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers
         self._lengths: dict[str, Tensor] = {}
+        self._widths: dict[str, int] = {}
         column = preprocessor.label_column
         self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
         self.class_names = [] if column is None else class_names(dataset, column)
@@ -84,7 +85,7 @@ class Domain:
                     examples += self._prepare([index])
         else:
             examples = self._prepare(indices.tolist())
-        batch = self.preprocessor.stack(examples)
+        batch = self.preprocessor.stack(examples, self._widths)
         self._check_finite(batch, indices)
         return batch
 
@@ -97,14 +98,24 @@ class Domain:
 
     def _materialize(self, memory_limit: int) -> Example | None:
         examples: list[Example] = []
+        too_large = False
         for start in range(0, len(self), CHUNK):
             examples += self._prepare(list(range(start, min(start + CHUNK, len(self)))))
             size = sum(t.numel() * t.element_size() for t in examples[0].values())
-            if size * len(self) > memory_limit:
-                return None
+            too_large |= size * len(self) > memory_limit
+            if too_large:
+                # Without a mask the model reads its padding, so all batches have to be as wide as the longest example.
+                sequences = [n for n, t in examples[0].items() if t.ndim == 1 and "attention_mask" not in examples[0]]
+                for name in sequences:
+                    self._widths[name] = max(self._widths.get(name, 0), *(len(e[name]) for e in examples))
+                if not sequences:
+                    return None
+                del examples[1:]
+        if too_large:
+            return None
         tensors = self.preprocessor.stack(examples)
         for name in tensors:
-            if tensors[name].ndim > 1:
+            if tensors[name].ndim > 1 and "attention_mask" in tensors:
                 lengths = torch.tensor([len(example[name]) for example in examples])
                 if lengths.min() < lengths.max():
                     self._lengths[name] = lengths

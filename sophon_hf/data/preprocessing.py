@@ -65,13 +65,21 @@ class Preprocessor:
         """Return one example for each row."""
         return self.inputs(rows)
 
-    def stack(self, examples: list[Example]) -> Example:
-        """Return one tensor for each input, filled up at the end of the first dimension where lengths differ."""
-        return {name: _stack([e[name] for e in examples], self.padding.get(name, 0)) for name in examples[0]}
+    def stack(self, examples: list[Example], widths: Mapping[str, int] | None = None) -> Example:
+        """Return one tensor for each input, filled up at the end of the first dimension where lengths differ.
+
+        Args:
+            examples: At least one.
+            widths: The length that inputs get at least, by name.
+        """
+        return {
+            name: _stack([e[name] for e in examples], self.padding.get(name, 0), (widths or {}).get(name, 0))
+            for name in examples[0]
+        }
 
 
-def _stack(tensors: list[Tensor], fill: float) -> Tensor:
-    if all(t.shape == tensors[0].shape for t in tensors):
+def _stack(tensors: list[Tensor], fill: float, width: int) -> Tensor:
+    if all(t.shape == tensors[0].shape for t in tensors) and (not width or width == len(tensors[0])):
         return torch.stack(tensors)
     if any(t.shape[1:] != tensors[0].shape[1:] for t in tensors):
         shapes = sorted({tuple(t.shape) for t in tensors})
@@ -79,7 +87,8 @@ def _stack(tensors: list[Tensor], fill: float) -> Tensor:
             f"The examples have different sizes, {shapes[0]} and {shapes[-1]} among them. Pass a `processing_class` "
             "that resizes them, or a dataset whose images all have one size."
         )
-    stacked = tensors[0].new_full((len(tensors), max(len(t) for t in tensors), *tensors[0].shape[1:]), fill)
+    width = max(width, *(len(t) for t in tensors))
+    stacked = tensors[0].new_full((len(tensors), width, *tensors[0].shape[1:]), fill)
     for row, tensor in zip(stacked, tensors, strict=True):
         row[: len(tensor)] = tensor
     return stacked
@@ -101,10 +110,11 @@ def make_preprocessor(
         ValueError: No column or several could be meant, or text or audio lacks its `processing_class`.
     """
     pad = getattr(processing_class, "pad_token_id", None)
-    padding = {"input_ids": (needs.pad_token_id or 0) if pad is None else pad}
+    # The model's own goes first: one that looks for the last token would take another one's padding for text.
+    padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
     inputs: Callable[[_Rows], list[Example]] | None = None
     if ready := {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}:
-        inputs = partial(_ready, columns=ready)
+        inputs = partial(_ready, columns=ready, masked="input_ids" in ready and needs.accepts("attention_mask"))
     # A row of ready inputs may hold more columns, which are left out.
     for kind in () if ready else ("images", "audio", "text", "tensors"):
         columns = [column for column, value in row.items() if _kind(value) == kind]
@@ -154,9 +164,13 @@ def _prepare_column(kind: str, column: str, needs: ModelInputs, processing_class
     return partial(prepare, column=column, needs=needs, processing_class=processing_class)
 
 
-def _ready(rows: _Rows, columns: Mapping[str, str]) -> list[Example]:
+def _ready(rows: _Rows, columns: Mapping[str, str], masked: bool = False) -> list[Example]:
     count = len(next(iter(rows.values())))
-    return [{name: _to_tensor(rows[column][i]) for column, name in columns.items()} for i in range(count)]
+    examples = [{name: _to_tensor(rows[column][i]) for column, name in columns.items()} for i in range(count)]
+    for example in examples if masked else ():
+        # Without a mask a model would read the padding, and its prediction would depend on the batch.
+        example.setdefault("attention_mask", torch.ones_like(example["input_ids"]))
+    return examples
 
 
 def _to_tensor(value: Any) -> Tensor:
@@ -185,7 +199,8 @@ def _text(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) -
     # Many saved tokenizers know no length, and would cut nothing. RoBERTa's kind counts its positions from the padding
     # token on, which takes two of them.
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
-    encoded = processing_class(list(rows[column]), truncation=True, max_length=longest)
+    masked = {"return_attention_mask": True} if needs.accepts("attention_mask") else {}
+    encoded = processing_class(list(rows[column]), truncation=True, max_length=longest, **masked)
     names = [name for name in encoded if needs.accepts(name)]
     return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
 

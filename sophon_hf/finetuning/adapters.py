@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.models.structure import ModelStructure
@@ -20,7 +22,7 @@ _REFUSAL = re.compile(
 def add_adapter(
     model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure, steps: int
 ) -> tuple[list[nn.Parameter], Callable[[int], Any]]:
-    """Put an adapter beside every linear and convolutional layer but the head, in place; the layers themselves freeze.
+    """Put an adapter beside every layer with weights that runs but the heads, in place; the layers themselves freeze.
 
     Batch-norm statistics go on moving in training mode, as they do for anyone who trains an adapter; they are part of
     the attack's result.
@@ -28,7 +30,8 @@ def add_adapter(
     Args:
         model: Unwrapped.
         strategy: Names the adapter and its rank.
-        structure: Where the head is.
+        structure: Where the heads are, and what runs. A weight that is read without calling its layer, as attention does
+            with its output projection, would have an adapter that does nothing.
         steps: Length of the fine-tuning, by which AdaLoRA allots its ranks.
 
     Returns:
@@ -41,16 +44,27 @@ def add_adapter(
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     before = {id(parameter) for parameter in model.parameters()}
-    targets = [name for name, module in model.named_modules() if _takes(strategy, module) and name != structure.head]
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if name in structure.ran and name not in structure.heads and _takes(strategy, module)
+    ]
     if not targets:
         raise NotApplicableError(f"{strategy.adapter} finds no layer of {type(model).__name__} that it could go to")
     config = _config(strategy, "|".join(re.escape(name) for name in targets), steps)
     try:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name="default")
+        with warnings.catch_warnings():
+            # peft sets it right by itself: GPT-2 stores its weights the other way round.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name="default")
     except (ValueError, TypeError, NotImplementedError) as error:
         if not _says_unsupported(error):
             raise
         raise NotApplicableError(f"peft cannot put {strategy.adapter} on {type(model).__name__}: {error}") from error
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In evaluation torch reads its weights past the adapters, unless it has a hook.
+            module.register_forward_pre_hook(lambda *_: None)
     added = [p for p in model.parameters() if id(p) not in before and p.requires_grad]
     allocate = getattr(tuner, "update_and_allocate", None)
     return added, allocate or (lambda step: None)
@@ -70,7 +84,9 @@ def _takes(strategy: FineTuningStrategy, module: nn.Module) -> bool:
         return module.groups == 1 and strategy.adapter != "oft"
     if isinstance(module, nn.Linear):
         return strategy.adapter != "oft" or module.in_features % strategy.rank == 0
-    return False
+    if isinstance(module, Conv1D):
+        return strategy.adapter in ("lora", "rslora", "dora", "adalora", "ia3")
+    return isinstance(module, nn.MultiheadAttention) and strategy.adapter in ("lora", "rslora")
 
 
 def _config(strategy: FineTuningStrategy, targets: str, steps: int) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.models.sharding import copy_of, distributed_like, is_sharded, local, shard_part
@@ -21,7 +22,7 @@ def initialize(
 ) -> set[str]:
     """Re-initialise what the strategy does not take over, in place.
 
-    The head is replaced as a module, so that `preserved` puts the old one back untouched.
+    Heads are replaced as modules, so that `preserved` puts the old ones back untouched.
 
     Args:
         model: Unwrapped.
@@ -44,26 +45,30 @@ def initialize(
     if strategy.initialization == "scratch":
         renewed = [""]
     for name, fresh in _fresh_parts(model, renewed):
-        # The head is replaced below; it may lie in the whole model, never in a block.
-        _copy_state(fresh, model.get_submodule(name), skip="" if name else structure.head)
-    model.set_submodule(structure.head, shard_part(_new_head(model, structure, num_classes), model))
-    prefixes = tuple(f"{name}." if name else "" for name in (*renewed, structure.head))
+        # The heads are replaced below; they may lie in the whole model, never in a block.
+        _copy_state(fresh, model.get_submodule(name), skip=() if name else structure.heads)
+    for head in structure.heads:
+        model.set_submodule(head, shard_part(_new_head(model, head, structure.outputs, num_classes), model))
+    prefixes = tuple(f"{name}." if name else "" for name in (*renewed, *structure.heads))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def _new_head(model: nn.Module, structure: ModelStructure, num_classes: int | None) -> nn.Module:
-    head = model.get_submodule(structure.head)
+def _new_head(model: nn.Module, name: str, known: int | None, num_classes: int | None) -> nn.Module:
+    """Return a fresh head; a linear one in place of any other that has another number of outputs than is wanted."""
+    head = model.get_submodule(name)
     weight = next(head.parameters())
-    same = num_classes in (None, structure.outputs) or num_classes == getattr(head, "out_features", None)
+    same = num_classes in (None, known) or num_classes == getattr(head, "out_features", None)
     if same and not is_sharded(head):
         fresh = copy_of(head)
+    elif weight.ndim == 2 and num_classes is not None and known in (None, *weight.shape):
+        inputs = weight.shape[0] if isinstance(head, Conv1D) else weight.shape[1]
+        fresh = nn.Linear(inputs, num_classes, bias=getattr(head, "bias", None) is not None)
     elif isinstance(head, nn.Linear):
-        outputs = head.out_features if same or num_classes is None else num_classes
-        fresh = nn.Linear(head.in_features, outputs, bias=head.bias is not None)
+        fresh = nn.Linear(head.in_features, num_classes or head.out_features, bias=head.bias is not None)
     else:
         raise NotApplicableError(
-            f"The head {structure.head!r} is a {type(head).__name__} with {structure.outputs} outputs: only a linear "
-            f"head can be replaced by one with {num_classes}."
+            f"The head {name!r} is a {type(head).__name__} with {known} outputs: only a head that is one matrix can "
+            f"be replaced by one with {num_classes}."
         )
     fresh = fresh.to(weight.device, weight.dtype).requires_grad_(True)
     _reset(fresh)
@@ -107,10 +112,10 @@ def _reset(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_state(source: nn.Module, target: nn.Module, skip: str) -> None:
+def _copy_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...]) -> None:
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
-        if f"{name}.".startswith(f"{skip}."):
+        if name.startswith(tuple(f"{head}." for head in skip)):
             continue
         if name not in values or values[name].shape != tensor.shape:
             raise NotApplicableError(
@@ -123,12 +128,11 @@ def _copy_state(source: nn.Module, target: nn.Module, skip: str) -> None:
 class Stored:
     """A copy of a model's state that can be restored exactly, as often as wanted.
 
-    It holds parameters, buffers, gradients, modules that get replaced (the head), `requires_grad`, training flags.
+    It holds parameters, buffers, gradients, modules that get replaced (the heads), `requires_grad`, training flags.
     """
 
-    def __init__(self, model: nn.Module, head: str):
-        self.model, self.head = model, head
-        self.head_module = model.get_submodule(head)
+    def __init__(self, model: nn.Module, heads: Sequence[str]):
+        self.model, self.heads = model, {name: model.get_submodule(name) for name in heads}
         self.tensors = [*model.parameters(), *model.buffers()]
         self.copies = [tensor.detach().clone() for tensor in self.tensors]
         self.gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -137,7 +141,8 @@ class Stored:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore everything."""
-        self.model.set_submodule(self.head, self.head_module)
+        for name, module in self.heads.items():
+            self.model.set_submodule(name, module)
         torch._foreach_copy_([local(t) for t in self.tensors], [local(c) for c in self.copies])
         for parameter, gradient, requires_grad in self.gradients:
             parameter.requires_grad_(requires_grad)
@@ -147,10 +152,10 @@ class Stored:
 
 
 @contextmanager
-def preserved(model: nn.Module, head: str) -> Iterator[Stored]:
+def preserved(model: nn.Module, heads: Sequence[str]) -> Iterator[Stored]:
     """Fine-tune a model in place inside the block; after it, the model and every random state are as before."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    stored = Stored(model, head)
+    stored = Stored(model, heads)
     try:
         with kept_random_state(devices):
             yield stored

@@ -85,6 +85,8 @@ class FineTuning:
             for parameter in renewed:
                 parameter.requires_grad_()  # `add_adapter` has frozen all that was there.
             self.parameters = [*adapter, *renewed]
+        # What has to get a gradient: a new head always would, and hide that an adapter gets none.
+        self._needed = len(self.parameters) if strategy.adapter is None else len(adapter)
 
     def __iter__(self) -> Iterator[Update]:
         optimizer = make_optimizer(self.strategy, self.parameters)
@@ -114,7 +116,7 @@ class FineTuning:
         loss = weight * self.task.loss(prediction, self.task.target(batch))
         # `backward` would also fill the gradients of parameters that are not updated, and they would outlive the pass.
         found = gradients(loss, self.parameters, self.model)
-        if all(gradient is None for gradient in found):
+        if all(gradient is None for gradient in found[: self._needed]):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
         for parameter, gradient in zip(self.parameters, found, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
@@ -136,7 +138,7 @@ def select_parameters(
 
     def is_transferred(name: str, parameter: nn.Parameter) -> bool:
         if strategy.transfer == "head":
-            return name.startswith(f"{structure.head}.")
+            return name.startswith(tuple(f"{head}." for head in structure.heads))
         if strategy.transfer == "norm":
             return id(parameter) in normalisations
         return strategy.pattern is None or re.search(strategy.pattern, name) is not None

@@ -84,6 +84,28 @@ def main_input(model: nn.Module) -> str:
     return getattr(unwrap(model), "main_input_name", None) or names[0]
 
 
+def padding_id(model: nn.Module) -> int | None:
+    """Return the token that the model takes for padding, or None where it names none that it could read."""
+    config: Any = getattr(unwrap(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return token if token is not None and 0 <= token < (words or token + 1) else None
+
+
+def agree_on_padding(model: nn.Module, processing_class: Any | None) -> None:
+    """Let a model without a padding token know its tokenizer's, or else the end of a text; it is saved with the model.
+
+    A model that reads its prediction off the last token needs one to be given more than one text at a time. Where both
+    have one, batches are filled up with the model's.
+    """
+    ends = (getattr(processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
+    token = next((token for token in ends if token is not None), None)
+    config: Any = getattr(model, "config", None)
+    if token is not None and config is not None and padding_id(model) is None:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text.pad_token_id = token
+
+
 def hash_state(model: nn.Module) -> str:
     """Return a hash of all parameters and buffers that are saved: equal for models that hold the same."""
     digest = hashlib.blake2b(digest_size=16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,20 @@ class ModelStructure:
         head: Name of the final layer, which makes the prediction (the paper's "final FC layer").
         blocks: Names of the repeated units (residual blocks, transformer layers), in the order they run.
         outputs: Channels of the prediction: the classes that the head has outputs for.
+        other_heads: Names of the layers that make it beside the head, as a head on a distillation token does.
+        ran: Names of all modules that were called.
     """
 
     head: str
     blocks: tuple[str, ...]
     outputs: int | None = None
+    other_heads: tuple[str, ...] = ()
+    ran: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Return the names of all layers that make the prediction."""
+        return (self.head, *self.other_heads)
 
     def last_blocks(self, count: int) -> tuple[str, ...]:
         """Return the names of the last `count` blocks.
@@ -56,9 +66,10 @@ class ModelStructure:
 
 
 def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | None = None) -> ModelStructure:
-    """Run the model once and find its head and its blocks.
+    """Run the model once and find its heads and its blocks.
 
-    The head is the last linear or convolutional layer to run whose output has as many channels as the prediction.
+    The heads are the layers with as many output channels as the prediction from which it is computed without another
+    such layer in between. A prediction of more than two dimensions (noise, say) is made by the last layer to run.
     A block is a repeated class with at least two weight layers; where such modules hold others in a container
     (a stage its blocks), the inner ones count.
 
@@ -68,46 +79,111 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
         head: The head's name, where it is known.
 
     Raises:
-        ValueError: No layer makes the prediction, or `head` is no module of the model.
+        ValueError: No layer makes the prediction, a parameter beside the heads has an entry for every class, or `head`
+            is no module of the model.
     """
     order: list[str] = []
-    channels: dict[str, int] = {}
+    outputs: dict[str, tuple[int, Any]] = {}
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, _: tuple, output: object) -> None:
             if name not in order:
                 order.append(name)
-            if isinstance(module, (*_LINEAR, *_CONVOLUTIONS)) and isinstance(output, Tensor):
+            if isinstance(output, Tensor) and _has_weight(module):
                 # A layer that runs several times counts where it ran last: the head may be one.
                 order.remove(name)
                 order.append(name)
-                channels[name] = output.shape[-1] if isinstance(module, _LINEAR) else output.shape[1]
+                last = isinstance(module, _LINEAR) or output.ndim < 4
+                last = last and not isinstance(module, _CONVOLUTIONS)
+                outputs[name] = (output.shape[-1 if last else 1], output.grad_fn)
 
         return hook
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    # What was frozen, too, has to show in the graph of the prediction.
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.enable_grad(), evaluation_mode(model):
+            for parameter in frozen:
+                parameter.requires_grad_()
             prediction = predict()
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for hook in hooks:
             hook.remove()
-    modules = dict(model.named_modules())
-    if head is None:
-        makers = [name for name in order if channels.get(name) == prediction.shape[1]]
-        if not makers:
-            raise ValueError(
-                f"No linear or convolutional layer of {type(model).__name__} makes its prediction of "
-                f"{prediction.shape[1]} channels, so the head cannot be found. Pass its name to the task as `head`; "
-                f"the last layers are {[name for name in order if name in channels][-3:]}."
-            )
-        head = makers[-1]
-    elif head not in modules:
+    modules, layers, heads = dict(model.named_modules()), [name for name in order if name in outputs], [head]
+    if head is not None and head not in modules:
         raise ValueError(
             f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others."
         )
-    blocks = [name for name in _blocks(modules) if name in order and not head.startswith(f"{name}.") and name != head]
-    return ModelStructure(head, tuple(sorted(blocks, key=order.index)), prediction.shape[1])
+    if head is None:
+        heads = layers[-1:] if prediction.ndim > 2 else _heads(model, prediction, outputs, layers)
+    inside = tuple(f"{name}." for name in heads)
+    blocks = [
+        name
+        for name in _blocks(modules)
+        if name in order and name not in heads and not any(part.startswith(f"{name}.") for part in inside)
+    ]
+    return ModelStructure(
+        heads[-1],
+        tuple(sorted(blocks, key=order.index)),
+        prediction.shape[1],
+        tuple(heads[:-1]),
+        frozenset(order),
+    )
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Return whether a module is a layer with a weight matrix: one of torch's, or a leaf of the model's own."""
+    if isinstance(module, (*_LINEAR, *_CONVOLUTIONS)):
+        return True
+    known = (*NORMALISATIONS, *_CONTAINERS, nn.Embedding)
+    leaf = not isinstance(module, known) and not any(True for _ in module.children())
+    return leaf and any(p.ndim > 1 for p in module.parameters(recurse=False))
+
+
+def _heads(model: nn.Module, prediction: Tensor, outputs: dict[str, tuple[int, Any]], layers: list[str]) -> list[str]:
+    """Return the layers that make the prediction, in the order they ran."""
+    makers = [name for name in layers if outputs[name][0] == prediction.shape[1]]
+    if not makers:
+        raise ValueError(
+            f"No linear or convolutional layer of {type(model).__name__} makes its prediction of "
+            f"{prediction.shape[1]} channels, so the head cannot be found. Pass its name to the task as `head`; "
+            f"the last layers are {layers[-3:]}."
+        )
+    nodes = {outputs[name][1]: name for name in makers if outputs[name][1] is not None}
+    reached, leaves = _reached(prediction.grad_fn, nodes)
+    # One that feeds another head, too, is no head: the other one would go on from what it learned.
+    fed = {name for node in reached for name in _reached(node, nodes, skip_first=True)[0].values()}
+    heads = [name for name in makers if name in reached.values() and name not in fed] or makers[-1:]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for leaf in leaves:
+        if id(leaf) in names and prediction.shape[1] in leaf.shape and nodes and prediction.shape[1] > 1:
+            raise ValueError(
+                f"The parameter {names[id(leaf)]!r} of shape {tuple(leaf.shape)} makes the prediction beside the head "
+                f"{heads[-1]!r}, so a new head would not be a new one: put both in one module, and pass its name to "
+                "the task as `head`."
+            )
+    return heads
+
+
+def _reached(start: Any, nodes: dict[Any, str], skip_first: bool = False) -> tuple[dict[Any, str], list[Tensor]]:
+    """Walk back from a node of the graph to the nearest of `nodes`, and to the parameters on other ways."""
+    found, leaves, seen = {}, [], set()
+    waiting = [start] if not skip_first else [node for node, _ in start.next_functions]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            found[node] = nodes[node]
+        elif hasattr(node, "variable"):
+            leaves.append(node.variable)
+        else:
+            waiting += [following for following, _ in node.next_functions]
+    return found, leaves
 
 
 def _blocks(modules: dict[str, nn.Module]) -> list[str]:

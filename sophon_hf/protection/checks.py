@@ -223,7 +223,7 @@ def try_strategies(
     for start, blocks, transfer in dict.fromkeys(kinds):
         blocks = blocks if start == "new_head" else 0
         strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
-        with preserved(model, structure.head):
+        with preserved(model, structure.heads):
             FineTuning(model, task, strategy, [], 1, structure=structure, num_classes=num_classes)
 
 

@@ -103,7 +103,7 @@ class Probes:
                 "features can be "
                 "probed after: ask for at most as many, or for 1, which is what the head sees."
             )
-        self.model, self.head, self.num_classes, self.suppress = model, structure.head, num_classes, loss
+        self.model, self.heads, self.num_classes, self.suppress = model, structure.heads, num_classes, loss
         self.blocks = [structure.blocks[round(len(structure.blocks) * part / depths) - 1] for part in range(1, depths)]
 
     @contextmanager
@@ -111,8 +111,9 @@ class Probes:
         """Inside the block a forward pass leaves its features, (batch, d) at each depth, in the list."""
         features: list[Tensor] = []
         handles = [self.model.get_submodule(b).register_forward_hook(_after(features)) for b in self.blocks]
-        head = self.model.get_submodule(self.head)
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: features.append(_pooled(inputs[0]))))
+        for name in self.heads:
+            head = self.model.get_submodule(name)
+            handles.append(head.register_forward_pre_hook(lambda _, inputs: features.append(_pooled(inputs[0]))))
         try:
             yield features
         finally:

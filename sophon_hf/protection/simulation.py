@@ -124,14 +124,15 @@ class SimulatedAdversary:
             return
         before = {id(tensor): copy for tensor, copy in zip(theta.tensors, theta.copies, strict=True)}
         own = self.fine_tuning.reinitialized
-        self._head_name, self._head = theta.head, model.get_submodule(theta.head)
+        self._heads = {name: model.get_submodule(name) for name in theta.heads}
         self._own = {name: p.detach().clone() for name, p in model.named_parameters() if name in own}
         self._moved = {name: p - before[id(p)] for name, p in model.named_parameters() if name not in own}
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     @torch.no_grad()
     def _put_back(self, model: nn.Module) -> None:
-        model.set_submodule(self._head_name, self._head)
+        for name, head in self._heads.items():
+            model.set_submodule(name, head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point())
             if name in self._own:

@@ -114,7 +114,7 @@ class Suppression:
         parameters = dict(self.model.named_parameters())
         gradient = {name: torch.zeros_like(p) for name, p in parameters.items() if p.requires_grad}
         found, losses = [], []
-        with preserved(self.model, self.structure.head) as theta:
+        with preserved(self.model, self.structure.heads) as theta:
             for number, (adversary, weights) in enumerate(zip(adversaries, gamma, strict=True)):
                 if number:
                     theta.restore()
@@ -161,7 +161,7 @@ class Suppression:
             adversary: One that has not started.
             batch_size: Examples that are measured at a time.
         """
-        with preserved(self.model, self.structure.head):
+        with preserved(self.model, self.structure.heads):
             set_seed(adversary.seed)
             adversary.resume(self.model, self._begin)
             while adversary.step():

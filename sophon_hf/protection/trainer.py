@@ -28,7 +28,14 @@ from sophon_hf.hub.card import update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
 from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
 from sophon_hf.hub.saving import load_weights, save_protected
-from sophon_hf.models.loading import hash_state, load_model, load_processor, refuse_half_precision, restore_precision
+from sophon_hf.models.loading import (
+    agree_on_padding,
+    hash_state,
+    load_model,
+    load_processor,
+    refuse_half_precision,
+    restore_precision,
+)
 from sophon_hf.models.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.protection import checks
 from sophon_hf.protection.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress, StepLog
@@ -105,6 +112,7 @@ class SophonTrainer(Trainer):
         refuse_half_precision(model, "given")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
+        agree_on_padding(model, processing_class)
         self.task = infer_task(model) if task is None else task
         self.reinforcement_loss = reinforcement_loss
         self._input_columns = input_columns or {}

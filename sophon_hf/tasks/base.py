@@ -44,9 +44,13 @@ def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None 
         metric: What the task is measured by (see `load_metric`); ACC-k or MSE-k by default.
 
     Raises:
-        ValueError: A class-conditional UNet, whose labels no task here supplies, or a metric that does not fit.
+        ValueError: A regression, a class-conditional UNet, whose labels no task here supplies, or a metric that does
+            not fit.
     """
     bare: Any = unwrap(model)
+    config = getattr(bare, "config", None)
+    if getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1:
+        raise ValueError(f"This {type(bare).__name__} is a regression, which is not supported: a classifier is needed.")
     if type(bare).__name__ != "UNet2DModel":
         return ClassificationTask(metric="accuracy" if metric is None else metric)
     if bare.config.class_embed_type or bare.config.num_class_embeds:

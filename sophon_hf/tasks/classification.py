@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import as_integers, forward_names, main_input, unwrap
+from sophon_hf.models.loading import as_integers, forward_names, main_input, padding_id, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
 from sophon_hf.tasks.metrics import Metric, load_metric
@@ -55,7 +55,7 @@ class ClassificationTask:
             channels=next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None),
             image_size=_fixed_size(model),
             longest=getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None),
-            pad_token_id=getattr(getattr(unwrap(model), "config", None), "pad_token_id", None),
+            pad_token_id=padding_id(model),
         )
 
     def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
@@ -76,6 +76,11 @@ class ClassificationTask:
             raise ValueError(
                 f"{type(unwrap(model)).__name__} returned {type(output).__name__} without logits of shape (batch, "
                 "classes): a classifier must return them as a tensor or as `.logits`."
+            )
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} returns one number for an example: regression is not supported, only "
+                "classifiers with two outputs or more."
             )
         return logits
 

@@ -101,7 +101,7 @@ def test_a_new_head_keeps_dtype_and_lack_of_bias(model):
 
 
 def test_a_convolutional_head_cannot_change_its_outputs():
-    with pytest.raises(ValueError, match="only a linear head can be replaced by one with 7"):
+    with pytest.raises(ValueError, match="only a head that is one matrix can be replaced by one with 7"):
         prepare(make_trained("unet"), num_classes=7, initialization="new_head")
 
 

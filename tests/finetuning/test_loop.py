@@ -267,11 +267,11 @@ def test_a_preserved_model_is_as_it_was(name, raises):
     modes = [module.training for _, module in modules]
 
     if raises:
-        with pytest.raises(RuntimeError, match="amid"), preserved(model, head):
+        with pytest.raises(RuntimeError, match="amid"), preserved(model, [head]):
             wreck(model, head)
             raise RuntimeError("amid the block")
     else:
-        with preserved(model, head):
+        with preserved(model, [head]):
             wreck(model, head)
 
     assert not changed(model, before)
@@ -295,7 +295,7 @@ def test_a_fine_tuning_leaves_no_trace_in_a_preserved_model(name, initialization
         [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
     )
     head = model.get_submodule(HEADS[name])
-    with preserved(model, HEADS[name]):
+    with preserved(model, [HEADS[name]]):
         list(prepare(model, steps=2, initialization=initialization, learning_rate=0.1, max_grad_norm=0.1))
         assert changed(model, before)
     assert not changed(model, before)
@@ -308,7 +308,7 @@ def test_a_fine_tuning_leaves_no_trace_in_a_preserved_model(name, initialization
 
 def test_a_model_can_be_put_back_within_the_block_as_often_as_wanted(model):
     before, head = state(model), model.head
-    with preserved(model, "head") as stored:
+    with preserved(model, ["head"]) as stored:
         for _ in range(3):
             wreck(model, "head")
             assert changed(model, before)
