@@ -82,7 +82,7 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
     started = any(folder.glob("checkpoint-*")) if folder.exists() else False
     trainer.train(resume_from_checkpoint=started or None)
     record = {
-        "seconds": round(trainer.seconds()),
+        "seconds": round(trainer.run.seconds()),
         "asked": asked,
         "config": {
             **SETTINGS[options.preset],

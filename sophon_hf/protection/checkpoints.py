@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from sophon_hf.data.domain import Domain
-from sophon_hf.data.fingerprint import DataFingerprint, is_base_name_or_hub_id
+from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain, is_base_name_or_hub_id
 from sophon_hf.finetuning.strategy import StrategySpace
 from sophon_hf.hub.claim import SCHEMA, Claim, Compute, Method, Protection, hash_weights
 from sophon_hf.models.loading import hash_state
 from sophon_hf.models.sharding import is_sharded, local, with_local
 from sophon_hf.protection.config import SophonConfig
-from sophon_hf.protection.guard import GuardState
+from sophon_hf.protection.guard import Guard, GuardState
+from sophon_hf.protection.optimizers import SuppressionOptimizer
 from sophon_hf.protection.suppression import last_evaluated
 from sophon_hf.tasks.base import Task
 from sophon_hf.utils import finite_or_none
@@ -52,6 +55,7 @@ class Run:
         task: What is learned.
         space: Phi.
         domains: The four domains.
+        guard: What it sees goes into claim and checkpoint, and back.
         base_state: Hash of the model that is distilled; None without distillation.
         mixed_precision: As accelerate has it.
         reinforcement_loss: Name of a loss of the user's own, or None.
@@ -61,9 +65,59 @@ class Run:
     task: Task
     space: StrategySpace
     domains: dict[str, Domain]
+    guard: Guard
     base_state: str | None
     mixed_precision: str
     reinforcement_loss: str | None
+    _seconds: float = 0.0
+    _started: float | None = None
+
+    def begin(self, model: nn.Module, wanted: str | os.PathLike | bool | None) -> str | None:
+        """Start the clock, and return the checkpoint to go on from, or None for a new run.
+
+        Args:
+            model: As it is before the run.
+            wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
+
+        Raises:
+            ValueError: The checkpoint is another run's, or there is none; or a new run would overwrite another one, or
+                begin where one ended.
+        """
+        checkpoint = _checkpoint_to_resume(self.args.output_dir, wanted, self.facts(model), self.seconds() > 0)
+        self._started, self._seconds = time.monotonic(), 0.0
+        return checkpoint
+
+    def end(self) -> None:
+        """Stop the clock, and let the guard choose the state that the model is left in."""
+        self._started, self._seconds = None, self.seconds()
+        self.guard.finish()
+
+    def seconds(self) -> float:
+        """Return the wall-clock time spent on protection, in the runs before a resumption too."""
+        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    def save(self, checkpoint: str, model: nn.Module, optimizer: SuppressionOptimizer) -> None:
+        """Write the state file, in full or not at all; every process writes its own where the model is sharded."""
+        name = _own_file(model, self.args.process_index)
+        state = {
+            "optimizer": _with_moments(optimizer, optimizer.state_dict(), lambda moment, _: local(moment)),
+            "scheduler": optimizer.scheduler.state_dict(),
+            "guard": self.guard.state_dict(),
+            "seconds": self.seconds(),
+            "facts": self.facts(model),
+        }
+        temporary = os.path.join(checkpoint, f".{name}")
+        torch.save(state, temporary)
+        os.replace(temporary, os.path.join(checkpoint, name))
+
+    def restore(self, checkpoint: str, model: nn.Module, optimizer: SuppressionOptimizer, iteration: int) -> None:
+        """Put back what `save` wrote after an iteration."""
+        state = _read(checkpoint, _own_file(model, self.args.process_index))
+        optimizer.load_state_dict(_with_moments(optimizer, state["optimizer"], with_local))
+        optimizer.scheduler.load_state_dict(state["scheduler"])
+        self.guard.load_state_dict(state["guard"])
+        self.guard.state.seen = iteration
+        self._seconds = state["seconds"]
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to be this run's, as JSON knows it."""
@@ -86,9 +140,11 @@ class Run:
         facts["reinforcement_loss"] = self.reinforcement_loss
         return _as_json(facts)
 
-    def claim(
-        self, model: nn.Module, folder: Path, data: dict[str, DataFingerprint], protection: Protection, compute: Compute
-    ) -> Claim:
+    @cached_property
+    def _fingerprints(self) -> dict[str, DataFingerprint]:
+        return {name: fingerprint_domain(domain) for name, domain in self.domains.items()}
+
+    def claim(self, model: nn.Module, folder: Path, iteration: int, in_progress: bool, sharded: bool) -> Claim:
         """Return what is claimed of the model that lies in `folder`; of attacks, nothing."""
         names = [name for name in _HYPER_PARAMETERS if name != "strategy_space"]
         hyper_parameters = {name: getattr(self.args, name) for name in names}
@@ -107,27 +163,25 @@ class Run:
             base_revision=getattr(model, "hub_revision", None),
             remote_code=type(model).__module__.startswith("transformers_modules"),
             versions={package: version(package) for package in _PACKAGES},
-            data=data,
+            data=self._fingerprints,
             weights=hash_weights(folder),
             state_hash=hash_state(model),
             metric=self.task.metric,
             greater_is_better=self.task.greater_is_better,
-            protection=protection,
-            compute=compute,
+            protection=_protection_of(self.guard.state, iteration, in_progress),
+            compute=self._compute(iteration, sharded),
             attacks=None,
         )
 
-    def compute(self, iterations: int, seconds: float, sharded: bool) -> Compute:
-        """Return what the protection cost so far."""
+    def _compute(self, iterations: int, sharded: bool) -> Compute:
         processes = 1 if sharded else self.args.world_size  # Those of a sharded model share a pass.
         # A step is a pass for the adversary's update, and one for the suppression loss where its weight is not 0.
         rows = self.args.step_weights
         passes = sum(last_evaluated(row) + sum(weight != 0 for weight in row) for row in rows)
-        return Compute(round(seconds, 1), iterations, iterations * self.args.l_FTS * processes * passes)
+        return Compute(round(self.seconds(), 1), iterations, iterations * self.args.l_FTS * processes * passes)
 
 
-def protection_of(state: GuardState, iteration: int, in_progress: bool) -> Protection:
-    """Return what the guard saw, for the claim."""
+def _protection_of(state: GuardState, iteration: int, in_progress: bool) -> Protection:
     after = simulated = None
     if in_progress:
         status = "in progress"
@@ -154,21 +208,9 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 
-def checkpoint_to_resume(
+def _checkpoint_to_resume(
     output_dir: str, wanted: str | os.PathLike | bool | None, facts: dict[str, Any], begun: bool
 ) -> str | None:
-    """Return the checkpoint to go on from, or None for a new run.
-
-    Args:
-        output_dir: Of the run.
-        wanted: A checkpoint folder, True for the last complete one in `output_dir`, or nothing.
-        facts: What must be the same in the checkpoint.
-        begun: Whether the trainer has begun to train already.
-
-    Raises:
-        ValueError: It is another run's, or there is none; or a new run would overwrite another one, or begin where one
-            ended.
-    """
     if not wanted:
         if begun:
             raise ValueError(
@@ -222,40 +264,6 @@ def _last_complete_checkpoint(output_dir: str) -> str:
             "and train without resuming."
         )
     return max(checkpoints)[1]
-
-
-def save_state(
-    checkpoint: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    values: dict[str, Any],
-    process: int,
-) -> None:
-    """Write the state file, in full or not at all; every process writes its own where the model is sharded."""
-    name = _own_file(model, process)
-    state = {
-        "optimizer": _with_moments(optimizer, optimizer.state_dict(), lambda moment, _: local(moment)),
-        "scheduler": scheduler.state_dict(),
-        **values,
-    }
-    temporary = os.path.join(checkpoint, f".{name}")
-    torch.save(state, temporary)
-    os.replace(temporary, os.path.join(checkpoint, name))
-
-
-def restore_state(
-    checkpoint: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    process: int,
-) -> dict[str, Any]:
-    """Put back optimizer and schedule, and return the other values that `save_state` wrote."""
-    state = _read(checkpoint, _own_file(model, process))
-    optimizer.load_state_dict(_with_moments(optimizer, state["optimizer"], with_local))
-    scheduler.load_state_dict(state["scheduler"])
-    return state
 
 
 def _read(checkpoint: str, name: str) -> dict[str, Any]:

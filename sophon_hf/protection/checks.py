@@ -18,7 +18,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
-from sophon_hf.models.loading import evaluation_mode
+from sophon_hf.models.loading import evaluation_mode, refuse_half_precision
 from sophon_hf.models.sharding import is_sharded
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.protection.config import SophonConfig
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 _FEWEST_WITH_BATCH_NORM = 20
 
 
-def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, reinforcement_loss: Any) -> None:
+def refuse_arguments(model: nn.Module, args: SophonConfig, reinforcement_loss: Any) -> None:
     """Refuse what cannot be protected, or does not go together, on any data.
 
     Raises:
-        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a metric beside a task, a
-            model that is sharded already or frozen, or batch norm that is synchronised over processes.
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a model that is sharded
+            already, frozen or in half precision, or batch norm that is synchronised over processes.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -48,14 +48,15 @@ def refuse_arguments(model: nn.Module | str | os.PathLike, args: SophonConfig, r
             "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixup: leave "
             "`distillation` 0, or add the distance to your own loss."
         )
-    if isinstance(model, nn.Module) and is_sharded(model):
+    refuse_half_precision(model, "given")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
+    if is_sharded(model):
         raise ValueError("The model is sharded already: give it whole, and let accelerate's FSDP plugin shard it.")
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
             "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: "
-            "leave it "
-            "with BatchNorm."
+            "leave it with BatchNorm."
         )
 
 
@@ -182,6 +183,8 @@ def fit_strategies(
     """
     predictions = {name: try_domain(task, model, name, domain) for name, domain in domains.items()}
     structure = task.structure(model, first_rows(task, domains["original"], args.device))
+    if args.probe_depths:
+        _check_probes(domains["restricted"])
     space, outputs, classes = args.space, None, domains["restricted"].num_classes
     if domains["original"].labels is not None:
         if args.tolerance > 1:
@@ -299,7 +302,7 @@ def _check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, pr
         )
 
 
-def check_probes(restricted: Domain) -> None:
+def _check_probes(restricted: Domain) -> None:
     """Refuse probes on a domain that they cannot be fitted on.
 
     Raises:

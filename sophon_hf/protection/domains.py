@@ -1,15 +1,22 @@
-"""The four domains of a protection: original and restricted, and what is held out of each for evaluation."""
+"""The four domains of a protection, original and restricted and what is held out of each; measure a model on them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+
+from accelerate.utils import broadcast
+from torch import nn
 
 from sophon_hf.data.domain import Domain, build_domain
 from sophon_hf.data.labels import label_column, split_indices
 from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.protection.config import SophonConfig
+from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.evaluation import evaluate_model
 
 _FEWEST_EXAMPLES = 4
 
@@ -93,3 +100,41 @@ def as_domains(
             source = build_domain(dataset, needs, processing_class, name=name, label=label, input_column=column)
         domains[name] = source
     return domains
+
+
+def evaluate_domains(
+    task: Task,
+    model: nn.Module,
+    domains: dict[str, Domain],
+    outputs: int | None,
+    args: SophonConfig,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, float]:
+    """Return each domain's metric and loss, over all processes, under the names of domain and metric.
+
+    Args:
+        task: What is learned.
+        model: Unwrapped.
+        domains: By name.
+        outputs: Of the head: where a domain has a label beyond them, its loss is NaN.
+        args: Batch size and processes.
+        autocast: Called for a context around each forward pass.
+    """
+    # DDP sends batch-norm statistics along only before a forward pass, and all processes must measure one model.
+    for buffer in model.buffers() if args.world_size > 1 else ():
+        broadcast(buffer)
+    found: dict[str, float] = {}
+    for name, domain in domains.items():
+        fits = domain.labels is None or outputs is None or int(domain.labels.max()) < outputs
+        result = evaluate_model(
+            task,
+            model,
+            domain,
+            args.per_device_eval_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            autocast=autocast,
+            with_loss=fits,
+        )
+        found |= {f"{name}_{task.metric}": result.metric, f"{name}_loss": result.loss}
+    return found

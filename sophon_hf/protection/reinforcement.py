@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
+
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sophon_hf.data.batches import Batch, Stream
 from sophon_hf.data.domain import Domain
-from sophon_hf.models.sharding import is_sharded, local
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.tasks.base import Task
 from sophon_hf.utils import derive_seed
@@ -34,6 +35,16 @@ class ReinforcementBatches(Dataset):
         step, micro_step = divmod(index, self.args.gradient_accumulation_steps)
         return self.batch(step, self.args.l_NTR - 1, micro_step)
 
+    def loader(self) -> DataLoader:
+        """Return the items in order, as the Trainer takes them."""
+        return DataLoader(
+            self,
+            batch_size=1,
+            collate_fn=itemgetter(0),
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
     def batch(self, step: int, loop: int, micro_step: int) -> Batch:
         """This process's micro-batch of a loop of an iteration."""
         args = self.args
@@ -42,31 +53,41 @@ class ReinforcementBatches(Dataset):
         return self.stream.batch((position * args.world_size + args.process_index) * size, size)
 
 
-class Distillation:
-    """The task's loss, and how far the prediction is from what the model predicted before protection.
+class ReinforcementLoss:
+    """L_beta: the task's loss, with distillation also how far predictions are from those before protection.
 
     Args:
-        unprotected: A copy of the model as it is before protection.
         task: What is learned.
-        weight: Of the distance.
-        mixup: Replace the second half of every batch by mixtures, which the task's loss leaves out.
+        args: Weight of the distance, and whether the second half of every batch is replaced by mixtures, which the
+            task's loss leaves out.
+        unprotected: A copy of the model as it is before protection, to distil from.
+        own_loss: Called with (model, batch) in place of all that.
     """
 
-    def __init__(self, unprotected: nn.Module, task: Task, weight: float, mixup: bool = False):
-        self.unprotected, self.task, self.weight = unprotected.eval().requires_grad_(False), task, weight
-        self.mixup = mixup
+    def __init__(
+        self,
+        task: Task,
+        args: SophonConfig,
+        unprotected: nn.Module | None = None,
+        own_loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    ):
+        self.task, self.weight, self.mixup, self.own_loss = task, args.distillation, args.mixup, own_loss
+        self.unprotected = None if unprotected is None else unprotected.eval().requires_grad_(False)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """L_beta, a scalar, and the model's prediction."""
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return L_beta, a scalar, and the model's prediction where it is known."""
+        if self.own_loss is not None:
+            return self.own_loss(model, batch), None
         labelled = None
         if self.mixup:
             batch, labelled = mix_second_half(batch)
         prediction = self.task.predict(model, batch)
-        with torch.no_grad():
-            unprotected = self.task.predict(self.unprotected, batch)
-        distance = self.task.distance(prediction, unprotected)
         loss = self.task.loss(prediction[:labelled], self.task.target(batch)[:labelled])
-        return loss + self.weight * distance, prediction
+        if self.unprotected is not None:
+            with torch.no_grad():
+                unprotected = self.task.predict(self.unprotected, batch)
+            loss = loss + self.weight * self.task.distance(prediction, unprotected)
+        return loss, prediction
 
 
 def mix_second_half(batch: Batch) -> tuple[Batch, int]:
@@ -93,40 +114,3 @@ def mix_second_half(batch: Batch) -> tuple[Batch, int]:
         mixture = torch.lerp(turned[half:], turned[: size - half], along(share, values).to(values.dtype))
         mixed[name] = torch.cat([values[:half], mixture])
     return {**batch, **mixed}, half
-
-
-@torch.no_grad()
-def average_and_clip(
-    gradients: dict[str, Tensor], loss: Tensor, model: nn.Module, accelerator: Accelerator, max_norm: float
-) -> tuple[Tensor, Tensor]:
-    """Average gradients and loss over the processes in one message, and clip the gradients, in place.
-
-    Those of a sharded model are means over the processes already.
-
-    Args:
-        gradients: By parameter name.
-        loss: A scalar that is averaged with them.
-        model: Whose parameters they belong to.
-        accelerator: Of the processes.
-        max_norm: What the norm of all gradients together is clipped to; 0 for never.
-
-    Returns:
-        The gradients' norm before clipping, and the loss.
-    """
-    tensors = [local(gradient) for gradient in gradients.values()]
-    if is_sharded(model):
-        squares = torch.stack([tensor.square().sum() for tensor in tensors]).sum()
-        squares, loss = accelerator.reduce(torch.stack([squares, loss.detach().to(squares.dtype)]), reduction="sum")
-        norm, loss = squares.sqrt(), loss / accelerator.num_processes
-        if max_norm > 0:
-            torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1))
-        return norm, loss
-    vector = torch.cat([*(t.flatten() for t in tensors), loss.detach().to(tensors[0].dtype).view(1)])
-    vector = accelerator.reduce(vector, reduction="mean")
-    loss, vector = vector[-1], vector[:-1]
-    norm = vector.norm()
-    if max_norm > 0:
-        vector *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-    return norm, loss

@@ -5,51 +5,40 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
-from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain
 from sophon_hf.data.loading import Source
 from sophon_hf.hub.card import update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
 from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
 from sophon_hf.hub.saving import load_weights, save_protected
-from sophon_hf.models.loading import (
-    agree_on_padding,
-    hash_state,
-    load_model,
-    load_processor,
-    refuse_half_precision,
-    restore_precision,
-)
+from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, restore_precision
 from sophon_hf.models.sharding import is_sharded, shard, skeleton, with_state
 from sophon_hf.protection import checks
 from sophon_hf.protection.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress, StepLog
-from sophon_hf.protection.checkpoints import Run, checkpoint_to_resume, protection_of, restore_state, save_state
+from sophon_hf.protection.checkpoints import Run
 from sophon_hf.protection.config import SophonConfig
-from sophon_hf.protection.domains import as_domains, build_domains
+from sophon_hf.protection.domains import as_domains, build_domains, evaluate_domains
 from sophon_hf.protection.guard import Guard
+from sophon_hf.protection.optimizers import SuppressionOptimizer, average_and_clip
 from sophon_hf.protection.probes import Probes
-from sophon_hf.protection.reinforcement import Distillation, ReinforcementBatches, average_and_clip
+from sophon_hf.protection.reinforcement import ReinforcementBatches, ReinforcementLoss
 from sophon_hf.protection.second_order import SecondOrderSuppression
 from sophon_hf.protection.simulation import Adversaries
 from sophon_hf.protection.suppression import Suppression, simulated_error
 from sophon_hf.tasks.base import Task, infer_task, load_task
-from sophon_hf.tasks.evaluation import evaluate_model, first_rows
+from sophon_hf.tasks.evaluation import first_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +53,18 @@ class SophonTrainer(Trainer):
             used: call `split_domain` first to keep an adversary's half apart.
         original_dataset: The original domain S, in the same forms.
         args: Hyper-parameters; the paper's by default.
-        eval_dataset: {"original": ..., "restricted": ...} to evaluate on. Left out, a seeded, stratified share of each
-            domain is held out. The guard chooses by it, so a test set does not belong here.
+        eval_dataset: {"original": ..., "restricted": ...} for the guard to choose by, so no test sets. Left out, a
+            seeded, stratified share of each domain is held out.
         processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
             out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
-        reinforcement_loss: L_beta, called with (model, batch) and returning a scalar; the task's loss by default. It
-            does not go with `distillation`.
+        reinforcement_loss: L_beta of (model, batch), a scalar, in place of the task's loss and of `distillation`.
         callbacks: Further callbacks of the Trainer.
 
     Raises:
-        ValueError: Data that does not fit the model (labels outside the head, wrong image size, NaN, no labels),
-            a frozen model, weights in half precision, a head that cannot be found, a strategy space that leaves no
-            strategy, a `reinforcement_loss` beside distillation, or a model or settings that FSDP2 cannot shard here.
+        ValueError: Model, data and settings do not fit one another, or cannot be protected here.
     """
 
     # The task returns the mean loss of a batch, so the Trainer has to divide it by the accumulation steps.
@@ -104,26 +90,17 @@ class SophonTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = SophonConfig() if args is None else args
-        checks.refuse_arguments(model, args, reinforcement_loss)
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
             task = load_task(source, model) if task is None else task
             processing_class = load_processor(source, model) if processing_class is None else processing_class
-        refuse_half_precision(model, "given")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
+        checks.refuse_arguments(model, args, reinforcement_loss)
         agree_on_padding(model, processing_class)
         self.task = infer_task(model) if task is None else task
-        self.reinforcement_loss = reinforcement_loss
         self._input_columns = input_columns or {}
-        self.domains = build_domains(
-            self.task.inputs(model),
-            args,
-            {"original": original_dataset, "restricted": restricted_dataset},
-            eval_dataset,
-            processing_class,
-            {"input": self._input_columns, "label": label_columns or {}},
-        )
+        sources = {"original": original_dataset, "restricted": restricted_dataset}
+        columns, needs = {"input": self._input_columns, "label": label_columns or {}}, self.task.inputs(model)
+        self.domains = build_domains(needs, args, sources, eval_dataset, processing_class, columns)
         checks.check_domains(self.domains, model)
         self.guard = Guard(
             model,
@@ -145,9 +122,9 @@ class SophonTrainer(Trainer):
         )
         self.label_names = ["labels"]
         checks.refuse_launcher_settings(self.accelerator, args)
-        self._build(args)
+        self._build(args, reinforcement_loss)
 
-    def _build(self, args: SophonConfig) -> None:
+    def _build(self, args: SophonConfig, own_loss: Callable | None) -> None:
         """Build what the two loops need, on the device and in the shards where the model is now."""
         unprotected = copy.deepcopy(self.model) if args.distillation else None
         base_state = hash_state(self.model) if args.distillation else None
@@ -159,11 +136,8 @@ class SophonTrainer(Trainer):
         restricted, original = self.domains["restricted"], self.domains["original"]
         self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
         self.guard.error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
-        loss = checks.choose_loss(self.task, args.suppression_loss)
-        probes = None
-        if args.probe_depths:
-            checks.check_probes(restricted)
-            probes = Probes(self.model, self.structure, args.probe_depths, restricted.num_classes, loss)
+        loss, depths = checks.choose_loss(self.task, args.suppression_loss), args.probe_depths
+        probes = Probes(self.model, self.structure, depths, restricted.num_classes, loss) if depths else None
         self.suppression = (SecondOrderSuppression if args.second_order else Suppression)(
             self.model,
             self.task,
@@ -175,11 +149,9 @@ class SophonTrainer(Trainer):
         )
         process = 0 if is_sharded(self.model) else args.process_index
         self.adversaries = Adversaries(restricted, original, self.task, self.space, args, process)
-        self.distillation = None
-        if unprotected is not None:
-            # Claim and checkpoints tell what was done, not what was asked for.
-            args.mixup = args.mixup and checks.can_mix(self.task, unprotected, original, args.device)
-            self.distillation = Distillation(unprotected, self.task, args.distillation, args.mixup)
+        # Claim and checkpoints tell what was done, not what was asked for.
+        args.mixup = args.mixup and checks.can_mix(self.task, self.model, original, args.device)
+        self.reinforcement_loss = ReinforcementLoss(self.task, args, unprotected, own_loss)
         self.reinforcement_batches = ReinforcementBatches(original, self.task, args)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -190,14 +162,9 @@ class SophonTrainer(Trainer):
             sample = first_rows(self.task, original, args.device)
             self.keep_norms = KeepNorms(self.model, lambda: self.task.predict(self.model, sample))
             self.add_callback(self.keep_norms)
-        self.suppression_optimizer: Any = None
-        self.suppression_scheduler: Any = None
-        own_loss = getattr(self.reinforcement_loss, "__qualname__", None)
-        precision = self.accelerator.mixed_precision
-        self.run = Run(args, self.task, self.space, self.domains, base_state, precision, own_loss)
-        self.step_log = StepLog(self.task)
-        self._micro_step, self._seconds = 0, 0.0
-        self._started: float | None = None
+        names = (self.accelerator.mixed_precision, getattr(own_loss, "__qualname__", None))
+        self.run = Run(args, self.task, self.space, self.domains, self.guard, base_state, *names)
+        self.step_log, self._micro_step = StepLog(self.task), 0
 
     # ---- Algorithm 1 ----
 
@@ -216,17 +183,14 @@ class SophonTrainer(Trainer):
                     suppressed.gradient, suppressed.loss, self.model, self.accelerator, args.max_grad_norm
                 )
                 if torch.isfinite(norm):
-                    for name, parameter in self.model.named_parameters():
-                        parameter.grad = suppressed.gradient.get(name)
-                    self.suppression_optimizer.step()
-                    self.suppression_optimizer.zero_grad()
+                    self.suppression_optimizer.apply(suppressed.gradient)
                     self.guard.state.applied += 1
                 else:
                     self.guard.state.dropped += 1
                     logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
                 self.step_log.add_suppression(suppressed, norm)
             if args.l_FTS:
-                self.suppression_scheduler.step()
+                self.suppression_optimizer.scheduler.step()
             # Normal training reinforcement (lines 16 to 21): theta <- Adam(theta, beta, gradient of mu L_beta on O).
             for loop in range(args.l_NTR - 1):
                 self._reinforcement_loop(model, step, loop)
@@ -251,64 +215,35 @@ class SophonTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Return mu * L_beta (eq. 6), the mean over the batch."""
-        if self.reinforcement_loss is not None:
-            loss, prediction = self.reinforcement_loss(model, inputs), None
-        elif self.distillation is not None:
-            loss, prediction = self.distillation(model, inputs)
-        else:
-            prediction = self.task.predict(model, inputs)
-            loss = self.task.loss(prediction, self.task.target(inputs))
+        loss, prediction = self.reinforcement_loss(model, inputs)
         loss = self.args.mu * loss
         return (loss, {"prediction": prediction}) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of O for the last reinforcement loop of each iteration, by seed, step and rank."""
-        return DataLoader(
-            self.reinforcement_batches,
-            batch_size=1,
-            collate_fn=itemgetter(0),
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
+        return self.reinforcement_batches.loader()
 
     # ---- Two optimizers over one model ----
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Create beta's optimizer, which is the Trainer's own, and beside it Adam with alpha."""
-        optimizer = super().create_optimizer(model)
-        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
-        if self.suppression_optimizer is None:
-            args, parameters = self.args, [p for p in self.model.parameters() if p.requires_grad]
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.suppression_optimizer = torch.optim.Adam(parameters, args.alpha, betas, args.adam_epsilon)
-        return optimizer
-
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: SophonConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Return the Trainer's optimizer, at the rate beta."""
+        """Return the Trainer's optimizer, at the rate beta; `train` makes alpha's."""
         optimizer, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer, {**arguments, "lr": args.beta}
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Create beta's optimizer, and note its parameters for `create_scheduler`."""
+        optimizer = super().create_optimizer(model)
+        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Create one schedule for both rates; alpha's is multiplied by the guard's scale, too."""
+        """Create beta's schedule; of a sharded model, give the optimizer its parameters back first."""
         if is_sharded(self.model):
             # accelerate has looked the parameters up by their addresses, but all empty shards have the same one.
             for group, parameters in zip(self.optimizer.param_groups, self._parameter_groups, strict=True):
                 group["params"] = parameters
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.suppression_scheduler is None:
-            self.suppression_scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
-                self.suppression_optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-            )
-            schedules, state = self.suppression_scheduler.lr_lambdas, self.guard
-            self.suppression_scheduler.lr_lambdas = [
-                lambda step, schedule=schedule: state.state.alpha_scale * schedule(step) for schedule in schedules
-            ]
-        return scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _follow_guard(self, rolled_back: bool) -> None:
         """Let alpha have the guard's scale at once; after a roll-back, forget the path that was given up."""
@@ -318,17 +253,12 @@ class SophonTrainer(Trainer):
             self.adversaries.forget()
             if self.keep_norms is not None:
                 self.keep_norms.set_norms()  # The state from before the first iteration has its own.
-        scheduler = self.suppression_scheduler
-        rates = zip(self.suppression_optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, alpha, schedule in rates:
-            group["lr"] = alpha * schedule(scheduler.last_epoch)
+        self.suppression_optimizer.rescale()
 
     # ---- Measuring ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure both domains: `eval_original_*` and `eval_restricted_*`. The model stays as it is.
-
-        While protecting, the guard is a callback that sees the result, and may put an earlier state back.
+        """Measure both domains, and change nothing; while protecting, the guard sees the result, and may roll back.
 
         Args:
             eval_dataset: {name: `Domain` or anything that a domain can be built from} in place of the trainer's own.
@@ -336,36 +266,22 @@ class SophonTrainer(Trainer):
             metric_key_prefix: First part of every name.
 
         Returns:
-            Metric and loss of each domain (a label that the head has no output for counts as wrong, and the loss is
-            then NaN); while training also `*_restricted_simulated_*`, what fixed simulated adversaries (Adam 1e-3, own
+            `eval_original_*` and `eval_restricted_*`: metric and loss, which is NaN where the head lacks an output for
+            a label; while training also `*_restricted_simulated_*`, what fixed simulated adversaries (Adam 1e-3, own
             head and new head; K steps, or the horizon of those that live on) reach.
         """
-        domains = (
-            self.eval_dataset
-            if eval_dataset is None
-            else as_domains(
-                eval_dataset, self.domains, self.task.inputs(self.model), self.processing_class, self._input_columns
-            )
-        )
-        args, metrics = self.args, {}
-        # DDP sends batch-norm statistics along only before a forward pass, and all processes must measure one model.
-        for buffer in self.model.buffers() if args.world_size > 1 else ():
-            broadcast(buffer)
-        spread = {"rank": args.process_index, "world_size": args.world_size, "autocast": self.accelerator.autocast}
-        for name, domain in domains.items():
-            fits = domain.labels is None or self.outputs is None or int(domain.labels.max()) < self.outputs
-            result = evaluate_model(
-                self.task, self.model, domain, args.per_device_eval_batch_size, with_loss=fits, **spread
-            )
-            metrics[f"{metric_key_prefix}_{name}_{self.task.metric}"] = result.metric
-            metrics[f"{metric_key_prefix}_{name}_loss"] = result.loss
+        args, task, domains = self.args, self.task, self.eval_dataset
+        if eval_dataset is not None:
+            needs = task.inputs(self.model)
+            domains = as_domains(eval_dataset, self.domains, needs, self.processing_class, self._input_columns)
+        found = evaluate_domains(task, self.model, domains, self.outputs, args, self.accelerator.autocast)
         if self.is_in_train and eval_dataset is None:
             known = (self.domains["restricted"], self.domains["eval_restricted"])
             steps = args.horizon if args.num_persistent else args.K
-            simulated = self.suppression.simulated_metric(
+            found[f"restricted_simulated_{task.metric}"] = self.suppression.simulated_metric(
                 self.space, *known, steps, args.seed, args.per_device_eval_batch_size
             )
-            metrics[f"{metric_key_prefix}_restricted_simulated_{self.task.metric}"] = simulated
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(dict(metrics))
         return metrics
@@ -373,9 +289,8 @@ class SophonTrainer(Trainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log, and add what the loops since the last entry showed."""
         if "loss" in logs and self.step_log:
-            logs = {**logs, **self.step_log.collect()}
-            logs["alpha"] = self.suppression_optimizer.param_groups[0]["lr"]
-            logs["dropped_suppression_gradients"] = self.guard.state.dropped
+            own = {"alpha": self.suppression_optimizer.rate, "dropped_suppression_gradients": self.guard.state.dropped}
+            logs = {**logs, **self.step_log.collect(), **own}
         super().log(logs, start_time)
 
     # ---- Running, saving and resuming ----
@@ -388,42 +303,28 @@ class SophonTrainer(Trainer):
             kwargs: As `Trainer.train` takes them.
 
         Raises:
-            ValueError: `output_dir` holds another run, there is no complete checkpoint to go on from, or this trainer
-                has protected its model already.
+            ValueError: The checkpoint or `output_dir` is another run's, or this trainer has protected already.
         """
-        facts, begun = self.run.facts(self.model), self.seconds() > 0
-        checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint, facts, begun)
+        checkpoint = self.run.begin(self.model, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
-        self._micro_step, self.step_log = 0, StepLog(self.task)
-        self.suppression_optimizer = self.suppression_scheduler = None
+        self.step_log, self._micro_step = StepLog(self.task), 0
+        self.suppression_optimizer = SuppressionOptimizer(self.model, self.args, self.guard)
         self.guard.begin()
         self.adversaries.forget()
-        self._started, self._seconds = time.monotonic(), 0.0
         try:
             output = super().train(checkpoint, **kwargs)
         finally:
             self.is_in_train = False  # The Trainer leaves it so where it is interrupted.
         restore_precision(self.model)
-        self._started, self._seconds = None, self.seconds()
-        self.guard.finish()
+        self.run.end()
         if self.args.save_strategy != "no":
             self.save_model()
         return output
 
-    def seconds(self) -> float:
-        """Return the wall-clock time spent on protection, in the runs before a resumption too."""
-        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
-
-    @cached_property
-    def _data_fingerprints(self) -> dict[str, DataFingerprint]:
-        return {name: fingerprint_domain(domain) for name, domain in self.domains.items()}
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save or is_sharded(self.model):
-            own = (self.model, self.suppression_optimizer, self.suppression_scheduler)
-            values = {"guard": self.guard.state_dict(), "seconds": self.seconds(), "facts": self.run.facts(self.model)}
-            save_state(output_dir, *own, values, self.args.process_index)
+            self.run.save(output_dir, self.model, self.suppression_optimizer)
         if is_sharded(self.model):
             self.accelerator.wait_for_everyone()  # The checkpoint is complete when the main process says so.
         self.adversaries.forget()  # So that nothing of those that live on has to be in a checkpoint.
@@ -431,11 +332,7 @@ class SophonTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            own = (self.model, self.suppression_optimizer, self.suppression_scheduler)
-            values = restore_state(checkpoint, *own, self.args.process_index)
-            self.guard.load_state_dict(values["guard"])
-            self.guard.state.seen = self.state.global_step
-            self._seconds = values["seconds"]
+            self.run.restore(checkpoint, self.model, self.suppression_optimizer, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if hasattr(self.model, "save_pretrained") and not is_sharded(self.model):
@@ -447,18 +344,10 @@ class SophonTrainer(Trainer):
         """Save what may be published, and no pickle beside it."""
         if not self.args.should_save:
             return
-        sharded, iteration = is_sharded(self.model), self.state.global_step
-        model = with_state(self._skeleton, state_dict or {}) if sharded else self.model
-        protection = protection_of(self.guard.state, iteration, in_progress=self.is_in_train)
-        compute = self.run.compute(iteration, self.seconds(), sharded)
-        save_protected(
-            Path(output_dir or self.args.output_dir),
-            model,
-            self.task,
-            self.processing_class,
-            lambda folder: self.run.claim(model, folder, self._data_fingerprints, protection, compute),
-            self.repository_name,
-        )
+        model = with_state(self._skeleton, state_dict or {}) if is_sharded(self.model) else self.model
+        saved, folder = (model, self.task, self.processing_class), Path(output_dir or self.args.output_dir)
+        state = (self.state.global_step, self.is_in_train, is_sharded(self.model))
+        save_protected(folder, *saved, lambda place: self.run.claim(model, place, *state), self.repository_name)
 
     # ---- Publishing ----
 
@@ -478,15 +367,7 @@ class SophonTrainer(Trainer):
         if self.is_world_process_zero():
             update_card(self.args.output_dir, Claim.read(self.args.output_dir), model_name or self.repository_name)
 
-    def push_to_hub(
-        self,
-        repo_id: str | None = None,
-        *,
-        commit_message: str = "Publish the protected model",
-        revision: str | None = None,
-        private: bool | None = None,
-        report: str | os.PathLike | None = None,
-    ) -> CommitInfo | None:
+    def push_to_hub(self, repo_id: str | None = None, **options: Any) -> CommitInfo | None:
         """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
 
         A new trainer, made after an attack of hours, say, holds the model as it was before protection: where
@@ -494,10 +375,8 @@ class SophonTrainer(Trainer):
 
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
-            commit_message: As the other arguments and errors, those of `sophon_hf.publish`.
-            revision: Branch to commit to.
-            private: Whether a new repository is private; the account's own setting where None.
-            report: `output_dir` of an attack on this model: what it found goes into claim and card.
+            options: As `sophon_hf.publish` takes them, such as `report`; `private` and `revision` come from `args`
+                where left out. It raises as that does.
 
         Returns:
             The commit, on the main process.
@@ -507,17 +386,11 @@ class SophonTrainer(Trainer):
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return publish(
-            self.args.output_dir,
-            repo_id or self.repository_name,
-            report=report,
-            commit_message=commit_message,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=self.args.hub_revision if revision is None else revision,
-        )
+        options = {"private": self.args.hub_private_repo, "revision": self.args.hub_revision, **options}
+        return publish(self.args.output_dir, repo_id or self.repository_name, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint's model, without its states."""
+        where, iteration = (checkpoint_folder, self.repository_name), self.state.global_step
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            iteration, revision = self.state.global_step, self.args.hub_revision
-            publish_checkpoint(checkpoint_folder, self.repository_name, iteration, revision)
+            publish_checkpoint(*where, iteration, self.args.hub_revision)
