@@ -31,11 +31,14 @@ def unreachable(source: str, kind: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file in full or not at all."""
+    """Write a file in full or not at all, and leave nothing beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -30,8 +30,8 @@ def add_adapter(
     Args:
         model: Unwrapped.
         strategy: Names the adapter and its rank.
-        structure: Where the heads are, and what runs. A weight that is read without calling its layer, as attention does
-            with its output projection, would have an adapter that does nothing.
+        structure: Where the heads are, and what runs. A weight that is read without calling its layer, as attention
+            does with its output projection, would have an adapter that does nothing.
         steps: Length of the fine-tuning, by which AdaLoRA allots its ranks.
 
     Returns:

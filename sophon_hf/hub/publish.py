@@ -155,8 +155,8 @@ def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[
     attacked = results.facts.get("weights", {}).get("protected")
     if attacked != claim.state_hash:
         raise ValueError(
-            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run "
-            f"`sophon-hf attack --protected {folder}` and name its output_dir."
+            f"{path} is about other weights ({attacked}) than those in {folder} ({claim.state_hash}): run `sophon-hf "
+            f"attack --protected {folder}` and name its output_dir."
         )
     if results.metric != claim.metric:
         raise ValueError(f"{path} measures {results.metric}, the claim {claim.metric}.")

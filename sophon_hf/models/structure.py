@@ -112,12 +112,14 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
             parameter.requires_grad_(False)
         for hook in hooks:
             hook.remove()
-    modules, layers, heads = dict(model.named_modules()), [name for name in order if name in outputs], [head]
+    modules, layers = dict(model.named_modules()), [name for name in order if name in outputs]
     if head is not None and head not in modules:
         raise ValueError(
             f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others."
         )
-    if head is None:
+    if head is not None:
+        heads = [head]
+    else:
         heads = layers[-1:] if prediction.ndim > 2 else _heads(model, prediction, outputs, layers)
     inside = tuple(f"{name}." for name in heads)
     blocks = [

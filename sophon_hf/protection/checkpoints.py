@@ -234,8 +234,8 @@ def _checkpoint_to_resume(
     for name, value in facts.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. "
-                "Resume with the same settings and data, or start in another output_dir."
+                f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. Resume "
+                "with the same settings and data, or start in another output_dir."
             )
     return checkpoint
 
@@ -260,8 +260,7 @@ def _last_complete_checkpoint(output_dir: str) -> str:
     if not checkpoints:
         raise ValueError(
             f"There is no complete checkpoint in {output_dir!r} to resume from: empty the folder or choose another "
-            "one, "
-            "and train without resuming."
+            "one, and train without resuming."
         )
     return max(checkpoints)[1]
 

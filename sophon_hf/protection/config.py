@@ -41,15 +41,14 @@ class SophonConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "gamma: K weights of the adversaries' steps, or one such list for each of the N adversaries "
-            "(JSON); "
-            "each is divided by N. Left out, every step weighs 1 / K. A step of weight 0 costs no evaluation."
+            "(JSON); each is divided by N. Left out, every step weighs 1 / K. A step of weight 0 costs no evaluation."
         },
     )
     mu: float = field(
         default=1.0,
         metadata={
-            "help": "mu of eq. 2: weight of the reinforcement loss. Adam divides a constant weight out again, so "
-            "it matters together with max_grad_norm; alpha and beta set the balance."
+            "help": "mu of eq. 2: weight of the reinforcement loss. Adam divides a constant weight out again, so it "
+            "matters together with max_grad_norm; alpha and beta set the balance."
         },
     )
     tolerance: float = field(
@@ -64,11 +63,9 @@ class SophonConfig(TrainingArguments):
         metadata={
             "help": "What follows where the original metric fell by more than the tolerance. halve_alpha, continue and "
             "stop put the last good state back first, with both optimizers' states cleared. adapt_alpha lets the "
-            "metric "
-            "fall further early (7 tolerances at first, 1 from seven tenths of the iterations on), halves alpha where "
-            "it "
-            "stays beyond that, and doubles it back inside the tolerance; only where the original domain is lost is a "
-            "state put back. A state outside the tolerance is never the protected model."
+            "metric fall further early (7 tolerances at first, 1 from seven tenths of the iterations on), halves alpha "
+            "where it stays beyond that, and doubles it back inside the tolerance; only where the original domain is "
+            "lost is a state put back. A state outside the tolerance is never the protected model."
         },
     )
     suppression_loss: str | None = field(
@@ -88,8 +85,7 @@ class SophonConfig(TrainingArguments):
         default=0,
         metadata={
             "help": "How many simulated adversaries live on over the iterations, taken in turn, K updates at a time; "
-            "0: "
-            "every one starts anew, as published. Each holds about three copies of the model."
+            "0: every one starts anew, as published. Each holds about three copies of the model."
         },
     )
     horizon: int = field(
@@ -99,34 +95,29 @@ class SophonConfig(TrainingArguments):
         default=0,
         metadata={
             "help": "Depths of the model at which a closed-form probe, what a new head with a hidden layer could do, "
-            "is suppressed too; 0: "
-            "none, as published. For classifiers."
+            "is suppressed too; 0: none, as published. For classifiers."
         },
     )
     distillation: float = field(
         default=0.0,
         metadata={
             "help": "Weight in L_beta of the distance to what the unprotected model predicts (KL, or MSE for "
-            "diffusion); "
-            "holds a second copy of the model."
+            "diffusion); holds a second copy of the model."
         },
     )
     mixup: bool = field(
         default=False,
         metadata={
             "help": "Distil on mixtures too: half of each batch of O is replaced by convex mixtures of two examples, "
-            "images "
-            "mirrored at random, for which only the unprotected model's prediction counts. Needs distillation; left "
-            "out "
-            "where inputs are not continuous."
+            "images mirrored at random, for which only the unprotected model's prediction counts. Needs distillation; "
+            "left out where inputs are not continuous."
         },
     )
     keep_norms: bool = field(
         default=False,
         metadata={
             "help": "Hold layers whose scale does not matter at the norm of a fresh initialisation, so that no "
-            "protection rests "
-            "on the scale of weights, and re-scaling them gains an adversary nothing."
+            "protection rests on the scale of weights, and re-scaling them gains an adversary nothing."
         },
     )
     second_order: bool = field(
@@ -169,8 +160,7 @@ class SophonConfig(TrainingArguments):
         elif not self.eval_on_start:
             raise ValueError(
                 "eval_on_start is off, but the guard has to measure the model before protection: leave it on, or "
-                "switch "
-                "the guard off by eval_strategy='no'."
+                "switch the guard off by eval_strategy='no'."
             )
         if self.learning_rate is not None and self.learning_rate != self.beta:
             raise ValueError(
@@ -241,8 +231,7 @@ class SophonConfig(TrainingArguments):
         if not self.probe_depths:
             raise ValueError(
                 "While an adversary warms up on original data only probes are suppressed, and there are none: set "
-                "`probe_depths`, or "
-                "leave 'warm_up' out of the strategy space."
+                "`probe_depths`, or leave 'warm_up' out of the strategy space."
             )
         if not self.num_persistent or not self.l_FTS or self.save_strategy != "steps":
             return
@@ -251,9 +240,8 @@ class SophonConfig(TrainingArguments):
         if iterations < self.max_steps and updates <= self.horizon / 2:
             raise ValueError(
                 f"save_steps is {self.save_steps:g}: persistent adversaries start anew at every checkpoint, after "
-                f"{updates:g} updates, "
-                f"and one that warms up would never end its warm-up of {self.horizon // 2}. Save less often, or lower "
-                "`horizon`."
+                f"{updates:g} updates, and one that warms up would never end its warm-up of {self.horizon // 2}. Save "
+                "less often, or lower `horizon`."
             )
 
     def _parse_gamma(self) -> list | None:
@@ -300,8 +288,7 @@ class SophonConfig(TrainingArguments):
         if self.torch_compile:
             raise ValueError(
                 "torch_compile compiles what the Trainer wraps, which no simulated adversary runs: leave it out, and "
-                "call "
-                "`compile()` of the model's blocks before protection."
+                "call `compile()` of the model's blocks before protection."
             )
         for name in ("label_smoothing_factor", "neftune_noise_alpha", "auto_find_batch_size", "load_best_model_at_end"):
             if getattr(self, name):

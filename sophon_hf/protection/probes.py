@@ -100,8 +100,7 @@ class Probes:
         if depths > max(len(structure.blocks), 1):
             raise ValueError(
                 f"probe_depths is {depths}, but {type(model).__name__} has {len(structure.blocks)} blocks that "
-                "features can be "
-                "probed after: ask for at most as many, or for 1, which is what the head sees."
+                "features can be probed after: ask for at most as many, or for 1, which is what the head sees."
             )
         self.model, self.heads, self.num_classes, self.suppress = model, structure.heads, num_classes, loss
         self.blocks = [structure.blocks[round(len(structure.blocks) * part / depths) - 1] for part in range(1, depths)]

@@ -21,8 +21,8 @@ def at_least_float32(values: Tensor) -> Tensor:
 def _check_classes(logits: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f"logits have shape {tuple(logits.shape)}: expected (batch, classes) with at least 2 classes. "
-            "A model with one output has no class to suppress."
+            f"logits have shape {tuple(logits.shape)}: expected (batch, classes) with at least 2 classes. A model with "
+            "one output has no class to suppress."
         )
 
 
