@@ -19,6 +19,7 @@ _HOMES = {
     "ClassificationTask": "tasks.classification",
     "DiffusionTask": "tasks.diffusion",
     "load_domain": "data.loading",
+    "load_metric": "tasks.metrics",
     "select_classes": "data.labels",
     "split_domain": "data.labels",
     "publish": "hub.publish",
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "audit",
     "load_domain",
+    "load_metric",
     "publish",
     "select_classes",
     "split_domain",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from sophon_hf.protection.trainer import SophonTrainer
     from sophon_hf.tasks.classification import ClassificationTask
     from sophon_hf.tasks.diffusion import DiffusionTask
+    from sophon_hf.tasks.metrics import load_metric
 
 
 def __getattr__(name: str) -> Any:

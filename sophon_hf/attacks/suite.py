@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate import EvaluationModule
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -38,6 +39,7 @@ from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotA
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
+from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
 from sophon_hf.utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class AttackSuite:
             there are fewer.
         task: What is learned, where it cannot be inferred. The task of a pipeline (an id or a folder) has the
             pipeline's noise scheduler.
+        metric: What attacks are chosen and reported by, as `load_metric` takes it; ACC-k, MSE-k or the task's by
+            default. It has to be the claim's where the report is published.
         processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is
             saved with the original model, or else the protected one, where that is an id or a folder.
         input_columns: The raw input column by domain ("original", "restricted", "benign"), where it is not found by
@@ -77,6 +81,7 @@ class AttackSuite:
         measured_every: int | None = None,
         examples: int | None = None,
         task: Task | None = None,
+        metric: str | EvaluationModule | Metric | None = None,
         processing_class: Any | None = None,
         input_columns: Mapping[str, str | None] | None = None,
         label_columns: Mapping[str, str | None] | None = None,
@@ -94,11 +99,12 @@ class AttackSuite:
             raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
         if examples is not None and examples < 1:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
+        refuse_two_metrics(task, metric)
         strategies = list(dict.fromkeys(strategies))
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
         self.measured_every = measured_every
-        self.output_dir, self.examples, self.task = Path(output_dir), examples, task
+        self.output_dir, self.examples, self.task, self.metric = Path(output_dir), examples, task, metric
         self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
 
@@ -245,7 +251,7 @@ class AttackSuite:
         task, processor = self.task, self.processing_class
         source = next((m for m in given if not isinstance(m, nn.Module)), None)
         if task is None:
-            task = infer_task(model) if source is None else load_task(source, model)
+            task = infer_task(model, self.metric) if source is None else load_task(source, model, self.metric)
         if processor is None and source is not None:
             processor = load_processor(source, model)
         return task, processor

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluate import EvaluationModule
 from torch import nn
 
 from sophon_hf.attacks.adversary import AdversaryData
@@ -30,6 +31,7 @@ from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEA
 from sophon_hf.data.loading import Source
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
+from sophon_hf.tasks.metrics import Metric
 from sophon_hf.utils import write_atomically
 
 
@@ -110,6 +112,7 @@ def audit(
     seeds: Sequence[int] = (0, 1, 2),
     epochs: float | None = None,
     examples: int | None = None,
+    metric: str | EvaluationModule | Metric | None = None,
     input_columns: dict[str, str | None] | None = None,
     label_columns: dict[str, str | None] | None = None,
 ) -> Audit:
@@ -128,6 +131,7 @@ def audit(
         seeds: Of every attack.
         epochs: Of an ordinary attack; the claim's by default.
         examples: The adversary's; as many as the claim's by default.
+        metric: The claim's metric, as `load_metric` takes it; needed where it is not one of this package's own.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
 
@@ -152,7 +156,7 @@ def audit(
             found.write(output_dir)
             return found
         found.write(output_dir)  # Before hours of attacks: a folder that cannot be written is refused now.
-        state, models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected)
+        state, models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected, metric)
         found.verdicts.append(state)
         if models is not None:
             theirs = None if claim.attacks is None else claim.attacks.data.get("training")
@@ -183,8 +187,11 @@ def audit(
 
 def _measure(found: Audit, claim: Claim, models: Models, data: AdversaryData, suite: AttackSuite) -> None:
     """Add what the data allow to measure."""
-    if models.task.metric != claim.metric:
-        why = f"the claim measures {claim.metric}, an audit {models.task.metric}"
+    if (models.task.metric, models.task.greater_is_better) != (claim.metric, claim.greater_is_better):
+        ours, theirs = (
+            f"{of.metric} ({'greater' if of.greater_is_better else 'less'} is better)" for of in (models.task, claim)
+        )
+        why = f"the claim measures {theirs}, the audit {ours}: pass the claim's as `metric`"
         names = [f"original {claim.metric} after protection"]
         names += [] if claim.attacks is None else [f"strongest attack's {claim.metric}", "recovered transfer"]
         found.verdicts += [Verdict(name, NOT_CHECKABLE, why=why) for name in names]

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evaluate import EvaluationModule
 from huggingface_hub import load_torch_model
 from torch import nn
 
@@ -37,6 +38,7 @@ from sophon_hf.hub.claim import Claim
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor
 from sophon_hf.tasks.base import Task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
+from sophon_hf.tasks.metrics import Metric
 
 # A stranger's strategy that takes longer than so many times the longest of the sweep is not run.
 _LONGEST = 10
@@ -62,7 +64,11 @@ class Models:
 
 
 def load_models(
-    claim: Claim, folder: Path, stage: Path, given: nn.Module | str | None
+    claim: Claim,
+    folder: Path,
+    stage: Path,
+    given: nn.Module | str | None,
+    metric: str | EvaluationModule | Metric | None = None,
 ) -> tuple[Verdict, Models | None]:
     """Load both models from safetensors and JSON.
 
@@ -71,12 +77,13 @@ def load_models(
         folder: Of the protected model, checked.
         stage: Gets the files of the other one.
         given: The model before protection: Hub id, folder, or the model itself.
+        metric: What to measure by; the claim's, where it loads without a network, or else the task's own.
 
     Returns:
         Whether the protected model is the one that the claim is about, and the models where it is.
 
     Raises:
-        OSError, ValueError: The given model cannot be loaded.
+        OSError, ValueError: The given model cannot be loaded, or the given metric does not fit it.
     """
     unprotected, why = _load_unprotected(claim, stage, given)
     configured = (folder / "config.json").exists() or (folder / "model_index.json").exists()
@@ -98,7 +105,13 @@ def load_models(
     if hash_state(protected) != claim.state_hash:
         reason = "the loaded model's parameters are not those that the claim is about"
         return Verdict("state", TAMPERED, why=reason), None
-    task, processor = load_task(folder, protected), load_processor(folder, protected)
+    try:
+        task = load_task(folder, protected, claim.metric if metric is None else metric)
+    except ValueError:
+        if metric is not None:
+            raise
+        task = load_task(folder, protected)  # The verdicts then ask for the claim's metric.
+    processor = load_processor(folder, protected)
     for model in (protected, unprotected):
         if model is not None:
             agree_on_padding(model.to(process_state().device), processor)

@@ -25,19 +25,20 @@ from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.simulation import held_out_examples
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows
+from sophon_hf.tasks.metrics import refuse_two_metrics
 
 logger = logging.getLogger(__name__)
 
 _FEWEST_WITH_BATCH_NORM = 20
 
 
-def refuse_arguments(model: nn.Module, args: SophonConfig, reinforcement_loss: Any) -> None:
-    """Refuse what cannot be protected, or does not go together, on any data.
+def refuse_arguments(args: SophonConfig, reinforcement_loss: Any, task: Task | None, metric: Any) -> None:
+    """Refuse what does not go together with any model.
 
     Raises:
-        ValueError: Several GPUs in one process, a loss of one's own beside distillation, a model that is sharded
-            already, frozen or in half precision, or batch norm that is synchronised over processes.
+        ValueError: Several GPUs in one process, a loss of one's own beside distillation, or a metric beside a task.
     """
+    refuse_two_metrics(task, metric)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, or set "
@@ -48,6 +49,14 @@ def refuse_arguments(model: nn.Module, args: SophonConfig, reinforcement_loss: A
             "reinforcement_loss takes the place of the task's loss, and with it of distillation and mixup: leave "
             "`distillation` 0, or add the distance to your own loss."
         )
+
+
+def refuse_model(model: nn.Module, args: SophonConfig) -> None:
+    """Refuse a model that cannot be protected on any data.
+
+    Raises:
+        ValueError: It is sharded already, frozen or in half precision, or synchronises batch norm over processes.
+    """
     refuse_half_precision(model, "given")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
@@ -243,16 +252,14 @@ def refuse_launcher_settings(accelerator: Any, args: SophonConfig) -> None:
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"accelerate is set to {accelerator.distributed_type.value}, which is not supported: use plain processes, "
-            "or "
-            "FSDP2 for a model that does not fit on one GPU."
+            "or FSDP2 for a model that does not fit on one GPU."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         _refuse_sharding(accelerator, args)
     elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             f"FSDP is asked for, but accelerate runs {accelerator.distributed_type.value} on "
-            f"{accelerator.device.type}, where "
-            "it does not shard: start one process for each GPU, or leave FSDP out."
+            f"{accelerator.device.type}, where it does not shard: start one process for each GPU, or leave FSDP out."
         )
 
 
@@ -288,17 +295,14 @@ def _check_shares(model: nn.Module, space: StrategySpace, restricted: Domain, pr
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ValueError(
             "A sharded model with batch norm would normalise each process's part of a batch by itself: it is not "
-            "supported. "
-            "Use plain processes."
+            "supported. Use plain processes."
         )
     smallest = min(*space.batch_sizes, held_out_examples(len(restricted)))
     if smallest < processes:
         raise ValueError(
             f"The smallest batch of a simulated adversary has {smallest} examples, but the {processes} processes of a "
-            "sharded "
-            "model share each batch: give more restricted data or larger batch_sizes in the strategy space, or use "
-            "fewer "
-            "processes."
+            "sharded model share each batch: give more restricted data or larger batch_sizes in the strategy space, or "
+            "use fewer processes."
         )
 
 

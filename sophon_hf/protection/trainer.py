@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate import EvaluationModule
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
@@ -39,6 +40,7 @@ from sophon_hf.protection.simulation import Adversaries
 from sophon_hf.protection.suppression import Suppression, simulated_error
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import first_rows
+from sophon_hf.tasks.metrics import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class SophonTrainer(Trainer):
         processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
             out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
+        metric: What guard and evaluation go by, as `load_metric` takes it; ACC-k, MSE-k or the task's by default.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
         label_columns: The same for the label column.
         reinforcement_loss: L_beta of (model, batch), a scalar, in place of the task's loss and of `distillation`.
@@ -71,8 +74,7 @@ class SophonTrainer(Trainer):
     loss_is_scaled_for_ga = False
     model: nn.Module
     optimizer: Any
-    is_in_train: bool
-    control: TrainerControl
+    control: Any
 
     def __init__(
         self,
@@ -84,19 +86,21 @@ class SophonTrainer(Trainer):
         eval_dataset: dict[str, Source] | None = None,
         processing_class: Any | None = None,
         task: Task | None = None,
+        metric: str | EvaluationModule | Metric | None = None,
         input_columns: dict[str, str] | None = None,
         label_columns: dict[str, str] | None = None,
         reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = SophonConfig() if args is None else args
+        checks.refuse_arguments(args, reinforcement_loss, task, metric)
         if isinstance(model, (str, os.PathLike)):
             source, model = model, load_model(model)
-            task = load_task(source, model) if task is None else task
+            task = load_task(source, model, metric) if task is None else task
             processing_class = load_processor(source, model) if processing_class is None else processing_class
-        checks.refuse_arguments(model, args, reinforcement_loss)
+        checks.refuse_model(model, args)
         agree_on_padding(model, processing_class)
-        self.task = infer_task(model) if task is None else task
+        self.task = infer_task(model, metric) if task is None else task
         self._input_columns = input_columns or {}
         sources = {"original": original_dataset, "restricted": restricted_dataset}
         columns, needs = {"input": self._input_columns, "label": label_columns or {}}, self.task.inputs(model)

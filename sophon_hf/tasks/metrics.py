@@ -133,6 +133,15 @@ def load_metric(
     return Metric(name, greater_is_better, lambda scores: compute(_with_valid_labels(scores))[1], needs_references)
 
 
+def refuse_two_metrics(task: Any, metric: Any) -> None:
+    """Raise a ValueError where a metric is given beside a task, which has its own."""
+    if task is not None and metric is not None:
+        raise ValueError(
+            f"metric is given beside task, which measures {task.metric}: give the metric to the task, as in "
+            "ClassificationTask(metric=...), or leave the task out."
+        )
+
+
 def _with_valid_labels(scores: dict[str, list]) -> dict[str, list]:
     """Replace -1, the prediction of a broken model, by a class that exists and is wrong.
 

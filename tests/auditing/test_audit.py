@@ -21,16 +21,21 @@ from audited import (
     verdict_of,
     why_of,
 )
+from own_metrics import f1, make_metric
 from points import TinyNet, make_points
 from published import make_trainer, pixels, protect, unet
 
-from sophon_hf import AttackSuite, FineTuningStrategy
+from sophon_hf import AttackSuite, FineTuningStrategy, load_metric
 from sophon_hf.auditing import verdicts
 from sophon_hf.auditing.audit import audit as audit_model
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, compare
 from sophon_hf.cli import main as cli
-from sophon_hf.hub.claim import AttackReport, Claim
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.fingerprint import fingerprint_domain
+from sophon_hf.hub.claim import AttackReport, Claim, Protection
 from sophon_hf.hub.publish import with_report, write_card_and_claim
+from sophon_hf.tasks.base import infer_task
+from sophon_hf.tasks.evaluation import evaluate_model
 
 # A true claim.
 
@@ -188,7 +193,40 @@ def test_a_claim_of_another_metric_is_not_judged_by_accuracy(truth, tmp_path):
     publish_folder(tmp_path / "model", perturbed(truth["original"]), None, attacks=claim.attacks, metric="f1_macro")
     audit = full_audit(truth, tmp_path / "model", tmp_path / "audit")
     assert verdict_of(audit, "recovered transfer") == NOT_CHECKABLE
-    assert why_of(audit, "original f1_macro after protection") == "the claim measures f1_macro, an audit accuracy"
+    assert why_of(audit, "original f1_macro after protection") == (
+        "the claim measures f1_macro (greater is better), the audit accuracy (greater is better): pass the claim's as "
+        "`metric`"
+    )
+
+
+def test_a_claim_of_ones_own_metric_is_judged_by_that_metric(truth, tmp_path):
+    macro = load_metric(make_metric(f1), compute_kwargs={"average": "macro"})
+    models = {"before": truth["original"], "after": perturbed(truth["original"])}
+    task = infer_task(models["before"], macro)
+    domain = build_domain(truth["data"]["original_test"], task.inputs(models["before"]), name="original")
+    before, after = (evaluate_model(task, model, domain, 128).metric for model in models.values())
+    for stated, given, expected in (
+        (after, macro, REPRODUCED),
+        (after + 0.02, macro, WEAKER),
+        (after, None, NOT_CHECKABLE),
+        (after, make_metric(f1), NOT_CHECKABLE),
+    ):
+        publish_folder(
+            tmp_path / "model",
+            models["after"],
+            None,
+            metric="f1_macro",
+            protection=Protection("protected", 1, before, stated, 0.8, 0.5, 0, 0),
+            data={"eval_original": fingerprint_domain(domain)},
+        )
+        audit = audit_model(
+            tmp_path / "model",
+            tmp_path / "audit",
+            unprotected=truth["original"],
+            original_eval_dataset=truth["data"]["original_test"],
+            metric=given,
+        )
+        assert verdict_of(audit, "original f1_macro after protection") == expected
 
 
 # The rule.
