@@ -379,7 +379,7 @@ def test_a_broken_library_ends_in_2_not_in_1(folder, tmp_path, monkeypatch, caps
     def fail(*_, **__):
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr("sophon_hf.cli.audit.audit_model", fail)
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main(["audit", str(folder)])
     assert ended.value.code == 2 and "CUDA error" in capsys.readouterr().err

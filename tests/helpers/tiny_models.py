@@ -149,3 +149,28 @@ HEADS = {
     "bert": "classifier",
     "unet": "conv_out",
 }
+
+
+def small_resnet(blocks: int = 2) -> nn.Module:
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[blocks, blocks],
+        layer_type="basic",
+        num_labels=3,
+    )
+    return ResNetForImageClassification(config)
+
+
+def small_vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    return ViTForImageClassification(config)

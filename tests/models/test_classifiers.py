@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from attacked import NEW_HEAD, make_suite
+from classifiers import CASES, protect, settings
 from labelled_data import images, sentences, tokenizer
-from test_models import CASES, protect, settings
 from torch import nn
 from torch.nn import functional as F
 

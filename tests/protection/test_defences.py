@@ -9,15 +9,12 @@ import pytest
 import torch
 from points import TinyNet, fitted, make_points
 from protected import build
+from tiny_models import small_resnet, small_vit
 from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
     TrainerCallback,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from sophon_hf import SophonConfig, SophonTrainer
@@ -27,32 +24,6 @@ from sophon_hf.hub.claim import Claim
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
 from sophon_hf.protection.config import PRESETS
 from sophon_hf.protection.reinforcement import mix_second_half
-
-
-def small_resnet(blocks: int = 2) -> nn.Module:
-    config = ResNetConfig(
-        num_channels=3,
-        embedding_size=8,
-        hidden_sizes=[8, 16],
-        depths=[blocks, blocks],
-        layer_type="basic",
-        num_labels=3,
-    )
-    return ResNetForImageClassification(config)
-
-
-def small_vit() -> nn.Module:
-    config = ViTConfig(
-        hidden_size=12,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    return ViTForImageClassification(config)
-
 
 # ---- Settings ----
 

@@ -11,7 +11,7 @@ import torch
 from labelled_data import images, unet
 from naive_suppression import assert_gradient, evaluation_mode, make_environment, make_net, suppress
 from protected import HEAD_ONLY, build
-from test_defences import small_resnet, small_vit
+from tiny_models import small_resnet, small_vit
 from torch.nn import functional as F
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
@@ -150,14 +150,20 @@ def test_a_task_without_labels_has_no_probes(tmp_path):
         SophonTrainer(unet(), images(1), images(2), config)
 
 
-def test_no_probe_sees_an_example_twice(float64_domain, monkeypatch):
+class Watched(Probes):
+    """Notes what it is fitted on."""
+
+    def loss(self, features, target):
+        self.seen = [*getattr(self, "seen", []), features[0]]
+        return super().loss(features, target)
+
+
+def test_no_probe_sees_an_example_twice(float64_domain):
     """T_i has 10 examples and a batch 6: a batch that goes on over the end of an epoch would hold copies."""
-    seen = []
-    monkeypatch.setattr(Probes, "loss", lambda self, features, target: seen.append(features[0]) or features[0].sum())
     model = make_net(noisy=False)
     environment = make_environment(float64_domain, 1, batch_size=3, learning_rate=0.01)
     assert len(environment.evaluation.indices) % 6
-    probes = Probes(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
+    probes = Watched(model, HEAD_ONLY, 1, 3, inverse_cross_entropy)
     suppress(model, [environment], [[0.25] * 4], structure=HEAD_ONLY, probes=probes)
-    assert len(seen) == 4
-    assert all(len(torch.unique(features, dim=0)) == len(features) == 6 for features in seen)
+    assert len(probes.seen) == 4
+    assert all(len(torch.unique(features, dim=0)) == len(features) == 6 for features in probes.seen)
