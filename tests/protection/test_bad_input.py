@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
-from sophon_hf.protection.checks import refuse_arguments
+from sophon_hf.protection.checks import refuse_model
 
 SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
 
@@ -490,10 +490,10 @@ def test_weights_in_half_precision_are_refused(tmp_path, dtype):
 
 def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
-    processes = SimpleNamespace(n_gpu=0, world_size=2, distillation=0.0)
+    processes = SimpleNamespace(world_size=2)
     with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
-        refuse_arguments(model, processes, None)
-    refuse_arguments(TinyNet(), processes, None)
+        refuse_model(model, processes)
+    refuse_model(TinyNet(), processes)
 
 
 def test_a_rate_can_be_replaced_in_a_configuration(tmp_path):
