@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sophon_hf.data.domain import Domain, build_domain
-from sophon_hf.data.labels import split_domain
+from sophon_hf.data.labels import Classes, number_classes, split_domain
 from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.tasks.base import Task
@@ -95,12 +95,13 @@ class AdversaryData:
         """
         if self.training is None or self.test is None:
             raise ValueError("An adversary needs training data and a test split of the restricted domain: give both.")
-        dataset, label, validation = load_domain(self.training), self.label_columns.get("restricted"), self.validation
-        carved = validation is None
-        if carved:
+        dataset, test = load_domain(self.training), load_domain(self.test, "test")
+        held_out = None if self.validation is None else load_domain(self.validation, "validation")
+        parts = [part for part in (dataset, test, held_out) if part is not None]
+        classes = number_classes("restricted", parts, needs, self.label_columns.get("restricted"))
+        label, carved = None if classes is None else classes.column, held_out is None
+        if held_out is None:
             held_out, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
-        else:
-            held_out = load_domain(validation, "validation")
         if self.examples is not None and self.examples < len(dataset):
             dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
         elif self.examples is not None and self.examples > len(dataset):
@@ -110,9 +111,8 @@ class AdversaryData:
                 len(dataset),
                 " beside those for validation" if carved else "",
             )
-        training, validated, test = (
-            self.domain(part, "restricted", needs, processor)
-            for part in (dataset, held_out, load_domain(self.test, "test"))
+        training, validated, tested = (
+            self.domain(part, "restricted", needs, processor, classes) for part in (dataset, held_out, test)
         )
         if carved:
             # Data that hold an example twice would otherwise have it on both sides.
@@ -122,16 +122,18 @@ class AdversaryData:
             if not kept:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
-                validated = self.domain(held_out.select(kept), "restricted", needs, processor)
+                validated = self.domain(held_out.select(kept), "restricted", needs, processor, classes)
         original = original_test = None
         if self.original is not None:
             original = self.domain(self.original, "original", needs, processor)
         if self.original_test is not None:
             original_test = self.domain(load_domain(self.original_test, "test"), "original", needs, processor)
-        return AdversaryDomains(training, test, validated, original, original_test)
+        return AdversaryDomains(training, tested, validated, original, original_test)
 
-    def domain(self, source: Source, name: str, needs: ModelInputs, processor: Any | None) -> Domain:
-        """Load one source as the domain "original" or "restricted"."""
+    def domain(
+        self, source: Source, name: str, needs: ModelInputs, processor: Any | None, classes: Classes | None = None
+    ) -> Domain:
+        """Load one source as the domain "original" or "restricted"; `classes` are those of all its splits."""
         return build_domain(
             load_domain(source),
             needs,
@@ -139,6 +141,7 @@ class AdversaryData:
             name=name,
             input_column=self.input_columns.get(name),
             label=self.label_columns.get(name),
+            classes=classes,
         )
 
 
@@ -161,11 +164,11 @@ def check_same_architecture(models: dict[str, nn.Module]) -> None:
 
 
 def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
-    """Return whether the model's head has an output for every class."""
+    """Return whether the model's head has an output for every class and label."""
     if domain.labels is None:
         return True
     outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
-    return outputs is None or domain.num_classes <= outputs
+    return outputs is None or max(domain.num_classes, int(domain.labels.max()) + 1) <= outputs
 
 
 def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:

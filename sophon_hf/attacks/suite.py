@@ -158,11 +158,13 @@ class AttackSuite:
         needs = task.inputs(models["original"])
         data = self._data(restricted_dataset, eval_dataset, validation_dataset, original_dataset, original_eval_dataset)
         domains = data.build(needs, processor)
-        if domains.original_test is not None and not head_fits(task, models["original"], domains.original_test):
-            raise ValueError(
-                f"The original domain's test split has {domains.original_test.num_classes} classes, more than the "
-                "model's head has outputs: select the classes that the model knows, in its order (`select_classes`)."
-            )
+        for domain in (domains.original, domains.original_test):
+            if domain is not None and not head_fits(task, models["original"], domain):
+                raise ValueError(
+                    f"The original domain has {domain.num_classes} classes with labels up to {domain.labels.max()}, "  # type: ignore[union-attr]
+                    "for which the model's head has too few outputs: select the classes that the model knows, in its "
+                    "order (`select_classes`)."
+                )
         domains.check_disjoint()
         if benign_dataset is not None and benign_eval_dataset is not None:
             benign = self._benign_suite()

@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from sophon_hf.data.labels import class_names, label_column, read_labels
+from sophon_hf.data.labels import Classes, number_classes
 from sophon_hf.data.preprocessing import Example, ModelInputs, Preprocessor, make_preprocessor
 from sophon_hf.utils import kept_random_state
 
@@ -28,7 +28,7 @@ class Domain:
     Attributes:
         name: "original" or "restricted", for messages.
         labels: Shape (n,), int64, or None.
-        class_names: One for each class; empty without labels.
+        classes: How they are numbered, or None.
         transformed: Whether the data set has a transform of the user's.
         fingerprint: Changes with the content: of all examples, or, where they are not kept in memory, of the data set
             and of its first examples as they are prepared.
@@ -41,14 +41,13 @@ class Domain:
         name: str = "domain",
         memory_limit: int = _MEMORY_LIMIT,
         row_numbers: np.ndarray | None = None,
+        classes: Classes | None = None,
     ):
-        self.name, self.dataset, self.preprocessor = name, dataset, preprocessor
+        self.name, self.dataset, self.preprocessor, self.classes = name, dataset, preprocessor, classes
         self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers
         self._lengths: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
-        column = preprocessor.label_column
-        self.labels = None if column is None else torch.from_numpy(read_labels(dataset, column))
-        self.class_names = [] if column is None else class_names(dataset, column)
+        self.labels = None if classes is None else torch.from_numpy(classes.read(dataset))
         # A transform of the user's may be random, so its examples must not be frozen.
         self.transformed = dataset.format["type"] == "custom"
         self._tensors = None if self.transformed else self._materialize(memory_limit)
@@ -60,7 +59,7 @@ class Domain:
     @property
     def num_classes(self) -> int:
         """Return how many classes there are; 0 without labels."""
-        return len(self.class_names)
+        return 0 if self.classes is None else len(self.classes.names)
 
     def rows(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Example:
         """Return the examples at `indices`, stacked: input name -> tensor of shape (len(indices), ...).
@@ -199,6 +198,7 @@ def build_domain(
     label: str | None = None,
     memory_limit: int = _MEMORY_LIMIT,
     row_numbers: np.ndarray | None = None,
+    classes: Classes | None = None,
 ) -> Domain:
     """Return a domain whose examples are ready for a model.
 
@@ -206,22 +206,20 @@ def build_domain(
         dataset: Raw columns (image, text or audio, and label) or columns that already are model inputs.
         needs: What the model takes: `task.inputs(model)`.
         processing_class: Image processor, tokenizer or feature extractor. Images can do without.
-        name: For messages.
+        name: For messages; the labels of the "original" one have to mean what the model's outputs mean.
         input_column: The raw column, where it is not found by itself.
         label: The label column, where it is not found by itself.
         memory_limit: Bytes up to which prepared examples are kept in memory.
         row_numbers: What messages call each row, where `dataset` is a part of the user's.
+        classes: How labels are numbered, where other splits of the domain have a say in it (`number_classes`).
 
     Raises:
-        ValueError: No label where the task needs one, an unknown or ambiguous column, NaN, missing or negative labels.
+        ValueError: No label where the task needs one, an unknown or ambiguous column, NaN, labels that are missing, no
+            classes, or classes that an original domain's model does not know.
     """
-    labels = label_column(dataset, label) if needs.labelled else None
-    if needs.labelled and labels is None:
-        raise ValueError(
-            f"The {name} domain has no label column among {dataset.column_names}: a classifier needs one. Name it, "
-            "where it "
-            "is called otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
-        )
+    if classes is None:
+        classes = number_classes(name, [dataset], needs, label)
+    labels = None if classes is None else classes.column
     dataset = _with_plain_media(dataset)
     with _seeded(0):
         row = dataset[0]
@@ -229,7 +227,7 @@ def build_domain(
         raise ValueError(f"The {name} domain has no column {input_column!r}; it has {list(row)}.")
     candidates = {c: v for c, v in row.items() if c != labels and c in (input_column or c, input_column)}
     preprocessor = make_preprocessor(candidates, needs, processing_class, labels, name)
-    return Domain(dataset, preprocessor, name, memory_limit, row_numbers)
+    return Domain(dataset, preprocessor, name, memory_limit, row_numbers, classes)
 
 
 def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -11,8 +11,7 @@ import datasets
 import torch
 
 from sophon_hf.data.domain import CHUNK, Domain
-
-_HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
+from sophon_hf.data.loading import HUB_SOURCE
 
 
 @dataclass(frozen=True)
@@ -65,20 +64,7 @@ def fingerprint_domain(domain: Domain) -> DataFingerprint:
 def _source(info: datasets.DatasetInfo) -> tuple[str | None, str | None]:
     # `remember_source` writes this note, and `datasets` keeps it through selections and casts.
     for url in info.download_checksums or {}:
-        if found := _HUB_SOURCE.match(url):
+        if found := HUB_SOURCE.match(url):
             return found["name"], None if found["revision"] == "unknown" else found["revision"]
     name = info.dataset_name and os.path.basename(info.dataset_name.rstrip("/\\").replace("\\", "/")).strip()
     return (name if name and is_base_name_or_hub_id(name) else None), None
-
-
-def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
-    """Note the Hub id and commit that a data set was loaded from, in the form that `datasets` records downloads in.
-
-    Args:
-        dataset: As it was loaded; what is selected from it keeps the note.
-        name: `owner/name`, or `owner/name:configuration`.
-        revision: The commit; anything else says nothing and is left out.
-    """
-    commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else "unknown"
-    url = f"hf://datasets/{name}@{commit}"
-    dataset.info.download_checksums = {url: {"num_bytes": None, "checksum": None}}

@@ -1,15 +1,46 @@
-"""Class labels: where they are, which classes are kept, and how a domain is split fairly by them."""
+"""Class labels: where they are, how classes are numbered, which are kept, and how a domain is split fairly by them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import datasets
 import numpy as np
 
+from sophon_hf.data.loading import Source, load_domain
+from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.utils import derive_seed
 
+logger = logging.getLogger(__name__)
+
 _LABEL_COLUMNS = ("labels", "label")
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How the labels of a domain are numbered.
+
+    Attributes:
+        column: Where the labels are.
+        names: What the classes are called. Of a restricted domain the class of number i is `names[i]`; an original
+            domain has the model's numbers, and may have a part of its classes only.
+        numbers: Label as the data have it (a `ClassLabel` by its name) -> number.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    numbers: Mapping[Hashable, int]
+
+    def read(self, dataset: datasets.Dataset) -> np.ndarray:
+        """Return all labels as numbers; shape (n,), int64."""
+        values = read_labels(dataset, self.column)
+        return np.fromiter((self.numbers[value] for value in values), dtype=np.int64, count=len(values))
 
 
 def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
@@ -31,68 +62,219 @@ def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | 
     return class_labels[0] if class_labels else None
 
 
-def read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """Return all labels; shape (n,), int64.
+def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> list[Hashable]:
+    """Return all labels as the data have them: names (of a `ClassLabel` too), whole numbers, floats or booleans.
+
+    Args:
+        dataset: What the labels are read from; its transform, where it has one, is not run.
+        column: Where they are.
+        name: What messages call the domain.
 
     Raises:
-        ValueError: Some are missing, or they are not class indices.
+        ValueError: Some are missing, or they are no classes.
     """
-    # Without its format, or a transform of the user's would run on every row.
-    values = list(dataset.with_format(None)[column])
-    missing = [i for i, value in enumerate(values) if value is None]
+    values, where = list(dataset.with_format(None)[column]), f"Column {column!r} of the {name} domain"
+    missing = [i for i, value in enumerate(values) if value is None or value == "" or value != value]
     if missing:
-        raise ValueError(f"{len(missing)} examples have no label in column {column!r}, the first at row {missing[0]}.")
-    labels = np.asarray(values)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"Column {column!r} holds {labels.dtype} values of shape {labels.shape[1:]}, not one class index an "
-            "example. `dataset.class_encode_column` turns names into indices."
+            f"{len(missing)} examples have no label in column {column!r} of the {name} domain, the first at row "
+            f"{missing[0]}: label them, or drop those rows."
         )
-    if (labels < 0).any():
-        raise ValueError(f"Column {column!r} holds negative labels, as test sets without labels do: drop those rows.")
-    return labels.astype(np.int64)
+    if not values or isinstance(values[0], str):
+        return values
+    if not isinstance(values[0], (bool, int, float)):
+        raise ValueError(
+            f"{where} holds {values[0]!r} at row 0, which is no class: a label is a name, a number, or true or false."
+        )
+    distinct, feature = set(values), dataset.features[column]
+    declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if (-1 in distinct and (0 in distinct or len(distinct) == 1)) or (declared and min(distinct) < 0):
+        raise ValueError(f"{where} holds negative labels, as test sets without labels do: drop those rows.")
+    if declared:
+        if max(distinct) >= len(declared):
+            raise ValueError(
+                f"{where} has label {max(distinct)}, but its features name {len(declared)} classes: repair the "
+                "features or the labels."
+            )
+        return [declared[value] for value in values]
+    if isinstance(values[0], float):
+        if all(value.is_integer() for value in distinct):
+            return [int(value) for value in values]  # pandas makes floats of numbers beside missing ones.
+        if len(distinct) > max(20, len(values) / 2):
+            raise ValueError(
+                f"{where} holds {len(distinct)} different values in {len(values)} rows, which are measurements, not "
+                "classes: name another label column, or cut the values into classes."
+            )
+    return values
 
 
-def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """Return class names from the features, or `class 0`, `class 1`, ... where they name none."""
-    feature = dataset.features.get(column)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return [f"class {i}" for i in range(int(read_labels(dataset, column).max()) + 1)]
+def number_classes(
+    name: str,
+    parts: Sequence[datasets.Dataset],
+    needs: ModelInputs,
+    label: str | None = None,
+    first: Iterable[Hashable] = (),
+) -> Classes | None:
+    """Number the classes of a domain, the same in all its splits, and say in one line how, where there is a choice.
+
+    Names that the model knows get the model's numbers. Other classes of a restricted domain are numbered in the order
+    of their `ClassLabel`, or sorted.
+
+    Args:
+        name: "original" or "restricted": labels of an original domain have to mean what the model's outputs mean.
+        parts: The domain's splits.
+        needs: What the model takes, and what it calls its classes.
+        label: The label column, where it is not found by itself.
+        first: Classes of a restricted domain that come first, in this order.
+
+    Returns:
+        How they are numbered, or None where the task needs no labels.
+
+    Raises:
+        ValueError: No label column, labels that are no classes, or an original domain with classes that the model does
+            not know.
+    """
+    if not needs.labelled:
+        return None
+    columns = [label_column(part, label) for part in parts]
+    column = columns[0]
+    if column is None or None in columns:
+        lacking = parts[columns.index(None)].column_names
+        raise ValueError(
+            f"The {name} domain has no label column among {lacking}: a classifier needs one. Name it, where it is "
+            "called otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
+        )
+    if len(set(columns)) > 1:
+        raise ValueError(f"The {name} domain's splits call the label column {columns}: call it the same in all.")
+    known = needs.class_names
+    present, declared = _present_and_declared(name, parts, column, first)
+    lookup, nameless = _by_name(known), all(re.fullmatch(r"LABEL_\d+", label) for label in known)
+    found = {value: lookup.get(str(value), lookup.get(_plain(value))) for value in present}
+    numbers = {value: number for value, number in found.items() if number is not None}
+    if len(numbers) == len(present):
+        _tell(name, "get the model's numbers by their names", numbers, declared)
+        return Classes(column, tuple(known), numbers)
+    if "original" not in name:
+        order = dict.fromkeys([*declared, *present])
+        numbers = {value: number for number, value in enumerate(order)}
+        _tell(name, "are numbered in sorted order", numbers, declared)
+        return Classes(column, tuple(str(value) for value in order), numbers)
+    # Folders `0`, `1`, `10`, `2`, ... are read alphabetically, and are numbers all the same.
+    by_folder = declared == sorted(declared, key=str) and _sorted(declared) == [str(i) for i in range(len(declared))]
+    if (by_folder or not declared) and all(_is_number(v) or (nameless and isinstance(v, bool)) for v in present):
+        numbers = {value: int(value) for value in present}  # type: ignore[call-overload]
+    elif nameless:
+        numbers = {value: number for number, value in enumerate(declared)}
+        _tell(name, "are numbered as the data do, since the model names none", numbers, [])
+    numbers = {v: n for v, n in numbers.items() if n >= 0 and (not known or n < len(known))}
+    if unknown := [value for value in present if value not in numbers]:
+        raise ValueError(
+            f"The original domain has classes that the model does not know, {_shown(unknown)}: the data have "
+            f"{_shown(present)}, the model has {_shown(known) if known else 'no names'}. Select the classes that it "
+            "knows, rename them as it calls them, or, where it has no names, list all in its order "
+            "(`--original_classes`; in Python `select_classes`)."
+        )
+    return Classes(column, tuple(str(value) for value in sorted(present, key=lambda value: numbers[value])), numbers)
 
 
-def select_classes(dataset: datasets.Dataset, names: Sequence[str], column: str | None = None) -> datasets.Dataset:
+def _present_and_declared(
+    name: str, parts: Sequence[datasets.Dataset], column: str, first: Iterable[Hashable] = ()
+) -> tuple[list[Hashable], list[Hashable]]:
+    """Return the classes of all parts that have examples, sorted, and those that `first` and features put in order."""
+    found = {value for part in parts for value in read_labels(part, column, name)}
+    if len({isinstance(value, str) for value in found}) > 1:
+        raise ValueError(
+            f"The {name} domain's labels are names in one split and numbers in another ({_shown(list(found))}): write "
+            "them in one way."
+        )
+    features = [part.features[column] for part in parts]
+    names = [label for f in features if isinstance(f, datasets.ClassLabel) for label in f.names]
+    return _sorted(found), list(dict.fromkeys([*first, *names]))
+
+
+def _sorted(values: Iterable[Any]) -> list[Any]:
+    """Sort classes: numbers by their value, also where they are written as text."""
+    values = list(values)
+    return sorted(values, key=lambda value: int(value) if all(map(_is_number, values)) else value)
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, str) and value.isascii() and value.isdigit())
+
+
+def _by_name(known: Sequence[str]) -> dict[str, int]:
+    """Return name -> number; written otherwise too (case, spaces), where that is not ambiguous."""
+    exact = {name: number for number, name in enumerate(known)}
+    plain = {_plain(name): number for name, number in exact.items()}
+    return exact if len(plain) < len(exact) else {**plain, **exact}
+
+
+def _plain(name: Hashable) -> str:
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+
+
+def _tell(name: str, how: str, numbers: Mapping[Hashable, int], declared: Sequence[Hashable]) -> None:
+    """Say how classes are numbered, where it is not as the data set itself has numbered them."""
+    own = dict(zip(declared, range(len(declared)), strict=True))
+    if all(number == own.get(value, value) and not isinstance(value, bool) for value, number in numbers.items()):
+        return
+    pairs = ", ".join(
+        f"{number} = {str(value)!r}" for value, number in sorted(numbers.items(), key=itemgetter(1))[:_SHOWN]
+    )
+    more = f", ... ({len(numbers)} in all)" if len(numbers) > _SHOWN else ""
+    logger.warning("The %s domain's classes %s: %s%s.", name, how, pairs, more)
+
+
+def _shown(values: Sequence[Hashable]) -> str:
+    listed = ", ".join(repr(str(value)) for value in values[:_SHOWN])
+    return f"[{listed}{f', ... ({len(values)} in all)' if len(values) > _SHOWN else ''}]"
+
+
+def select_classes(
+    dataset: Source, names: Sequence[object] | Mapping[object, str], column: str | None = None
+) -> datasets.Dataset:
     """Keep some classes and number them 0, 1, ... in the order given.
+
+    Args:
+        dataset: What `load_domain` takes.
+        names: Of the classes; numbers and booleans as they are written. {name: new name} renames them, to what a model
+            calls them, say.
+        column: The label column, where it is not found by itself.
 
     Raises:
         ValueError: A name that is no class of the data set.
     """
+    dataset = load_domain(dataset)
     column = label_column(dataset, column)
     if column is None:
         raise ValueError(f"The data set has no label column among {dataset.column_names}: classes cannot be selected.")
     # A transform of the user's must neither run here nor be lost.
     form, dataset = dataset.format, dataset.with_format(None)
-    known = class_names(dataset, column)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"{unknown} are no classes of the data set, which has {known}.")
-    old = [known.index(name) for name in names]
-    labels = read_labels(dataset, column)
-    kept = dataset.select(np.flatnonzero(np.isin(labels, old)))
-    new = [old.index(label) for label in read_labels(kept, column)]
-    kept = kept.remove_columns(column).add_column(column, new)
-    kept = kept.cast_column(column, datasets.ClassLabel(names=list(names)))
+    labels = [str(value) for value in read_labels(dataset, column)]
+    feature = dataset.features[column]
+    known = feature.names if isinstance(feature, datasets.ClassLabel) else _sorted(set(labels))
+    wanted = [str(name) for name in names]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"{unknown} are no classes of the data set, which has {_shown(known)}.")
+    number = {name: i for i, name in enumerate(wanted)}
+    rows = [row for row, label in enumerate(labels) if label in number]
+    kept = dataset.select(rows).remove_columns(column)
+    kept = kept.add_column(column, [number[labels[row]] for row in rows])
+    renamed = [str(name) for name in names.values()] if isinstance(names, Mapping) else wanted
+    kept = kept.cast_column(column, datasets.ClassLabel(names=renamed))
     columns = None if form["type"] == "custom" else form["columns"]
     return kept.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
 def split_domain(
-    dataset: datasets.Dataset, seed: int = 0, share: float = 0.5, column: str | None = None
+    dataset: Source, seed: int = 0, share: float = 0.5, column: str | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split into the defender's and the adversary's part (section 5.1.4): equal, seeded, stratified by label.
 
     Args:
-        dataset: A restricted domain's training split (or anything else that is to be halved fairly).
+        dataset: A restricted domain's training split (or anything else that is to be halved fairly), as `load_domain`
+            takes it.
         seed: Decides the split.
         share: What the first part gets.
         column: The label column, where it is not found by itself. Without labels the split is plainly random.
@@ -100,6 +282,7 @@ def split_domain(
     Returns:
         The defender's part and the adversary's part, disjoint, in the data set's order.
     """
+    dataset = load_domain(dataset)
     first, second = split_indices(dataset, seed, share, label_column(dataset, column))
     return dataset.select(first), dataset.select(second)
 
@@ -109,7 +292,11 @@ def split_indices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of both parts of `split_domain`; not stratified where `column` is None."""
     generator = np.random.default_rng(derive_seed("split", seed))
-    labels = np.zeros(len(dataset), dtype=np.int64) if column is None else read_labels(dataset, column)
+    labels = np.zeros(len(dataset), dtype=np.int64)
+    if column is not None:
+        present, declared = _present_and_declared("given", [dataset], column)
+        order = {value: number for number, value in enumerate(dict.fromkeys([*declared, *present]))}
+        labels = Classes(column, (), order).read(dataset)
     # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.
     order = np.lexsort((generator.random(len(labels)), labels))
     dealt = np.floor(np.arange(1, len(order) + 1) * share) > np.floor(np.arange(len(order)) * share)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import datasets
 
-from sophon_hf.data.fingerprint import remember_source
 from sophon_hf.utils import unreachable
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict
 
+# What a data set of the Hub keeps of where it is from, in the form that `datasets` records downloads in.
+HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
 _STREAM_LIMIT = 100_000
 
 
@@ -78,7 +80,7 @@ def _load_from(source: str) -> datasets.DatasetDict:
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise ConnectionError(unreachable(source, "data set")) from error
     for part in loaded.values() if on_hub else ():
-        remember_source(part, source, builder.hash)
+        _remember_source(part, source, builder.hash)
     return loaded
 
 
@@ -102,3 +104,16 @@ def _undecoded(dataset: Any, sounds: list[str]) -> Any:
     for column in sounds:
         dataset = dataset.cast_column(column, datasets.Audio(decode=False))
     return dataset
+
+
+def _remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
+    """Note the Hub id and commit that a data set was loaded from, in the form that `datasets` records downloads in.
+
+    Args:
+        dataset: As it was loaded; what is selected from it keeps the note.
+        name: `owner/name`, or `owner/name:configuration`.
+        revision: The commit; anything else says nothing and is left out.
+    """
+    commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else "unknown"
+    url = f"hf://datasets/{name}@{commit}"
+    dataset.info.download_checksums = {url: {"num_bytes": None, "checksum": None}}

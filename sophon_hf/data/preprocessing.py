@@ -31,6 +31,7 @@ class ModelInputs:
         symmetric: Whether pixels lie in [-1, 1] (diffusion) and not in [0, 1].
         pad_token_id: What the model takes for padding, where it is told.
         longest: How many tokens the model has positions for, where it is told.
+        class_names: What the model calls its classes, in its order; empty where it does not tell.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class ModelInputs:
     symmetric: bool = False
     pad_token_id: int | None = None
     longest: int | None = None
+    class_names: tuple[str, ...] = ()
 
     def accepts(self, name: str) -> bool:
         """Return whether the model's `forward` has a parameter of this name."""

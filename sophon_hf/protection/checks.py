@@ -94,8 +94,8 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
         )
 
 
-def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> None:
-    """Labels against features, the head, and the order of classes that the model names.
+def check_labels(domains: dict[str, Domain], outputs: int) -> None:
+    """Labels against the head, and whether there is a task to learn.
 
     Raises:
         ValueError: They do not fit.
@@ -108,35 +108,11 @@ def check_labels(domains: dict[str, Domain], outputs: int, model: nn.Module) -> 
                 f"The original domain has label {highest}, but the model's head has {outputs} outputs (0 to "
                 f"{outputs - 1}): number the classes as the model does (`select_classes`)."
             )
-        if highest >= domain.num_classes:
-            raise ValueError(
-                f"The {name} domain has label {highest}, but its features name {domain.num_classes} classes: repair "
-                "the features or the labels."
-            )
     labels = domains["restricted"].labels
     if labels is not None and len(labels.unique()) < 2:
         raise ValueError(
             "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
         )
-    _check_class_order(domains["original"].class_names, model)
-
-
-def _check_class_order(given: list[str], model: nn.Module) -> None:
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    known = [str(names[index]) for index in sorted(names)]
-    if given == known or all(name.startswith("LABEL_") for name in known) or given[0] == "class 0":
-        return
-    if set(given) <= set(known):
-        raise ValueError(
-            f"The original domain numbers its classes {given[:5]}..., the model {known[:5]}...: labels would be wrong. "
-            "Number them as the model does: select_classes(dataset, list(model.config.id2label.values()))."
-        )
-    logger.warning(
-        "The original domain names its classes %s, the model %s: make sure that label 0 means the same for both, and "
-        "so on.",
-        given[:5],
-        known[:5],
-    )
 
 
 def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
@@ -199,7 +175,7 @@ def fit_strategies(
         if args.tolerance > 1:
             raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         outputs = predictions["original"].shape[1]
-        check_labels(domains, outputs, model)
+        check_labels(domains, outputs)
     elif args.strategy_space is None:
         # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
         space = replace(space, initializations=("direct",))

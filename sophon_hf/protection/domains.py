@@ -11,7 +11,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from sophon_hf.data.domain import Domain, build_domain
-from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.labels import number_classes, split_indices
 from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.protection.config import SophonConfig
@@ -54,12 +54,11 @@ def build_domains(
         if len(dataset) < _FEWEST_EXAMPLES:
             raise ValueError(f"The {name} domain has {len(dataset)} examples: it takes at least {_FEWEST_EXAMPLES}.")
         rows = held_rows = None
-        if evaluation is not None:
-            held_out = load_domain(evaluation[name], "validation")
-        else:
+        held_out = None if evaluation is None else load_domain(evaluation[name], "validation")
+        classes = number_classes(name, [dataset] if held_out is None else [dataset, held_out], needs, label)
+        if held_out is None:
             share = max(args.validation_share, 1 / math.floor(len(dataset) / 2))
-            by_class = label_column(dataset, label) if needs.labelled else None
-            held_rows, rows = split_indices(dataset, args.seed, share, by_class)
+            held_rows, rows = split_indices(dataset, args.seed, share, None if classes is None else classes.column)
             held_out, dataset = dataset.select(held_rows), dataset.select(rows)
         for key, part, numbers in ((name, dataset, rows), (f"eval_{name}", held_out, held_rows)):
             domains[key] = build_domain(
@@ -68,8 +67,8 @@ def build_domains(
                 processing_class,
                 name=name,
                 input_column=columns["input"].get(name),
-                label=label,
                 row_numbers=numbers,
+                classes=classes,
             )
     return domains
 
@@ -94,10 +93,12 @@ def as_domains(
     domains = {}
     for name, source in sources.items():
         if not isinstance(source, Domain):
-            label = known[name if name in known else "restricted"].preprocessor.label_column
+            like = known[name if name in known else "restricted"].classes
             dataset, column = load_domain(source, "test"), input_columns.get(name)
             column = column if column in dataset.column_names else None
-            source = build_domain(dataset, needs, processing_class, name=name, label=label, input_column=column)
+            # Classes that were not protected against come after those that were.
+            classes = like and number_classes(name, [dataset], needs, like.column, like.numbers)
+            source = build_domain(dataset, needs, processing_class, name=name, classes=classes, input_column=column)
         domains[name] = source
     return domains
 

@@ -56,6 +56,7 @@ class ClassificationTask:
             image_size=_fixed_size(model),
             longest=getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None),
             pad_token_id=padding_id(model),
+            class_names=_class_names(model),
         )
 
     def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
@@ -115,3 +116,10 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
         return None
     height_and_width = as_integers(config.image_size)
     return height_and_width if len(height_and_width) == 2 else (height_and_width[0], height_and_width[0])
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the model's outputs, in their order; none where its configuration does not name all."""
+    names = getattr(getattr(unwrap(model), "config", None), "id2label", None) or {}
+    numbered = {int(number): str(name) for number, name in names.items()}
+    return tuple(numbered[i] for i in range(len(numbered))) if set(numbered) == set(range(len(numbered))) else ()

@@ -80,7 +80,7 @@ def test_folder_of_images(tmp_path):
     written = write_images(tmp_path)
     dataset = load_domain(tmp_path)
     domain = build_domain(dataset, IMAGES)
-    assert domain.class_names == ["cat", "dog"]
+    assert domain.classes.names == ("cat", "dog")
     assert Counter(domain.labels.tolist()) == {0: 3, 1: 3}
     batch = domain.rows(ALL(6))
     for pixels, label in zip(batch["pixel_values"], batch["labels"], strict=True):
@@ -94,7 +94,7 @@ def test_folder_of_sounds(tmp_path):
     written = write_sounds(tmp_path, lengths=(500, 500))
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=False)
     domain = build_domain(load_domain(tmp_path), AUDIO, extractor)
-    assert domain.class_names == ["high", "low"]
+    assert domain.classes.names == ("high", "low")
     batch = domain.rows(ALL(4))
     assert batch["input_values"].shape == (4, 500)
     for samples, label in zip(batch["input_values"], batch["labels"], strict=True):
@@ -116,7 +116,7 @@ def test_halves_and_classes_of_a_folder_of_sounds(tmp_path):
     defender, adversary = split_domain(dataset)
     assert len(defender) + len(adversary) == 6
     low = build_domain(select_classes(dataset, ["low"]), AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE))
-    assert len(low) == 3 and low.class_names == ["low"]
+    assert len(low) == 3 and low.classes.names == ("low",)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from raw_data import POINTS, labels, picture, pictures, points
 
 from sophon_hf.data.domain import build_domain
-from sophon_hf.data.labels import class_names, label_column, read_labels, select_classes, split_domain
+from sophon_hf.data.labels import label_column, number_classes, read_labels, select_classes, split_domain
+from sophon_hf.data.preprocessing import ModelInputs
 
 # ---- Labels ----
 
@@ -38,25 +39,147 @@ def test_label_column_errors():
         build_domain(points().remove_columns("label"), POINTS, name="restricted")
 
 
-def test_labels_that_are_no_class_indices():
-    with pytest.raises(ValueError, match="2 examples have no label in column 'label', the first at row 1"):
-        read_labels(labels([0, None, 1, None]), "label")
-    with pytest.raises(ValueError, match="negative labels"):
-        read_labels(labels([0, 1, -1]), "label")
-    with pytest.raises(ValueError, match="holds float64 values"):
-        read_labels(labels([0.0, 1.0]), "label")
-    with pytest.raises(ValueError, match="class_encode_column"):
-        read_labels(labels(["cat", "dog"]), "label")
-    with pytest.raises(ValueError, match=r"of shape \(2,\)"):
-        read_labels(labels([[0, 1], [1, 0]]), "label")
-    for bad in ([0, None], [0, -1], [0.5, 1.0]):
-        with pytest.raises(ValueError, match="column 'label'|Column 'label'"):
-            build_domain(labels(bad, x=[[0.0], [1.0]]).remove_columns("row"), POINTS)
+def test_labels_that_are_no_classes():
+    for values, message in (
+        ([0, None, 1, None], "2 examples have no label in column 'label' of the given domain, the first at row 1"),
+        (["a", "", "b"], "1 examples have no label in column 'label' of the given domain, the first at row 1"),
+        ([0.0, float("nan")], "1 examples have no label in column 'label' of the given domain, the first at row 1"),
+        ([0, 1, -1], "negative labels, as test sets without labels do: drop those rows"),
+        ([-1, -1], "negative labels"),
+        (
+            [[0, 1], [1, 0]],
+            r"holds \[0, 1\] at row 0, which is no class: a label is a name, a number, or true or false",
+        ),
+        (np.linspace(0, 5, 40).tolist(), "40 different values in 40 rows, which are measurements, not classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_labels(labels(values), "label")
+    for bad in ([0, None], [0, -1]):
+        with pytest.raises(ValueError, match="olumn 'label' of the restricted domain"):
+            build_domain(labels(bad, x=[[0.0], [1.0]]).remove_columns("row"), POINTS, name="restricted")
 
 
-def test_class_names_come_from_the_features_or_are_numbered():
-    assert class_names(labels([0, 0], datasets.ClassLabel(names=["cat", "dog"])), "label") == ["cat", "dog"]
-    assert class_names(labels([0, 2]), "label") == ["class 0", "class 1", "class 2"]
+NAMED = ModelInputs(("x", "labels"), "x", labelled=True, class_names=("zero", "one", "two", "three"))
+NUMBERED = ModelInputs(("x", "labels"), "x", labelled=True, class_names=tuple(f"LABEL_{i}" for i in range(4)))
+
+
+def numbered(values: list, needs: ModelInputs = POINTS, name: str = "restricted", feature=None) -> list[int]:
+    dataset = labels(values, feature)
+    return number_classes(name, [dataset], needs).read(dataset).tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["dog", "cat", "dog"], [1, 0, 1]),
+        ([True, False, True], [1, 0, 1]),
+        ([2.0, 1.0, 2.0], [1, 0, 1]),
+        ([0.5, 2.5, 1.5], [0, 2, 1]),
+        ([3, 1, 2], [2, 0, 1]),
+        ([1440764, 2102040, 1440764], [0, 1, 0]),
+        ([-1, 1, 1], [0, 1, 1]),
+        (["10", "9", "1"], [2, 1, 0]),
+        ([1, 0, 2], [1, 0, 2]),
+    ],
+    ids=["names", "booleans", "whole floats", "floats", "from 1 on", "offsets", "minus one", "digits", "as they are"],
+)
+def test_restricted_labels_are_numbered_in_sorted_order(values, expected, caplog):
+    assert numbered(values) == expected
+    classes = number_classes("restricted", [labels(values)], POINTS)
+    assert len(classes.names) == len(set(values)), "a class count is the number of classes"
+    first = {repr(["dog", "cat", "dog"]): "0 = 'cat', 1 = 'dog'.", repr([2.0, 1.0, 2.0]): "0 = '1', 1 = '2'."}
+    assert ("classes are numbered in sorted order: " in caplog.text) != (values == [1, 0, 2])
+    assert first.get(repr(values), "") in caplog.text
+
+
+def test_all_splits_of_a_domain_share_their_numbers(caplog):
+    training, test = labels(["b", "c"]), labels(["a", "c"])
+    classes = number_classes("restricted", [training, test], POINTS)
+    assert classes.read(training).tolist() == [1, 2] and classes.read(test).tolist() == [0, 2]
+    assert caplog.text.count("numbered in sorted order") == 1
+    # Folders of a test split that lacks a class are numbered by their names too.
+    folders = (
+        labels([0, 1], datasets.ClassLabel(names=["a", "c"])),
+        labels([0, 1, 2], datasets.ClassLabel(names=[*"abc"])),
+    )
+    classes = number_classes("restricted", [folders[1], folders[0]], POINTS)
+    assert classes.read(folders[0]).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="names in one split and numbers in another"):
+        number_classes("restricted", [labels(["a", "b"]), labels([0, 1])], POINTS)
+    with pytest.raises(ValueError, match=r"splits call the label column \['label', 'labels'\]"):
+        number_classes("restricted", [labels([0, 1]), labels([0, 1]).rename_column("label", "labels")], POINTS)
+
+
+@pytest.mark.parametrize("name", ["original", "restricted"])
+def test_names_that_the_model_knows_get_its_numbers(name, caplog):
+    assert numbered(["two", "zero", "three"], NAMED, name) == [2, 0, 3]
+    assert (
+        f"The {name} domain's classes get the model's numbers by their names: 0 = 'zero', 2 = 'two', 3 = 'three'"
+        in caplog.text
+    )
+    folders = datasets.ClassLabel(names=["one", "three", "two", "zero"])
+    assert numbered([0, 1, 2, 3], NAMED, name, folders) == [1, 3, 2, 0]
+    assert numbered(["TWO", " Zero"], NAMED, name) == [2, 0]
+    assert numbered(["LABEL_2", "LABEL_0"], NUMBERED, name) == [2, 0]
+    caplog.clear()
+    assert numbered([0, 1, 3], NAMED, name, datasets.ClassLabel(names=list(NAMED.class_names))) == [0, 1, 3]
+    assert not caplog.text, "nothing is said where nothing changes"
+
+
+def test_restricted_names_of_which_the_model_knows_some_are_numbered_by_themselves():
+    assert numbered(["two", "nine"], NAMED) == [1, 0]
+
+
+@pytest.mark.parametrize("needs", [NAMED, NUMBERED, POINTS], ids=["named", "numbered", "unknown"])
+def test_original_numbers_are_the_model_s(needs):
+    for values in ([3, 1], [3.0, 1.0], ["3", "1"]):
+        assert numbered(values, needs, "original") == [3, 1]
+    folders = datasets.ClassLabel(names=sorted(map(str, range(4))))
+    assert numbered([3, 1], needs, "original", folders) == [3, 1]
+    classes = number_classes("original", [labels([3, 1, 3])], needs)
+    assert len(classes.names) == 2, "a class count is the number of classes"
+
+
+def test_folders_that_are_called_by_numbers_are_read_alphabetically_and_numbered_all_the_same():
+    folders = datasets.ClassLabel(names=sorted(map(str, range(12))))
+    assert folders.names[2] == "10"
+    assert numbered([2, 3, 4], POINTS, "original", folders) == [10, 11, 2]
+
+
+def test_original_names_are_the_data_s_where_the_model_has_none(caplog):
+    assert numbered([1, 0], NUMBERED, "original", datasets.ClassLabel(names=["cat", "dog"])) == [1, 0]
+    assert "are numbered as the data do, since the model names none: 0 = 'cat', 1 = 'dog'" in caplog.text
+    assert numbered([True, False], NUMBERED, "original") == [1, 0]
+    # The order in which a user has selected them counts, whatever they are called.
+    chosen = select_classes(labels([7, 3, 3]), [7, 3])
+    assert number_classes("original", [chosen], POINTS).read(chosen).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "needs", "unknown", "has"),
+    [
+        (["two", "cat"], NAMED, r"\['cat'\]", r"\['zero', 'one', 'two', 'three'\]"),
+        ([True, False], NAMED, r"\['False', 'True'\]", r"\['zero', 'one', 'two', 'three'\]"),
+        ([1, 4], NAMED, r"\['4'\]", r"\['zero', 'one', 'two', 'three'\]"),
+        ([1, 4], NUMBERED, r"\['4'\]", r"\['LABEL_0', 'LABEL_1', 'LABEL_2', 'LABEL_3'\]"),
+        ([-2, 1], POINTS, r"\['-2'\]", "no names"),
+        ([0.5, 1.5], POINTS, r"\['0.5', '1.5'\]", "no names"),
+        (["cat", "dog"], NUMBERED, r"\['cat', 'dog'\]", r"\['LABEL_0', 'LABEL_1', 'LABEL_2', 'LABEL_3'\]"),
+    ],
+)
+def test_original_classes_that_the_model_does_not_know_are_refused(values, needs, unknown, has):
+    have = ", ".join(repr(str(value)) for value in sorted(values))
+    message = rf"does not know, {unknown}: the data have \[{have}\], the model has {has}. .*`--original_classes`"
+    with pytest.raises(ValueError, match=message):
+        numbered(values, needs, "original")
+
+
+def test_select_classes_of_labels_as_people_have_them():
+    assert select_classes(labels(["cat", "dog", "cow"]), ["dog", "cat"])["label"][:] == [1, 0]
+    assert select_classes(labels([True, False]), [True])["row"][:] == [0]
+    assert select_classes(labels([7, 30, 7]).to_iterable_dataset(), ["30", 7])["label"][:] == [1, 0, 1]
+    renamed = select_classes(labels(["n01", "n02", "n03"]), {"n03": "tench", "n01": "goldfish"})
+    assert renamed.features["label"].names == ["tench", "goldfish"] and renamed["label"][:] == [1, 0]
 
 
 def test_select_classes_keeps_and_renumbers_in_the_order_given():
@@ -64,7 +187,7 @@ def test_select_classes_keeps_and_renumbers_in_the_order_given():
     kept = select_classes(dataset, ["bird", "cat"])
     assert list(zip(kept["row"], kept["label"], strict=True)) == [(0, 1), (2, 0), (3, 0), (5, 1), (6, 0)]
     assert kept.features["label"].names == ["bird", "cat"]
-    assert select_classes(labels([0, 1, 2]), ["class 2"])["row"][:] == [2]
+    assert select_classes(labels([0, 1, 2]), ["2"])["row"][:] == [2]
 
 
 def test_select_classes_refuses_what_it_does_not_know():
@@ -135,6 +258,13 @@ def test_split_without_labels_is_plainly_random():
     assert sorted(one + other) == list(range(11)) and abs(len(one) - len(other)) == 1
     assert one != list(range(0, 11, 2)) and one != list(range(1, 11, 2))
     assert split_domain(dataset, seed=1)[0]["row"][:] != one
+
+
+def test_split_takes_names_and_streams():
+    by_number, by_name = (split_domain(labels(values)) for values in (UNEVEN, [f"c{i}" for i in UNEVEN]))
+    assert [part["row"][:] for part in by_name] == [part["row"][:] for part in by_number]
+    streamed = split_domain(labels(UNEVEN).to_iterable_dataset())
+    assert [part["row"][:] for part in streamed] == [part["row"][:] for part in by_number]
 
 
 def test_split_by_a_named_column():

@@ -105,13 +105,13 @@ BAD_DOMAINS = {
     ),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
     "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),
-    "names for labels": (lambda: with_labels(["a", "b"] * 20), ValueError, "not one class index.*class_encode_column"),
+    "several labels each": (lambda: with_labels([["a"], ["b"]] * 20), ValueError, "at row 0, which is no class"),
     "NaN": (lambda: with_value(5, float("nan")), ValueError, "1 examples of the {name} domain hold NaN.*'x'.*drop or"),
     "infinity": (lambda: with_value(5, float("inf")), ValueError, "hold NaN or infinity in 'x'.*drop or repair"),
     "labels beyond their features": (
         mislabelled,
         ValueError,
-        "{name} domain has label 2, but its features name 2 classes: repair",
+        "{name} domain has label 2, but its features name 2 classes: repair the features or the labels",
     ),
     "nothing the model takes": (
         lambda: make_points(1).remove_columns("x").add_column("number", list(range(120))),
