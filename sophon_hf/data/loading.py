@@ -80,7 +80,7 @@ def _load_from(source: str) -> datasets.DatasetDict:
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise ConnectionError(unreachable(source, "data set")) from error
     for part in loaded.values() if on_hub else ():
-        _remember_source(part, source, builder.hash)
+        remember_source(part, source, builder.hash)
     return loaded
 
 
@@ -106,7 +106,7 @@ def _undecoded(dataset: Any, sounds: list[str]) -> Any:
     return dataset
 
 
-def _remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
+def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
     """Note the Hub id and commit that a data set was loaded from, in the form that `datasets` records downloads in.
 
     Args:

@@ -19,7 +19,8 @@ from published import attack, classifier, pixels, protect
 
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.data.domain import build_domain
-from sophon_hf.data.fingerprint import fingerprint_domain, remember_source
+from sophon_hf.data.fingerprint import fingerprint_domain
+from sophon_hf.data.loading import remember_source
 from sophon_hf.hub.claim import AttackReport, Claim, hash_weights
 from sophon_hf.models.loading import hash_state
 from sophon_hf.tasks.base import infer_task
