@@ -168,7 +168,7 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     if domain.labels is None:
         return True
     outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
-    return outputs is None or max(domain.num_classes, int(domain.labels.max()) + 1) <= outputs
+    return outputs is None or (domain.num_classes <= outputs and task.fits(domain.labels, outputs))
 
 
 def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:

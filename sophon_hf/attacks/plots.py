@@ -164,10 +164,13 @@ def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> N
     """
     if not isinstance(task, DiffusionTask):
         return
-    clean = domain.rows(torch.arange(min(IMAGES, len(domain))))["sample"]
+    rows = domain.rows(torch.arange(min(IMAGES, len(domain))))
+    clean = rows[task.inputs(model).main]
+    if clean.shape[1] not in (1, 3):
+        return  # Latents are no pictures.
     columns = [clean]
     for share in NOISE_SHARES:
-        columns += task.denoise(model, clean, share)
+        columns += task.denoise(model, rows, share)
     save_image_grid(torch.stack(columns, dim=1).numpy(), path)
 
 

@@ -27,7 +27,7 @@ class Domain:
 
     Attributes:
         name: "original" or "restricted", for messages.
-        labels: Shape (n,), int64, or None.
+        labels: What is to be predicted, shape (n,), int64, or of several labels shape (n, classes), float32; or None.
         classes: How they are numbered, or None.
         transformed: Whether the data set has a transform of the user's.
         fingerprint: Changes with the content: of all examples, or, where they are not kept in memory, of the data set
@@ -42,12 +42,16 @@ class Domain:
         memory_limit: int = _MEMORY_LIMIT,
         row_numbers: np.ndarray | None = None,
         classes: Classes | None = None,
+        conditioned: bool = False,
     ):
         self.name, self.dataset, self.preprocessor, self.classes = name, dataset, preprocessor, classes
         self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers
         self._lengths: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
-        self.labels = None if classes is None else torch.from_numpy(classes.read(dataset))
+        numbers = None if classes is None else torch.from_numpy(classes.read(dataset))
+        # They are what a classifier predicts, and what a diffusion model is told.
+        self.labels = None if conditioned else numbers
+        self._attached = ("class_labels" if conditioned else "labels", numbers)
         # A transform of the user's may be random, so its examples must not be frozen.
         self.transformed = dataset.format["type"] == "custom"
         self._tensors = None if self.transformed else self._materialize(memory_limit)
@@ -59,7 +63,7 @@ class Domain:
     @property
     def num_classes(self) -> int:
         """Return how many classes there are; 0 without labels."""
-        return 0 if self.classes is None else len(self.classes.names)
+        return 0 if self.labels is None or self.classes is None else len(self.classes)
 
     def rows(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Example:
         """Return the examples at `indices`, stacked: input name -> tensor of shape (len(indices), ...).
@@ -90,9 +94,10 @@ class Domain:
 
     def _prepare(self, indices: list[int]) -> list[Example]:
         examples = self.preprocessor(self.dataset[indices])
-        if self.labels is not None:
-            for example, label in zip(examples, self.labels[indices], strict=True):
-                example["labels"] = label
+        name, labels = self._attached
+        if labels is not None:
+            for example, label in zip(examples, labels[indices], strict=True):
+                example[name] = label
         return examples
 
     def _materialize(self, memory_limit: int) -> Example | None:
@@ -227,7 +232,7 @@ def build_domain(
         raise ValueError(f"The {name} domain has no column {input_column!r}; it has {list(row)}.")
     candidates = {c: v for c, v in row.items() if c != labels and c in (input_column or c, input_column)}
     preprocessor = make_preprocessor(candidates, needs, processing_class, labels, name)
-    return Domain(dataset, preprocessor, name, memory_limit, row_numbers, classes)
+    return Domain(dataset, preprocessor, name, memory_limit, row_numbers, classes, needs.conditioned is not None)
 
 
 def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:

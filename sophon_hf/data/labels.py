@@ -31,14 +31,24 @@ class Classes:
         names: What the classes are called. Of a restricted domain the class of number i is `names[i]`; an original
             domain has the model's numbers, and may have a part of its classes only.
         numbers: Label as the data have it (a `ClassLabel` by its name) -> number.
+        width: How many labels an example may have at once; None where it has one class.
     """
 
     column: str
     names: tuple[str, ...]
     numbers: Mapping[Hashable, int]
+    width: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.names) if self.width is None else self.width
 
     def read(self, dataset: datasets.Dataset) -> np.ndarray:
-        """Return all labels as numbers; shape (n,), int64."""
+        """Return all labels as numbers; shape (n,), int64, or as ones among zeros; shape (n, width), float32."""
+        if self.width is not None:
+            chosen = np.zeros((len(dataset), self.width), dtype=np.float32)
+            for row, labels in zip(chosen, _read_label_sets(dataset, self.column)[0], strict=True):
+                row[[self.numbers[label] for label in labels]] = 1
+            return chosen
         values = read_labels(dataset, self.column)
         return np.fromiter((self.numbers[value] for value in values), dtype=np.int64, count=len(values))
 
@@ -108,6 +118,30 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
     return values
 
 
+def _read_label_sets(
+    dataset: datasets.Dataset, column: str, name: str = "given"
+) -> tuple[list[list[Hashable]], list[Hashable]]:
+    """Return the labels of each example, and all labels that there may be: of columns of ones and zeros their numbers.
+
+    Raises:
+        ValueError: An example has no list of labels.
+    """
+    values = list(dataset.with_format(None)[column])
+    for row, value in enumerate(values):
+        if not isinstance(value, (list, np.ndarray)):
+            raise ValueError(
+                f"Column {column!r} of the {name} domain holds {value!r} at row {row}, but the model takes several "
+                "labels an example: give a list of names or numbers, or of a one or zero for each label."
+            )
+    values, feature = [list(value) for value in values], getattr(dataset.features[column], "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
+        return [[feature.names[label] for label in value] for value in values], list(feature.names)
+    widths, present = {len(value) for value in values}, {label for value in values for label in value}
+    if len(widths) == 1 and max(widths) > 1 and present <= {0, 1}:
+        return [[number for number, one in enumerate(value) if one] for value in values], list(range(max(widths)))
+    return values, _sorted(present)
+
+
 def number_classes(
     name: str,
     parts: Sequence[datasets.Dataset],
@@ -134,47 +168,62 @@ def number_classes(
         ValueError: No label column, labels that are no classes, or an original domain with classes that the model does
             not know.
     """
-    if not needs.labelled:
+    conditioned = needs.conditioned is not None and all("class_labels" not in part.column_names for part in parts)
+    if not needs.labelled and not conditioned:
         return None
     columns = [label_column(part, label) for part in parts]
     column = columns[0]
+    if conditioned and needs.null_label is not None and column is None:
+        return None
     if column is None or None in columns:
         lacking = parts[columns.index(None)].column_names
+        what = "a model with class labels" if conditioned else "a classifier"
         raise ValueError(
-            f"The {name} domain has no label column among {lacking}: a classifier needs one. Name it, where it is "
-            "called otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
+            f"The {name} domain has no label column among {lacking}: {what} needs one. Name it, where it is called "
+            "otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
         )
     if len(set(columns)) > 1:
         raise ValueError(f"The {name} domain's splits call the label column {columns}: call it the same in all.")
     known = needs.class_names
-    present, declared = _present_and_declared(name, parts, column, first)
+    width = None
+    if needs.multi_label:
+        read = [_read_label_sets(part, column, name)[1] for part in parts]
+        # A label of one split only is a label of all.
+        present, declared = _sorted({label for labels in read for label in labels}), list[Hashable]()
+        width = len(known) or len(present)
+    else:
+        present, declared = _present_and_declared(name, parts, column, first)
     lookup, nameless = _by_name(known), all(re.fullmatch(r"LABEL_\d+", label) for label in known)
     found = {value: lookup.get(str(value), lookup.get(_plain(value))) for value in present}
     numbers = {value: number for value, number in found.items() if number is not None}
     if len(numbers) == len(present):
         _tell(name, "get the model's numbers by their names", numbers, declared)
-        return Classes(column, tuple(known), numbers)
-    if "original" not in name:
+        return Classes(column, tuple(known), numbers, width)
+    if "original" not in name and not conditioned:
         order = dict.fromkeys([*declared, *present])
         numbers = {value: number for number, value in enumerate(order)}
         _tell(name, "are numbered in sorted order", numbers, declared)
-        return Classes(column, tuple(str(value) for value in order), numbers)
+        return Classes(column, tuple(str(value) for value in order), numbers, width and len(order))
     # Folders `0`, `1`, `10`, `2`, ... are read alphabetically, and are numbers all the same.
     by_folder = declared == sorted(declared, key=str) and _sorted(declared) == [str(i) for i in range(len(declared))]
     if (by_folder or not declared) and all(_is_number(v) or (nameless and isinstance(v, bool)) for v in present):
-        numbers = {value: int(value) for value in present}  # type: ignore[call-overload]
+        numbers = {value: int(value) for value in present}
     elif nameless:
         numbers = {value: number for number, value in enumerate(declared)}
         _tell(name, "are numbered as the data do, since the model names none", numbers, [])
-    numbers = {v: n for v, n in numbers.items() if n >= 0 and (not known or n < len(known))}
+    count = needs.conditioned or len(known)
+    numbers = {v: n for v, n in numbers.items() if n >= 0 and (not count or n < count)}
     if unknown := [value for value in present if value not in numbers]:
+        named = _shown(known) if known else f"{count} labels without names" if count else "no names"
         raise ValueError(
-            f"The original domain has classes that the model does not know, {_shown(unknown)}: the data have "
-            f"{_shown(present)}, the model has {_shown(known) if known else 'no names'}. Select the classes that it "
-            "knows, rename them as it calls them, or, where it has no names, list all in its order "
-            "(`--original_classes`; in Python `select_classes`)."
+            f"The {name} domain has classes that the model does not know, {_shown(unknown)}: the data have "
+            f"{_shown(present)}, the model has {named}. Select the classes that it knows, rename them as it calls "
+            "them, or, where it has no names, list all in its order (`--original_classes`; in Python "
+            "`select_classes`)."
         )
-    return Classes(column, tuple(str(value) for value in sorted(present, key=lambda value: numbers[value])), numbers)
+    return Classes(
+        column, tuple(str(value) for value in sorted(present, key=lambda value: numbers[value])), numbers, width
+    )
 
 
 def _present_and_declared(
@@ -293,10 +342,13 @@ def split_indices(
     """Return the rows of both parts of `split_domain`; not stratified where `column` is None."""
     generator = np.random.default_rng(derive_seed("split", seed))
     labels = np.zeros(len(dataset), dtype=np.int64)
-    if column is not None:
+    if column is not None and isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
+        # Sets of labels: examples with the same ones are alike.
+        labels = np.unique([str(value) for value in dataset.with_format(None)[column]], return_inverse=True)[1]
+    elif column is not None:
         present, declared = _present_and_declared("given", [dataset], column)
-        order = {value: number for number, value in enumerate(dict.fromkeys([*declared, *present]))}
-        labels = Classes(column, (), order).read(dataset)
+        numbers = {value: number for number, value in enumerate(dict.fromkeys([*declared, *present]))}
+        labels = Classes(column, (), numbers).read(dataset)
     # Sorting by (class, random) and dealing out along that order keeps every class and the total equal within one.
     order = np.lexsort((generator.random(len(labels)), labels))
     dealt = np.floor(np.arange(1, len(order) + 1) * share) > np.floor(np.arange(len(order)) * share)

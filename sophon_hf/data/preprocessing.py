@@ -26,6 +26,9 @@ class ModelInputs:
         names: The parameters of its `forward`.
         main: The one that raw images go to.
         labelled: Whether the task needs class labels.
+        multi_label: Whether an example may have several.
+        conditioned: How many class labels the model takes as an input, `class_labels` (0: any number); None where none.
+        null_label: The one that stands for none, where there is one.
         channels: Image channels, or None where the model has no convolution to tell.
         image_size: (height, width) where the model takes one size only, else None.
         symmetric: Whether pixels lie in [-1, 1] (diffusion) and not in [0, 1].
@@ -43,6 +46,9 @@ class ModelInputs:
     pad_token_id: int | None = None
     longest: int | None = None
     class_names: tuple[str, ...] = ()
+    multi_label: bool = False
+    conditioned: int | None = None
+    null_label: int | None = None
 
     def accepts(self, name: str) -> bool:
         """Return whether the model's `forward` has a parameter of this name."""
@@ -115,7 +121,10 @@ def make_preprocessor(
     # The model's own goes first: one that looks for the last token would take another one's padding for text.
     padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
     inputs: Callable[[_Rows], list[Example]] | None = None
-    if ready := {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}:
+    ready = {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}
+    if "latents" in row and "encoder_hidden_states" in ready:
+        ready["latents"] = needs.main
+    if ready:
         inputs = partial(_ready, columns=ready, masked="input_ids" in ready and needs.accepts("attention_mask"))
     # A row of ready inputs may hold more columns, which are left out.
     for kind in () if ready else ("images", "audio", "text", "tensors"):

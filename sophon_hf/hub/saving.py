@@ -18,6 +18,7 @@ from torch import nn
 
 from sophon_hf.hub.card import CARD, update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
+from sophon_hf.models.loading import pipeline_parts
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
 
@@ -66,24 +67,36 @@ def save_protected(
 
 
 def save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
-    """Save as the model's own library does, so that `from_pretrained` loads it; a UNet as a whole pipeline."""
+    """Save as the model's own library does, so that `from_pretrained` loads it; a denoiser in its pipeline."""
     library_model: Any = model if hasattr(model, "save_pretrained") else None
     if library_model is None:
         save_torch_model(model, folder, max_shard_size=max_shard_size)
     elif not isinstance(task, DiffusionTask):
         library_model.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
-        from diffusers import DDPMPipeline
-
         # A copy, since saving writes into the configuration of what is saved.
         scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
-        pipeline = DDPMPipeline(unet=library_model, scheduler=scheduler)
-        pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+        _save_denoiser(library_model, folder, scheduler, task.pipeline, max_shard_size)
         # diffusers notes where a model was loaded from, which may be a folder under the user's name.
         for config in folder.rglob("config.json"):
             values = json.loads(config.read_text(encoding="utf-8"))
             values.pop("_name_or_path", None)
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_denoiser(model: Any, folder: Path, scheduler: Any, pipeline: str | None, max_shard_size: int | str) -> None:
+    """Save a denoiser in the whole pipeline that it comes from; else in DDPM's, or beside its scheduler."""
+    from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+
+    if pipeline is not None:
+        part = next(name for name, cls in pipeline_parts(pipeline).items() if cls == type(model).__name__)
+        whole = DiffusionPipeline.from_pretrained(pipeline, **{part: model})
+        whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    elif isinstance(model, UNet2DModel):
+        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        scheduler.save_pretrained(folder / "scheduler")
 
 
 @contextmanager
@@ -129,6 +142,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Through its own library, since what a file calls a weight need not be its name in the model.
     """
-    subfolder = {"subfolder": "unet"} if (Path(folder) / "model_index.json").exists() else {}
     library_class: Any = type(model)
+    parts = {cls: name for name, cls in pipeline_parts(folder).items()}
+    subfolder = {"subfolder": parts[library_class.__name__]} if parts else {}
     model.load_state_dict(library_class.from_pretrained(folder, **subfolder).state_dict())

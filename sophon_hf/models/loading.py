@@ -125,7 +125,7 @@ def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn.Module:
-    """Load a classifier of transformers or a `UNet2DModel` (also from a pipeline) by Hub id or folder.
+    """Load a classifier of transformers or a denoiser of diffusers (also from a pipeline) by Hub id or folder.
 
     Args:
         source: Hub id or folder.
@@ -147,7 +147,7 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
 def _cached_revision(source: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("config.json", "unet/config.json"):
+    for name in ("config.json", "unet/config.json", "transformer/config.json"):
         path = try_to_load_from_cache(source, name)
         # A name that the repository is known not to have gives a marker.
         if isinstance(path, str) and (found := re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)):
@@ -156,11 +156,14 @@ def _cached_revision(source: str) -> str | None:
 
 
 def _load(source: str, trust_remote_code: bool) -> nn.Module:
-    if _is_diffusion(source):
-        from diffusers import UNet2DModel
+    if (found := _denoiser(source)) is not None:
+        import diffusers
 
-        in_pipeline = os.path.isdir(os.path.join(source, "unet")) or _hub_file(source, "unet/config.json") is not None
-        return UNet2DModel.from_pretrained(source, subfolder="unet" if in_pipeline else None, torch_dtype=torch.float32)
+        subfolder, name = found
+        cls = getattr(diffusers, name, None)
+        if cls is None:
+            raise ValueError(f"{source!r} holds a {name}, which diffusers does not have.")
+        return cls.from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -168,7 +171,7 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
     if not names or not names[0].endswith(("Classification", "Classifier")):
         raise ValueError(
             f"{source!r} holds {names or 'no named architecture'}: a classifier (…ForImageClassification, "
-            "…ForSequenceClassification, …ForAudioClassification) or a UNet2DModel is needed."
+            "…ForSequenceClassification, …ForAudioClassification) or a denoiser of diffusers is needed."
         )
     cls = getattr(transformers, names[0], None)
     if cls is None:
@@ -188,11 +191,9 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    cls = {"pixel_values": AutoImageProcessor, "sample": None, "input_ids": AutoTokenizer}.get(
-        main_input(model), AutoFeatureExtractor
-    )
-    if cls is None or not hasattr(model, "config"):
+    if not hasattr(model, "config") or type(model).__module__.startswith("diffusers."):
         return None
+    cls = {"pixel_values": AutoImageProcessor, "input_ids": AutoTokenizer}.get(main_input(model), AutoFeatureExtractor)
     absent = OSError if cls is AutoImageProcessor else (OSError, ValueError)
     try:
         processor, why = cls.from_pretrained(source), "what is there has no vocabulary"
@@ -219,31 +220,49 @@ def _has_words(tokenizer: Any) -> bool:
 
 
 def noise_scheduler_of(source: str | os.PathLike) -> Any | None:
-    """Return the noise scheduler that a pipeline was trained with, or None where `source` holds no pipeline."""
+    """Return the noise scheduler that a denoiser was trained with, or None where none is saved with it.
+
+    A sampler's betas are those of the training, so any scheduler that has them is read as DDPM's.
+    """
+    import diffusers
+
     source = os.fspath(source)
-    in_folder = os.path.isdir(source) and os.path.exists(os.path.join(source, "scheduler"))
-    if in_folder or (not os.path.isdir(source) and _hub_file(source, "scheduler/scheduler_config.json")):
-        from diffusers import DDPMScheduler
+    values = _read_json(source, "scheduler/scheduler_config.json")
+    if values is None:
+        return None
+    name = values.get("_class_name", "DDPMScheduler")
+    cls = getattr(diffusers, name if name.startswith("FlowMatch") or "beta_start" not in values else "DDPMScheduler")
+    return cls.from_pretrained(source, subfolder="scheduler")
 
-        return DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-    return None
+
+def pipeline_parts(source: str | os.PathLike) -> dict[str, str]:
+    """Return the parts of a pipeline, name -> class; empty where `source` holds none."""
+    index = _read_json(os.fspath(source), "model_index.json") or {}
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return {name: cls for name, (_, cls) in parts.items() if cls is not None and not name.startswith("_")}
 
 
-def _is_diffusion(source: str) -> bool:
-    path: str | None
-    if os.path.isdir(source):
-        if os.path.exists(os.path.join(source, "model_index.json")):
-            return True
-        path = os.path.join(source, "config.json")
-    else:
-        # A classifier has this file and nothing else is asked for, so a cached one loads without a network.
-        path = _hub_file(source, "config.json")
-        if path is None:
-            return _hub_file(source, "model_index.json") is not None
+def _denoiser(source: str) -> tuple[str | None, str] | None:
+    """Return subfolder and class of the denoiser that `source` holds, in a pipeline or by itself, or None."""
+    parts = {}
+    if os.path.isdir(source) or _hub_file(source, "config.json") is None:
+        # A classifier has that file and nothing else is asked for, so a cached one loads without a network.
+        parts = pipeline_parts(source)
+    for name in ("unet", "transformer"):
+        if name in parts:
+            return name, parts[name]
+    if parts:
+        raise ValueError(f"The pipeline {source!r} has {sorted(parts)}, but a unet or a transformer is needed.")
+    found = (_read_json(source, "config.json") or {}).get("_class_name")
+    return None if found is None else (None, found)
+
+
+def _read_json(source: str, name: str) -> dict[str, Any] | None:
+    path = os.path.join(source, name) if os.path.isdir(source) else _hub_file(source, name)
     if path is None or not os.path.exists(path):
-        return False
+        return None
     with open(path, encoding="utf-8") as file:
-        return json.load(file).get("_class_name") == "UNet2DModel"
+        return json.load(file)
 
 
 def _hub_file(source: str, name: str) -> str | None:

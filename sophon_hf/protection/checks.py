@@ -94,25 +94,25 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
         )
 
 
-def check_labels(domains: dict[str, Domain], outputs: int) -> None:
+def check_labels(domains: dict[str, Domain], outputs: int, task: Task) -> None:
     """Labels against the head, and whether there is a task to learn.
 
     Raises:
         ValueError: They do not fit.
     """
     for name, domain in domains.items():
-        assert domain.labels is not None, "a classifier's domains have labels"
-        highest = int(domain.labels.max())
-        if "original" in name and highest >= outputs:
+        labels = domain.labels
+        assert labels is not None, "a classifier's domains have labels"
+        if "original" in name and not task.fits(labels, outputs):
+            found = f"label {int(labels.max())}" if labels.ndim == 1 else f"{labels.shape[1]} labels"
             raise ValueError(
-                f"The original domain has label {highest}, but the model's head has {outputs} outputs (0 to "
-                f"{outputs - 1}): number the classes as the model does (`select_classes`)."
+                f"The original domain has {found}, but the model's head has {outputs} outputs (0 to {outputs - 1}): "
+                "number the classes as the model does (`select_classes`)."
             )
-    labels = domains["restricted"].labels
-    if labels is not None and len(labels.unique()) < 2:
-        raise ValueError(
-            "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
-        )
+        if name == "restricted" and len(labels.unique(dim=0)) < 2:
+            raise ValueError(
+                "The restricted domain has one class only: there is nothing to learn, and nothing to suppress."
+            )
 
 
 def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
@@ -175,11 +175,12 @@ def fit_strategies(
         if args.tolerance > 1:
             raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         outputs = predictions["original"].shape[1]
-        check_labels(domains, outputs)
+        check_labels(domains, outputs, task)
     elif args.strategy_space is None:
         # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
         space = replace(space, initializations=("direct",))
-    if outputs is not None and classes > outputs and "direct" in space.initializations:
+    fits = outputs is None or (classes <= outputs and task.fits(domains["restricted"].labels, outputs))
+    if not fits and "direct" in space.initializations:
         if "new_head" not in space.initializations:
             raise ValueError(
                 f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "

@@ -126,7 +126,7 @@ def evaluate_domains(
         broadcast(buffer)
     found: dict[str, float] = {}
     for name, domain in domains.items():
-        fits = domain.labels is None or outputs is None or int(domain.labels.max()) < outputs
+        fits = task.fits(domain.labels, outputs)
         result = evaluate_model(
             task,
             model,

@@ -56,7 +56,7 @@ def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> 
 
     Args:
         features: Shape (n, d), n at least 2.
-        labels: Shape (n,), int64.
+        labels: Shape (n,), int64; or of several labels an example shape (n, c), of which each is regressed by itself.
         num_classes: c.
 
     Returns:
@@ -64,7 +64,8 @@ def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> 
     """
     features = at_least_float32(features)
     features = (features - features.mean(dim=0)) / (features.std(dim=0, correction=0) + SMALLEST_SPREAD)
-    targets = F.one_hot(labels, num_classes).to(features.dtype)
+    # A label by itself is decided at the logit 0, so its targets lie on both sides of it.
+    targets = (labels - 0.5 if labels.ndim == 2 else F.one_hot(labels, num_classes)).to(features.dtype)
     ridge = RIDGE * torch.eye(len(features), dtype=features.dtype, device=features.device)
     inverse = torch.linalg.inv(tangent_kernel(features, features) + ridge)
     sums = inverse.sum(dim=1, keepdim=True)

@@ -176,7 +176,7 @@ class Suppression:
     def simulated_metric(
         self, space: StrategySpace, restricted: Domain, held_out: Domain, steps: int, seed: int, batch_size: int
     ) -> float:
-        """Return the metric on held-out restricted data, over one fixed adversary for each initialization of Phi.
+        """Return the mean metric on held-out restricted data of one fixed adversary for each initialization of Phi.
 
         Args:
             space: Phi.
@@ -186,15 +186,15 @@ class Suppression:
             seed: The same adversaries for the same seed.
             batch_size: Examples that are measured at a time.
         """
-        scores: dict[str, list] = {}
+        values = []
         for number, start in enumerate(dict.fromkeys(space.initializations)):
             strategy = FineTuningStrategy(initialization=start, learning_rate=FIXED_RATE, batch_size=FIXED_BATCH)
             own_seed = derive_seed(seed, "probe", number)
             adversary = SimulatedAdversary(restricted, self.task, strategy, own_seed, steps, held_out=held_out)
-            for name, values in self.measure(adversary, batch_size).items():
-                scores.setdefault(name, []).extend(values.tolist())
+            scores = {name: part.tolist() for name, part in self.measure(adversary, batch_size).items()}
+            values.append(self.task.compute_metric(scores))
         # One process decides for all: a kernel that is not deterministic must not make them choose differently.
-        return broadcast_object_list([self.task.compute_metric(scores)])[0]
+        return broadcast_object_list([sum(values) / len(values)])[0]
 
     def evaluate(
         self, model: Callable, adversary: SimulatedAdversary, head: bool = True

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import noise_scheduler_of, unwrap
+from sophon_hf.models.loading import noise_scheduler_of, pipeline_parts, unwrap
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.metrics import Metric
+from sophon_hf.tasks.multi_label import MultiLabelTask
 
 
 class Task(Protocol):
@@ -30,6 +31,7 @@ class Task(Protocol):
     def collate(self, rows: Batch, seeds: list[int]) -> Batch: ...
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor: ...
     def target(self, batch: Batch) -> Tensor: ...
+    def fits(self, labels: Tensor | None, outputs: int | None) -> bool: ...
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor: ...
     def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor: ...
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]: ...
@@ -37,31 +39,33 @@ class Task(Protocol):
 
 
 def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None = None) -> Task:
-    """Return a `DiffusionTask` for a `UNet2DModel`, a `ClassificationTask` for everything else.
+    """Return the task that a model is for.
+
+    It is a `DiffusionTask` for a denoiser of diffusers, a `MultiLabelTask` for a model that names this problem type,
+    and a `ClassificationTask` for everything else.
 
     Args:
         model: Any model.
-        metric: What the task is measured by (see `load_metric`); ACC-k or MSE-k by default.
+        metric: What the task is measured by (see `load_metric`); ACC-k, mean average precision or MSE-k by default.
 
     Raises:
-        ValueError: A regression, a class-conditional UNet, whose labels no task here supplies, or a metric that does
-            not fit.
+        ValueError: A regression, or a metric that does not fit.
     """
+    given: dict[str, Any] = {} if metric is None else {"metric": metric}
     bare: Any = unwrap(model)
+    if type(bare).__module__.startswith("diffusers."):
+        return DiffusionTask(**given)
     config = getattr(bare, "config", None)
-    if getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1:
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression" or getattr(config, "num_labels", None) == 1:
         raise ValueError(f"This {type(bare).__name__} is a regression, which is not supported: a classifier is needed.")
-    if type(bare).__name__ != "UNet2DModel":
-        return ClassificationTask(metric="accuracy" if metric is None else metric)
-    if bare.config.class_embed_type or bare.config.num_class_embeds:
-        raise ValueError("Class-conditional UNet2DModels are not supported: use one without class embedding.")
-    return DiffusionTask(metric="mse" if metric is None else metric)
+    return MultiLabelTask(**given) if problem == "multi_label_classification" else ClassificationTask(**given)
 
 
 def load_task(
     source: str | os.PathLike, model: nn.Module, metric: str | EvaluationModule | Metric | None = None
 ) -> Task:
-    """Return the task of a model from `source`: a pipeline's UNet keeps the noise scheduler it was trained with.
+    """Return the task of a model from `source`: a pipeline's denoiser keeps the noise scheduler it was trained with.
 
     Args:
         source: Hub id or folder.
@@ -73,5 +77,6 @@ def load_task(
     """
     task = infer_task(model, metric)
     if isinstance(task, DiffusionTask) and (scheduler := noise_scheduler_of(source)) is not None:
-        return DiffusionTask(scheduler, metric="mse" if metric is None else metric)
+        pipeline = os.fspath(source) if len(pipeline_parts(source)) > 2 else None
+        return DiffusionTask(scheduler, metric="mse" if metric is None else metric, pipeline=pipeline)
     return task

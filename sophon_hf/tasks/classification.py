@@ -33,6 +33,7 @@ class ClassificationTask:
         ValueError: The metric is unknown, or compares no predictions with references.
     """
 
+    multi_label = False
     suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
         "inverse_cross_entropy": inverse_cross_entropy,
         "kl_from_uniform": kl_from_uniform,
@@ -43,6 +44,9 @@ class ClassificationTask:
         self.head, self._metric = head, load_metric(metric)
         if not self._metric.needs_references:
             raise ValueError(f"The metric {self._metric.name!r} takes no references, so it measures no classifier.")
+        if self._metric.multi_label != self.multi_label:
+            kind = "multi-label" if self._metric.multi_label else "single-label"
+            raise ValueError(f"The metric {self._metric.name!r} measures {kind} classifiers, and this one is none.")
         self.metric, self.greater_is_better = self._metric.name, self._metric.greater_is_better
 
     def inputs(self, model: nn.Module) -> ModelInputs:
@@ -51,6 +55,7 @@ class ClassificationTask:
             names=forward_names(model),
             main=main_input(model),
             labelled=True,
+            multi_label=self.multi_label,
             # The first 2-d convolution takes the image.
             channels=next((m.in_channels for m in unwrap(model).modules() if isinstance(m, nn.Conv2d)), None),
             image_size=_fixed_size(model),
@@ -84,6 +89,10 @@ class ClassificationTask:
                 "classifiers with two outputs or more."
             )
         return logits
+
+    def fits(self, labels: Tensor | None, outputs: int | None) -> bool:
+        """Return whether a head of so many outputs has one for every label."""
+        return labels is None or outputs is None or int(labels.max()) < outputs
 
     def target(self, batch: Batch) -> Tensor:
         """Return class indices, shape (batch,)."""

@@ -1,8 +1,8 @@
-"""Diffusion: an unconditional `UNet2DModel` that predicts noise under a scheduler of diffusers."""
+"""Diffusion: a model of diffusers that predicts noise, or the flow from data to noise, of images or latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -18,24 +18,35 @@ from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_
 from sophon_hf.tasks.metrics import Metric, load_metric
 from sophon_hf.utils import derive_seed
 
+_LABEL_DROPOUT = 0.1
+# Conditions that diffusers passes in a dictionary of their own.
+_ADDED = ("text_embeds", "time_ids")
+
 
 class DiffusionTask:
     """Learn to predict noise with the mean squared error; suppress it with denial of service (section 4.3.2).
 
-    Noise and timestep of an example follow from its seed alone, so two models measured on one domain get the same.
+    It serves every denoiser of diffusers that is called with noisy images or latents, a time, and conditions (class
+    labels, encoded captions): conditions are columns of the data that the model's `forward` names. Noise and time of an
+    example follow from its seed alone, so two models measured on one domain get the same.
 
     Args:
-        noise_scheduler: A scheduler of diffusers with `add_noise`; a default `DDPMScheduler` where left out.
-        head: Name of the model's final layer, where it cannot be found by running the model.
+        noise_scheduler: A scheduler of diffusers with `add_noise`, or one for flow matching; a default `DDPMScheduler`
+            where left out.
+        head: Name of the model's final layer, where it is not the last one to run.
         metric: "mse" (MSE-k), or a module of `evaluate` whose only input are predictions: it gets each example's mean
             squared error.
+        null_label: The class label that stands for none, for training with classifier-free guidance: every tenth
+            example is given it, and so are examples without a label.
+        pipeline: Hub id or folder of the pipeline that the model is a part of, to be saved with it.
 
     Attributes:
         metric: The metric's name.
         greater_is_better: Whether a greater value of it is better.
 
     Raises:
-        ValueError: The scheduler's prediction type or the metric is unknown, or the metric needs references.
+        ValueError: A scheduler that neither adds noise as DDPM does nor matches flows, an unknown prediction type, an
+            unknown metric, or one that needs references.
     """
 
     suppression_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -48,87 +59,133 @@ class DiffusionTask:
         noise_scheduler: Any | None = None,
         head: str | None = None,
         metric: str | EvaluationModule | Metric = "mse",
+        null_label: int | None = None,
+        pipeline: str | None = None,
     ):
         from diffusers import DDPMScheduler
 
         self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else noise_scheduler
         self.head, self._metric = head, load_metric(metric)
+        self.null_label, self.pipeline = null_label, pipeline
         if self._metric.needs_references:
             raise ValueError(
                 f"The metric {self._metric.name!r} needs references, which are class labels, and a diffusion model has "
                 "none: leave the metric out ('mse'), or pass one whose only input are predictions."
             )
         self.metric, self.greater_is_better = self._metric.name, self._metric.greater_is_better
-        if self.noise_scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(f"Prediction type {self.noise_scheduler.config.prediction_type!r} is not known.")
+        kind, config = type(self.noise_scheduler).__name__, self.noise_scheduler.config
+        self._flow = kind.startswith("FlowMatch")
+        if not self._flow and not hasattr(self.noise_scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"A {kind} is not supported: noise is added as DDPM does, or by flow matching (FlowMatch...), and a "
+                "score-based or EDM model is neither."
+            )
+        if not self._flow and config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"Prediction type {config.prediction_type!r} is not known.")
 
     def inputs(self, model: nn.Module) -> ModelInputs:
         """Return what the model takes."""
         config: Any = unwrap(model).config
-        size = as_integers(config.sample_size) if config.sample_size is not None else ()
+        names = [name for name in forward_names(model) if name != "timestep"]
+        if "added_cond_kwargs" in names and getattr(config, "addition_embed_type", None) == "text_time":
+            names += _ADDED
+        main, classes = _main(names), _number_of_classes(config) if "class_labels" in names else None
+        size = as_integers(config.sample_size) if getattr(config, "sample_size", None) is not None else ()
         return ModelInputs(
-            names=tuple(n for n in forward_names(model) if n not in ("timestep", "class_labels")),
-            main="sample",
+            names=tuple(name for name in names if name != "class_labels" or classes is not None),
+            main=main,
             labelled=False,
             channels=config.in_channels,
             image_size=None if not size else (size[0], size[-1]),
             symmetric=True,
+            conditioned=classes,
+            null_label=self.null_label,
         )
 
     def structure(self, model: nn.Module, batch: Batch) -> ModelStructure:
-        """Return output convolution and blocks of the model, found by running it on `batch`."""
+        """Return output layer and blocks of the model, found by running it on `batch`."""
         return find_structure(unwrap(model), lambda: self.predict(model, batch), self.head)
 
     def collate(self, rows: Batch, seeds: list[int]) -> Batch:
-        """Add noise to clean images: `sample` (noisy), `timestep` and `target`, each example's from its own seed."""
-        clean = rows["sample"]
-        noise, timesteps = torch.empty_like(clean), torch.empty(len(clean), dtype=torch.int64)
+        """Add noise to what is clean: noisy examples, `timestep`, `target` and conditions, each from its own seed."""
+        main = _main(rows)
+        clean = rows[main]
+        noise, draws = torch.empty_like(clean), torch.empty(len(clean), dtype=torch.int64)
+        dropped = torch.zeros(len(clean), dtype=torch.bool)
         generator = torch.Generator()
         for i, seed in enumerate(seeds):
             generator.manual_seed(derive_seed(seed))
             torch.randn(clean[i].shape, generator=generator, out=noise[i])
-            timesteps[i] = torch.randint(self.noise_scheduler.config.num_train_timesteps, (), generator=generator)
+            draws[i] = torch.randint(self.noise_scheduler.config.num_train_timesteps, (), generator=generator)
+            dropped[i] = torch.rand((), generator=generator) < _LABEL_DROPOUT
+        noisy, timesteps, target = self._add_noise(clean, noise, draws)
+        conditions = {name: values for name, values in rows.items() if name != main}
+        if self.null_label is not None:
+            labels = conditions.get("class_labels", torch.full((len(clean),), self.null_label))
+            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label)
+        return {main: noisy, "timestep": timesteps, "target": target, **conditions}
+
+    def _add_noise(self, clean: Tensor, noise: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy examples, their times, and what the model is to predict of them."""
+        scheduler = self.noise_scheduler
+        if self._flow:
+            share = scheduler.sigmas[draws].to(clean).view(-1, *[1] * (clean.ndim - 1))
+            return torch.lerp(clean, noise, share), scheduler.timesteps[draws].to(clean), noise - clean
         target = {
             "epsilon": lambda: noise,
             "sample": lambda: clean,
-            "v_prediction": lambda: self.noise_scheduler.get_velocity(clean, noise, timesteps),
-        }[self.noise_scheduler.config.prediction_type]()
-        return {
-            "sample": self.noise_scheduler.add_noise(clean, noise, timesteps),
-            "timestep": timesteps,
-            "target": target,
-        }
+            "v_prediction": lambda: scheduler.get_velocity(clean, noise, draws),
+        }[scheduler.config.prediction_type]()
+        return scheduler.add_noise(clean, noise, draws), draws, target
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Return predicted noise, the shape of the images."""
-        return model(sample=batch["sample"], timestep=batch["timestep"], return_dict=False)[0]
+        """Return predicted noise, the shape of the examples; a learned variance beside it is left out."""
+        inputs = {name: values for name, values in batch.items() if name not in ("target", *_ADDED)}
+        if added := {name: batch[name] for name in _ADDED if name in batch}:
+            inputs["added_cond_kwargs"] = added  # type: ignore[assignment]
+        prediction = model(**inputs, return_dict=False)[0]
+        noisy = batch[_main(batch)]
+        if prediction.shape[1] == 2 * noisy.shape[1]:
+            prediction = prediction[:, : noisy.shape[1]]
+        _shaped_like(prediction, noisy)
+        return prediction
 
     @torch.no_grad()
-    def denoise(self, model: nn.Module, clean: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Add noise to images, and let the model remove it in one step (Fig. 5 and 6).
+    def denoise(self, model: nn.Module, rows: Batch, share: float) -> tuple[Tensor, Tensor]:
+        """Add noise to examples, and let the model remove it in one step (Fig. 5 and 6).
 
         Args:
             model: Run in evaluation mode, and left as it is.
-            clean: Shape (n, channels, height, width), in [-1, 1]. The noise of an image follows from its place.
+            rows: Clean examples of a domain, images in [-1, 1]. The noise of one follows from its place.
             share: How far along the noise schedule, from 0 to 1.
 
         Returns:
-            Noisy images, and the model's estimate of the clean ones; both the shape of `clean`, on the CPU.
+            Noisy examples, and the model's estimate of the clean ones; both on the CPU.
         """
-        from diffusers import DDPMScheduler
-
-        # Of all schedulers this one steps without a list of inference steps; noise and prediction type are the same.
-        scheduler = DDPMScheduler.from_config(self.noise_scheduler.config)
-        timestep = int(share * (scheduler.config.num_train_timesteps - 1))
-        generator = torch.Generator().manual_seed(0)
+        scheduler, main = self.noise_scheduler, _main(rows)
+        clean, generator = rows[main], torch.Generator().manual_seed(0)
         noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
-        timesteps = torch.full((len(clean),), timestep)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
+        steps = scheduler.config.num_train_timesteps - 1
+        draws = torch.full((len(clean),), int((1 - share if self._flow else share) * steps))
+        noisy, timesteps, _ = self._add_noise(clean, noise, draws)
         device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in {**rows, main: noisy, "timestep": timesteps}.items()}
         with evaluation_mode(model):
-            prediction = self.predict(model, {"sample": noisy.to(device), "timestep": timesteps.to(device)})
-        step = scheduler.step(prediction.float().cpu(), timestep, noisy, generator=generator)
-        return noisy, step.pred_original_sample
+            prediction = self.predict(model, batch).float().cpu()
+        if self._flow:
+            return noisy, noisy - scheduler.sigmas[draws[0]] * prediction
+        kept = scheduler.alphas_cumprod[draws[0]]
+        estimate = {
+            "epsilon": lambda: (noisy - (1 - kept).sqrt() * prediction) / kept.sqrt(),
+            "sample": lambda: prediction,
+            "v_prediction": lambda: kept.sqrt() * noisy - (1 - kept).sqrt() * prediction,
+        }[scheduler.config.prediction_type]()
+        largest = scheduler.config.get("clip_sample_range", 1.0)
+        return noisy, estimate.clamp(-largest, largest) if scheduler.config.get("clip_sample") else estimate
+
+    def fits(self, labels: Tensor | None, outputs: int | None) -> bool:
+        """Return True: labels are no outputs of a diffusion model."""
+        return True
 
     def target(self, batch: Batch) -> Tensor:
         """Return what the model is to predict, the shape of the images."""
@@ -136,7 +193,7 @@ class DiffusionTask:
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the mean squared error: what an adversary minimises, and L_beta of the original domain."""
-        return F.mse_loss(at_least_float32(prediction), target)
+        return F.mse_loss(at_least_float32(prediction), _shaped_like(prediction, target))
 
     def distance(self, prediction: Tensor, unprotected: Tensor) -> Tensor:
         """Return the mean squared error to what the unprotected model predicts."""
@@ -144,8 +201,30 @@ class DiffusionTask:
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return what the metric is computed from, one entry for each example."""
-        return {"predictions": (prediction.float() - target.float()).square().flatten(1).mean(dim=1)}
+        errors = prediction.float() - _shaped_like(prediction, target).float()
+        return {"predictions": errors.square().flatten(1).mean(dim=1)}
 
     def compute_metric(self, scores: dict[str, list]) -> float:
         """Return the metric's value, such as MSE-k."""
         return self._metric.compute(scores)
+
+
+def _shaped_like(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the target, and raise a ValueError where the prediction is of another shape and would be broadcast."""
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"The model predicts {tuple(prediction.shape)} of noisy examples of shape {tuple(target.shape)}: they have "
+            "to be the same (a learned variance may double the channels)."
+        )
+    return target
+
+
+def _main(names: Container[str]) -> str:
+    """Return what a denoiser calls its noisy examples."""
+    return "sample" if "sample" in names else "hidden_states"
+
+
+def _number_of_classes(config: Any) -> int | None:
+    """Return how many class labels a model is conditioned on, 0 where it does not say, or None where on none."""
+    table = getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None)
+    return table or (0 if getattr(config, "class_embed_type", None) else None)

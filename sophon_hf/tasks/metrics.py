@@ -55,12 +55,14 @@ class Metric:
         greater_is_better: Whether a greater value is a better model.
         compute: Takes a task's scores (name -> one entry for each example) and returns the value.
         needs_references: Whether it compares predictions with references, as a classifier's metrics do.
+        multi_label: Whether both have an entry for every label.
     """
 
     name: str
     greater_is_better: bool
     compute: Callable[[dict[str, list]], float]
     needs_references: bool = True
+    multi_label: bool = False
 
 
 def load_metric(
@@ -71,8 +73,9 @@ def load_metric(
     """Return a metric by name, or from a module of `evaluate`.
 
     Args:
-        metric: "accuracy", "mse", an `evaluate.load(...)`, an own `evaluate.Metric` or an `evaluate.combine(...)`. The
-            first value that it returns counts, under the name that it returns it by. A `Metric` is returned as it is.
+        metric: "accuracy", "mse", "mean_average_precision" or "micro_f1" (both of multi-label tasks), an
+            `evaluate.load(...)`, an own `evaluate.Metric` or an `evaluate.combine(...)`. The first value that it
+            returns counts, under the name that it returns it by. A `Metric` is returned as it is.
         greater_is_better: Whether a greater value is better; by default found by computing the metric of right and of
             wrong predictions.
         compute_kwargs: Further arguments of the module's `compute`, such as `{"average": "macro"}` for F1, which is
@@ -161,7 +164,23 @@ def _mean_squared_error(scores: dict[str, list]) -> float:
     return float(np.mean(scores["predictions"]))
 
 
+def _mean_average_precision(scores: dict[str, list]) -> float:
+    from sklearn.metrics import average_precision_score
+
+    logits, labels = np.asarray(scores["predictions"]), np.asarray(scores["references"]) > 0.5
+    occurring = labels.any(axis=0)
+    return float(average_precision_score(labels[:, occurring], logits[:, occurring])) if occurring.any() else 0.0
+
+
+def _micro_f1(scores: dict[str, list]) -> float:
+    found, labels = np.asarray(scores["predictions"]) > 0, np.asarray(scores["references"]) > 0.5
+    either = found.sum() + labels.sum()
+    return float(2 * (found & labels).sum() / either) if either else 1.0
+
+
 _OWN = {
     "accuracy": Metric("accuracy", True, _accuracy),
     "mse": Metric("mse", False, _mean_squared_error, needs_references=False),
+    "mean_average_precision": Metric("mean_average_precision", True, _mean_average_precision, multi_label=True),
+    "micro_f1": Metric("micro_f1", True, _micro_f1, multi_label=True),
 }

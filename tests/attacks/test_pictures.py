@@ -59,7 +59,7 @@ def test_a_model_that_knows_the_noise_gets_the_clean_image_back(scheduler, kind)
     scheduler = scheduler(prediction_type=kind)
     clean = torch.rand(3, 1, 8, 8) * 2 - 1
     random_state = torch.get_rng_state()
-    noisy, denoised = DiffusionTask(scheduler).denoise(Oracle(clean, scheduler), clean, 0.3)
+    noisy, denoised = DiffusionTask(scheduler).denoise(Oracle(clean, scheduler), {"sample": clean}, 0.3)
     torch.testing.assert_close(denoised, clean, rtol=0, atol=1e-4)
     kept = scheduler.alphas_cumprod[299].item()
     assert (noisy - kept**0.5 * clean).std().item() == pytest.approx((1 - kept) ** 0.5, rel=0.2)

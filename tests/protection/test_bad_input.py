@@ -386,19 +386,6 @@ def test_one_restricted_image_is_refused(build):
         build(unet(), restricted=tensors(3, 8, 8, examples=1), original=tensors(3, 8, 8), eval_dataset=held_out)
 
 
-def test_a_class_conditional_unet_is_refused(build):
-    model = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        num_class_embeds=3,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-    )
-    with pytest.raises(ValueError, match="Class-conditional.*without class embedding"):
-        build(model, restricted=tensors(3, 8, 8), original=tensors(3, 8, 8))
-
-
 # ---- Hyper-parameters ----
 
 
