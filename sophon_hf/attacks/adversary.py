@@ -14,7 +14,7 @@ from torch import nn
 from sophon_hf.data.domain import Domain, build_domain
 from sophon_hf.data.labels import Classes, number_classes, split_domain
 from sophon_hf.data.loading import Source, load_domain
-from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.data.preprocessing import InputColumn, ModelInputs
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
 
@@ -80,7 +80,7 @@ class AdversaryData:
     original: Source | None = None
     original_test: Source | None = None
     examples: int | None = None
-    input_columns: Mapping[str, str | None] = field(default_factory=dict)
+    input_columns: Mapping[str, InputColumn] = field(default_factory=dict)
     label_columns: Mapping[str, str | None] = field(default_factory=dict)
 
     def build(self, needs: ModelInputs, processor: Any | None) -> AdversaryDomains:
@@ -114,6 +114,7 @@ class AdversaryData:
         training, validated, tested = (
             self.domain(part, "restricted", needs, processor, classes) for part in (dataset, held_out, test)
         )
+        training.refuse_constant()
         if carved:
             # Data that hold an example twice would otherwise have it on both sides.
             raw = training.transformed

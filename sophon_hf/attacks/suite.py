@@ -34,6 +34,7 @@ from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
 from sophon_hf.data.domain import Domain
 from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.loading import Source
+from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
@@ -66,7 +67,7 @@ class AttackSuite:
         processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is
             saved with the original model, or else the protected one, where that is an id or a folder.
         input_columns: The raw input column by domain ("original", "restricted", "benign"), where it is not found by
-            itself.
+            itself, or two columns of text.
         label_columns: The same for the label column.
     """
 
@@ -83,7 +84,7 @@ class AttackSuite:
         task: Task | None = None,
         metric: str | EvaluationModule | Metric | None = None,
         processing_class: Any | None = None,
-        input_columns: Mapping[str, str | None] | None = None,
+        input_columns: Mapping[str, InputColumn] | None = None,
         label_columns: Mapping[str, str | None] | None = None,
     ):
         strategies = load_sweep(sweep) if isinstance(sweep, (str, Path)) else list(sweep)
@@ -243,9 +244,8 @@ class AttackSuite:
         """Return this suite for the allowed task, whose columns it takes for those of the restricted domain."""
         suite = copy.copy(self)
         suite.output_dir = self.output_dir / "benign"
-        suite.input_columns, suite.label_columns = (
-            {"restricted": columns.get("benign")} for columns in (self.input_columns, self.label_columns)
-        )
+        suite.input_columns = {"restricted": self.input_columns.get("benign")}
+        suite.label_columns = {"restricted": self.label_columns.get("benign")}
         return suite
 
     def _task_and_processor(self, model: nn.Module, *given: nn.Module | str) -> tuple[Task, Any | None]:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sophon_hf.auditing.remeasure import (
 )
 from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, Verdict, judge_consistency
 from sophon_hf.data.loading import Source
+from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.tasks.metrics import Metric
@@ -113,8 +114,8 @@ def audit(
     epochs: float | None = None,
     examples: int | None = None,
     metric: str | EvaluationModule | Metric | None = None,
-    input_columns: dict[str, str | None] | None = None,
-    label_columns: dict[str, str | None] | None = None,
+    input_columns: Mapping[str, InputColumn] | None = None,
+    label_columns: Mapping[str, str | None] | None = None,
 ) -> Audit:
     """Check what a published model claims, and write audit.json and audit.md.
 

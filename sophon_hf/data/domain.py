@@ -11,11 +11,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from sophon_hf.data.labels import Classes, number_classes
-from sophon_hf.data.preprocessing import Example, ModelInputs, Preprocessor, make_preprocessor
+from sophon_hf.data.media import read_cell
+from sophon_hf.data.preprocessing import Example, InputColumn, ModelInputs, Preprocessor, make_preprocessor
+from sophon_hf.data.splits import hash_row
 from sophon_hf.utils import kept_random_state
 
 _MEMORY_LIMIT = 4 * 2**30
@@ -93,12 +94,27 @@ class Domain:
         return batch
 
     def _prepare(self, indices: list[int]) -> list[Example]:
-        examples = self.preprocessor(self.dataset[indices])
+        try:
+            examples = self.preprocessor(self.dataset[indices])
+        except ImportError:
+            raise  # What is missing here is a library.
+        except Exception as error:  # Pillow, soundfile, a tokenizer or a user's transform may raise anything.
+            raise self._unreadable(indices, error) from error
         name, labels = self._attached
         if labels is not None:
             for example, label in zip(examples, labels[indices], strict=True):
                 example[name] = label
         return examples
+
+    def _unreadable(self, indices: list[int], error: Exception) -> Exception:
+        """Return an error that names the row and the column; the one that was raised where no row has it alone."""
+        for index in indices:
+            try:
+                self.preprocessor(self.dataset[[index]])
+            except Exception as reason:
+                columns = [c for c in self.preprocessor.columns if c in self.dataset.column_names]
+                return _unreadable(self.dataset, index, self.name, int(self._row_numbers[index]), reason, columns)
+        return error
 
     def _materialize(self, memory_limit: int) -> Example | None:
         examples: list[Example] = []
@@ -135,6 +151,19 @@ class Domain:
                     f"{int(self._row_numbers[int(indices[bad[0]])])}: drop or repair them."
                 )
 
+    def refuse_constant(self) -> None:
+        """Raise a ValueError where the model is given the same numbers for every example."""
+        first = self.rows(torch.arange(1))
+        for indices in torch.arange(len(self)).split(CHUNK):
+            for name, values in self.rows(indices).items():
+                same = values.shape[1:] == first[name].shape[1:] and bool((values == first[name]).all())
+                if name != "labels" and not same:
+                    return
+        raise ValueError(
+            f"All {len(self)} examples of the {self.name} domain are the same to the model: look at what their column "
+            "holds, and at what the processor makes of it."
+        )
+
     def example_hashes(self, raw: bool = False) -> list[str]:
         """Hash each example's inputs without its label, to find examples that two domains share.
 
@@ -143,7 +172,7 @@ class Domain:
                 ones.
         """
         if raw:
-            return [_hash_raw(row, self.preprocessor.label_column) for row in self.dataset.with_format(None)]
+            return [hash_row(row, self.preprocessor.label_column) for row in self.dataset.with_format(None)]
         hashes = []
         for start in range(0, len(self), CHUNK):
             for example in self._prepare(list(range(start, min(start + CHUNK, len(self))))):
@@ -169,20 +198,6 @@ class Domain:
         return digest.hexdigest()
 
 
-def _hash_raw(row: dict[str, Any], label: str | None) -> str:
-    """Hash a row's pictures and sounds; in a row without any, its texts and lists: a number may count rows."""
-    values = [value for column, value in row.items() if column != label]
-    media: list[Any] = [v for v in values if isinstance(v, (Image, dict))]
-    digest = hashlib.blake2b(digest_size=16)
-    for value in media or [v for v in values if isinstance(v, (str, list))] or values:
-        if isinstance(value, Image):
-            value = (value.mode, value.size, value.tobytes())
-        elif isinstance(value, dict):
-            value = value.get("bytes") or value
-        digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Set the random states of Python, NumPy and torch's CPU in the block, and put them back after it."""
@@ -199,7 +214,7 @@ def build_domain(
     processing_class: Any | None = None,
     *,
     name: str = "domain",
-    input_column: str | None = None,
+    input_column: InputColumn = None,
     label: str | None = None,
     memory_limit: int = _MEMORY_LIMIT,
     row_numbers: np.ndarray | None = None,
@@ -212,7 +227,7 @@ def build_domain(
         needs: What the model takes: `task.inputs(model)`.
         processing_class: Image processor, tokenizer or feature extractor. Images can do without.
         name: For messages; the labels of the "original" one have to mean what the model's outputs mean.
-        input_column: The raw column, where it is not found by itself.
+        input_column: The raw column, where it is not found by itself, or two columns of text that make one input.
         label: The label column, where it is not found by itself.
         memory_limit: Bytes up to which prepared examples are kept in memory.
         row_numbers: What messages call each row, where `dataset` is a part of the user's.
@@ -226,13 +241,42 @@ def build_domain(
         classes = number_classes(name, [dataset], needs, label)
     labels = None if classes is None else classes.column
     dataset = _with_plain_media(dataset)
-    with _seeded(0):
-        row = dataset[0]
-    if input_column is not None and input_column not in row:
-        raise ValueError(f"The {name} domain has no column {input_column!r}; it has {list(row)}.")
-    candidates = {c: v for c, v in row.items() if c != labels and c in (input_column or c, input_column)}
-    preprocessor = make_preprocessor(candidates, needs, processing_class, labels, name)
+    number = 0 if row_numbers is None else int(row_numbers[0])
+    try:
+        with _seeded(0):
+            row = dataset[0]
+    except Exception as error:
+        raise _unreadable(dataset, 0, name, number, error) from error
+    chosen = [input_column] if isinstance(input_column, str) else list(input_column or ())
+    if unknown := [column for column in chosen if column not in row]:
+        raise ValueError(f"The {name} domain has no column {unknown[0]!r}; it has {list(row)}.")
+    candidates = {c: row[c] for c in chosen or row if c != labels}
+    if empty := [c for c, value in candidates.items() if value is None and (chosen or len(candidates) == 1)]:
+        raise _unreadable(dataset, 0, name, number, ValueError("it is missing"), empty)
+    preprocessor = make_preprocessor(candidates, needs, processing_class, labels, name, pair=len(chosen) == 2)
     return Domain(dataset, preprocessor, name, memory_limit, row_numbers, classes, needs.conditioned is not None)
+
+
+def _unreadable(
+    dataset: datasets.Dataset, index: int, name: str, number: int, reason: Exception, columns: Sequence[str] = ()
+) -> ValueError:
+    """Return the error that an example cannot be read, by domain, row and column; `columns` are looked at first."""
+    media = [c for c, f in dataset.features.items() if isinstance(f, (datasets.Audio, datasets.Image))]
+    guilty = columns[0] if columns else None
+    for column in dict.fromkeys([*columns, *media]):
+        feature, one = dataset.features.get(column), dataset.with_format(None).select_columns([column])
+        if column in media:
+            one = one.cast_column(column, type(feature)(decode=False))
+        try:
+            read_cell(one[index][column], feature)
+        except Exception:
+            guilty = column
+            break
+    where = "" if guilty is None else f"column {guilty!r}: "
+    return ValueError(
+        f"Row {number} of the {name} domain cannot be read: {where}{str(reason).rstrip('.') or type(reason).__name__}. "
+        "Repair the row or drop it; `skip_unreadable` leaves out what cannot be decoded."
+    )
 
 
 def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:

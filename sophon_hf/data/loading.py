@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import datasets
 
+from sophon_hf.data.media import read_cell, with_pixel_range
 from sophon_hf.utils import unreachable
 
 logger = logging.getLogger(__name__)
@@ -19,16 +20,36 @@ Source: TypeAlias = str | os.PathLike | datasets.Dataset | datasets.IterableData
 # What a data set of the Hub keeps of where it is from, in the form that `datasets` records downloads in.
 HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
 _STREAM_LIMIT = 100_000
+_SPLIT_FOLDERS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+_FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
 
 
-def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
+def load_domain(
+    source: Source,
+    split: str = "train",
+    *,
+    skip_unreadable: bool = False,
+    pixel_range: tuple[float, float] | None = None,
+) -> datasets.Dataset:
     """Load one split of a domain.
 
     Args:
-        source: A Hub id (`owner/name`, or `owner/name:configuration` where it has several), a folder (parquet files,
-            an image folder, an audio folder), or an object of `datasets`. An `IterableDataset` is read once, up to its
-            first 100,000 examples, because halves, streams and resuming need random access.
+        source: A Hub id (`owner/name`, or `owner/name:configuration` where it has several); a folder of images, sounds,
+            or files of the following kinds, or one that `save_to_disk` wrote; a CSV, TSV, JSON, JSONL, Parquet or Arrow
+            file; an object of `datasets`. An `IterableDataset` is read once, up to its first 100,000 examples, because
+            halves, streams and resuming need random access.
         split: The split to take where there are several.
+        skip_unreadable: Leave out examples with a picture or sound that is missing or cannot be decoded (in other data:
+            with an empty cell), and tell how many. Otherwise they are refused when they are read.
+        pixel_range: What is black and what is white in pictures of more than 8 bits, such as (0, 4095). Without it,
+            white is 65535 in pictures of 16 bits, and those of other depths are refused.
 
     Returns:
         The examples as they were stored; sounds are not decoded yet.
@@ -36,73 +57,164 @@ def load_domain(source: Source, split: str = "train") -> datasets.Dataset:
     Raises:
         ValueError: There is no such split, or there are no examples.
         ConnectionError: A Hub id cannot be looked up.
-        FileNotFoundError: `source` is neither a folder nor a data set on the Hub.
+        FileNotFoundError: `source` is neither a file, a folder nor a data set on the Hub.
     """
-    loaded: Any = _load_from(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
-    if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+    loaded = open_source(source)
+    if isinstance(loaded, Mapping):
         if split not in loaded:
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(loaded)}. Name one of them.")
         loaded = loaded[split]
-    if isinstance(loaded, datasets.IterableDataset):
-        loaded = _read_stream(loaded)
-    if not isinstance(loaded, datasets.Dataset):
-        raise TypeError(
-            "A domain must be a Hub id, a folder, or a Dataset, IterableDataset or DatasetDict, not "
-            f"{type(loaded).__name__}."
-        )
+    if skip_unreadable:
+        loaded = _readable(loaded, source)
     if len(loaded) == 0:
         raise ValueError("The data set is empty: check its path, its split and any filter on it.")
+    return loaded if pixel_range is None else with_pixel_range(loaded, *pixel_range)
+
+
+def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset]:
+    """Return a data set, or its splits by name; arguments and errors as of `load_domain`."""
+    loaded: Any = _load_from(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
+    if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        return {name: _as_table(part) for name, part in loaded.items()}
+    return _as_table(loaded)
+
+
+def _as_table(loaded: Any) -> datasets.Dataset:
+    if isinstance(loaded, datasets.IterableDataset):
+        return _read_stream(loaded)
+    if not isinstance(loaded, datasets.Dataset):
+        raise TypeError(
+            "A domain must be a Hub id, a file, a folder, or a Dataset, IterableDataset or DatasetDict, not "
+            f"{type(loaded).__name__}."
+        )
     return loaded
 
 
-def _load_from(source: str) -> datasets.DatasetDict:
+def _load_from(source: str) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    if os.path.isfile(source):
+        return _load_file(source)
     on_hub = not os.path.isdir(source)
-    if on_hub and (os.path.isabs(source) or source.startswith(".") or source.count("/") > 1):
-        raise FileNotFoundError(f"There is no folder {source!r}, and it is not the form of a Hub id ('owner/name').")
+    local = os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
+    if on_hub and (local or os.path.splitext(source)[1].lower() in _FILES):
+        raise FileNotFoundError(
+            f"There is no file or folder {source!r}, and it is not the form of a Hub id ('owner/name')."
+        )
+    if any(os.path.exists(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
+        return datasets.load_from_disk(source)
     # A colon names a configuration on the Hub, but may be part of a folder's name.
     name, _, configuration = source.partition(":") if on_hub else (source, "", "")
     try:
         builder = datasets.load_dataset_builder(name, configuration or None)
         if builder.name == "audiofolder":
-            # Its own feature would encode every sound once more, which needs torchcodec: read the paths only.
             features = next(iter(datasets.load_dataset(name, streaming=True).values())).features
-            sounds = _audio_columns(features)
-            paths = datasets.Features({**features, **dict.fromkeys(sounds, datasets.Value("string"))})
-            return _undecoded(datasets.load_dataset(name, features=paths), sounds)
+            sounds = _media_columns(features, datasets.Audio)
+            files = datasets.Features({**features, **dict.fromkeys(sounds, _SoundFile(decode=False))})
+            loaded = datasets.load_dataset(name, features=files)
+            for column in sounds:
+                loaded = loaded.cast_column(column, datasets.Audio(decode=False))
+            return _without_split_names(loaded)
         loaded = datasets.load_dataset(name, configuration or None)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"{source!r} is neither a folder here nor a data set on the Hub that you can read. Check the spelling; "
-            "for a private one run `hf auth login` first."
+            f"{source!r} is neither a file or folder here nor a data set on the Hub that you can read. Check the "
+            "spelling; for a private one run `hf auth login` first."
+        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The folder {source!r} holds no data: put images, sounds, or CSV, JSON or Parquet files there."
         ) from error
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise ConnectionError(unreachable(source, "data set")) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{source!r} cannot be read: {error.__cause__ or error}") from error
     for part in loaded.values() if on_hub else ():
         remember_source(part, source, builder.hash)
+    return loaded if on_hub else _without_split_names(loaded)
+
+
+class _SoundFile(datasets.Audio):
+    """A sound by its path: `Audio` itself would encode every file once more, which needs torchcodec."""
+
+    def encode_example(self, value: Any) -> Any:
+        return {"bytes": None, "path": value} if isinstance(value, str) else value
+
+
+def _load_file(path: str) -> datasets.DatasetDict:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in _FILES:
+        raise ValueError(f"{path!r} is no file that a domain could be read from: {', '.join(_FILES)} are.")
+    kind, settings = _FILES[suffix]
+    try:
+        loaded = datasets.load_dataset(kind, data_files=path, **settings)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{path!r} cannot be read as {kind}: {error.__cause__ or error}") from error
+    for part in loaded.values():
+        part.info.dataset_name = os.path.basename(path)
     return loaded
+
+
+def _without_split_names(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Drop the labels of folders `train` and `test` without labels, which are the names of these folders."""
+    for name, part in loaded.items():
+        label = part.features.get("label")
+        if isinstance(label, datasets.ClassLabel) and set(label.names) <= _SPLIT_FOLDERS and len(label.names) > 1:
+            loaded[name] = part.remove_columns("label")
+    return loaded
+
+
+def _readable(dataset: datasets.Dataset, source: Source) -> datasets.Dataset:
+    media = _media_columns(dataset.features)
+    plain, reasons = _undecoded(dataset.with_format(None), media), {}
+    for row in range(len(dataset)):
+        cells = plain[row]
+        for column in media or cells:
+            try:
+                read_cell(cells[column], dataset.features[column])
+            except Exception as error:  # Pillow and soundfile raise what they like.
+                reasons[row] = f"column {column!r}: {error}"
+    if not reasons:
+        return dataset
+    row, reason = next(iter(reasons.items()))
+    logger.warning(
+        "%d of %d examples of %s cannot be read and are left out, the first at row %d, %s",
+        len(reasons),
+        len(dataset),
+        source if isinstance(source, (str, os.PathLike)) else "the data set",
+        row,
+        reason,
+    )
+    return dataset.select([row for row in range(len(dataset)) if row not in reasons])
 
 
 def _read_stream(source: datasets.IterableDataset) -> datasets.Dataset:
     features = source.features
-    sounds = _audio_columns(features or {})
-    if features is not None and sounds:
+    media = _media_columns(features or {})
+    if features is not None and media:
         files = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        features = datasets.Features({**features, **dict.fromkeys(sounds, files)})
-    rows = list(_undecoded(source, sounds).take(_STREAM_LIMIT + 1))
+        features = datasets.Features({**features, **dict.fromkeys(media, files)})
+    rows = list(_undecoded(source, media).take(_STREAM_LIMIT + 1))
     if len(rows) > _STREAM_LIMIT:
         logger.warning("Only the first %d examples of the iterable data set are read: shuffle it first.", _STREAM_LIMIT)
-    return _undecoded(datasets.Dataset.from_list(rows[:_STREAM_LIMIT], features=features), sounds)
+    table = datasets.Dataset.from_list(rows[:_STREAM_LIMIT], features=features)
+    for column in media:
+        feature = source.features[column]
+        table = table.cast_column(
+            column, datasets.Audio(decode=False) if isinstance(feature, datasets.Audio) else feature
+        )
+    return table
 
 
-def _audio_columns(features: Mapping[str, Any]) -> list[str]:
-    return [column for column, feature in features.items() if isinstance(feature, datasets.Audio)]
+def _media_columns(
+    features: Mapping[str, Any], kinds: tuple[type, ...] = (datasets.Image, datasets.Audio)
+) -> list[str]:
+    return [column for column, feature in features.items() if isinstance(feature, kinds)]
 
 
-def _undecoded(dataset: Any, sounds: list[str]) -> Any:
-    for column in sounds:
-        dataset = dataset.cast_column(column, datasets.Audio(decode=False))
+def _undecoded(dataset: Any, columns: list[str]) -> Any:
+    for column in columns:
+        dataset = dataset.cast_column(column, type(dataset.features[column])(decode=False))
     return dataset
 
 

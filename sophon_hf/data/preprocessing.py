@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,8 +13,11 @@ from PIL.Image import Image
 from PIL.Image import Resampling as PillowResampling
 from torch import Tensor
 
+from sophon_hf.data.media import convert_picture, read_sound, resample
+
 _Rows: TypeAlias = Mapping[str, list]
 Example: TypeAlias = dict[str, Tensor]
+InputColumn: TypeAlias = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ class Preprocessor:
     Attributes:
         inputs: Takes rows (column name -> list) and returns a dict of tensors for each example.
         label_column: Where the labels are, or None.
+        columns: Where the inputs are.
         padding: What variable-length inputs are filled up with, by input name; 0 where not named.
     """
 
     inputs: Callable[[_Rows], list[Example]]
     label_column: str | None
+    columns: tuple[str, ...] = ()
     padding: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, rows: _Rows) -> list[Example]:
@@ -103,7 +107,12 @@ def _stack(tensors: list[Tensor], fill: float, width: int) -> Tensor:
 
 
 def make_preprocessor(
-    row: Mapping[str, Any], needs: ModelInputs, processing_class: Any | None, label_column: str | None, name: str
+    row: Mapping[str, Any],
+    needs: ModelInputs,
+    processing_class: Any | None,
+    label_column: str | None,
+    name: str,
+    pair: bool = False,
 ) -> Preprocessor:
     """Choose how rows like `row` become model inputs: ready columns first, else images, sounds, text or numbers.
 
@@ -113,6 +122,7 @@ def make_preprocessor(
         processing_class: Image processor, tokenizer or feature extractor. Images can do without.
         label_column: Where the labels are, or None.
         name: What messages call the domain.
+        pair: Whether two columns of text are one input, as for entailment.
 
     Raises:
         ValueError: No column or several could be meant, or text or audio lacks its `processing_class`.
@@ -121,25 +131,30 @@ def make_preprocessor(
     # The model's own goes first: one that looks for the last token would take another one's padding for text.
     padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
     inputs: Callable[[_Rows], list[Example]] | None = None
+    columns: list[str] = []
     ready = {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}
     if "latents" in row and "encoder_hidden_states" in ready:
         ready["latents"] = needs.main
     if ready:
         inputs = partial(_ready, columns=ready, masked="input_ids" in ready and needs.accepts("attention_mask"))
+        columns = list(ready)
     # A row of ready inputs may hold more columns, which are left out.
     for kind in () if ready else ("images", "audio", "text", "tensors"):
         columns = [column for column, value in row.items() if _kind(value) == kind]
-        if len(columns) > 1:
-            raise ValueError(f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`.")
+        if len(columns) > 1 and not (pair and kind == "text"):
+            more = ", or two for pairs of texts" if kind == "text" else ""
+            raise ValueError(
+                f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`{more}."
+            )
         if columns:
-            inputs = _prepare_column(kind, columns[0], needs, processing_class)
+            inputs = _prepare_columns(kind, columns, needs, processing_class)
             break
     if inputs is None:
         raise ValueError(
             f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
             f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
         )
-    return Preprocessor(inputs, label_column, padding)
+    return Preprocessor(inputs, label_column, tuple(columns), padding)
 
 
 def _kind(value: Any) -> str | None:
@@ -154,8 +169,9 @@ def _kind(value: Any) -> str | None:
     return None
 
 
-def _prepare_column(kind: str, column: str, needs: ModelInputs, processing_class: Any | None) -> Callable:
+def _prepare_columns(kind: str, columns: list[str], needs: ModelInputs, processing_class: Any | None) -> Callable:
     # Partial functions, not closures: a data loader's workers are sent them by pickle.
+    column = columns[0]
     if kind == "tensors":
         return partial(_ready, columns={column: needs.main})
     if kind == "images":
@@ -171,8 +187,9 @@ def _prepare_column(kind: str, column: str, needs: ModelInputs, processing_class
         raise ValueError(
             f"Column {column!r} holds {kind}: pass the model's {what} as `processing_class`, or a dataset with {ready}."
         )
-    prepare = _text if kind == "text" else _audio
-    return partial(prepare, column=column, needs=needs, processing_class=processing_class)
+    if kind == "text":
+        return partial(_text, columns=columns, needs=needs, processing_class=processing_class)
+    return partial(_audio, column=column, needs=needs, processing_class=processing_class)
 
 
 def _ready(rows: _Rows, columns: Mapping[str, str], masked: bool = False) -> list[Example]:
@@ -191,59 +208,39 @@ def _to_tensor(value: Any) -> Tensor:
 
 
 def _images(rows: _Rows, column: str, mode: str, needs: ModelInputs, processing_class: Any | None) -> list[Example]:
-    images = [image.convert(mode) for image in rows[column]]
+    images = [convert_picture(image, mode, exact=processing_class is None) for image in rows[column]]
     if processing_class is None:
-        return [{needs.main: _pixels(image, needs)} for image in images]
+        return [{needs.main: _pixels(image, len(mode), needs)} for image in images]
     pixels = processing_class(images=images, return_tensors="pt")["pixel_values"]
     return [{needs.main: p} for p in pixels]
 
 
-def _pixels(image: Image, needs: ModelInputs) -> Tensor:
+def _pixels(image: Image, channels: int, needs: ModelInputs) -> Tensor:
     if needs.image_size is not None and image.size != needs.image_size[::-1]:
         image = image.resize(needs.image_size[::-1], PillowResampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    pixels = pixels[None].repeat(min(channels, 3), 1, 1) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    if len(pixels) < channels:
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:1])])  # A grey picture of 16 bits has no transparency.
     return (pixels * 2 - 1 if needs.symmetric else pixels).contiguous()
 
 
-def _text(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
+def _text(rows: _Rows, columns: list[str], needs: ModelInputs, processing_class: Any) -> list[Example]:
+    texts = [list(rows[column]) for column in columns]
+    if any(text is None for column in texts for text in column):
+        raise ValueError("it is missing")
     # Many saved tokenizers know no length, and would cut nothing. RoBERTa's kind counts its positions from the padding
     # token on, which takes two of them.
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
     masked = {"return_attention_mask": True} if needs.accepts("attention_mask") else {}
-    encoded = processing_class(list(rows[column]), truncation=True, max_length=longest, **masked)
+    encoded = processing_class(*texts, truncation=True, max_length=longest, **masked)
     names = [name for name in encoded if needs.accepts(name)]
-    return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(rows[column]))]
+    return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(texts[0]))]
 
 
 def _audio(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) -> list[Example]:
     examples, rate = [], processing_class.sampling_rate
     for cell in rows[column]:
-        encoded = processing_class(_resample(*_decode(cell), rate), sampling_rate=rate, return_tensors="pt")
+        encoded = processing_class(resample(*read_sound(cell), rate), sampling_rate=rate, return_tensors="pt")
         examples.append({name: encoded[name][0] for name in encoded if needs.accepts(name)})
     return examples
-
-
-def _decode(cell: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-    if cell.get("array") is not None:
-        return np.asarray(cell["array"], dtype=np.float32), int(cell["sampling_rate"])
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ImportError("Decoding audio files needs soundfile: pip install -e '.[audio]' in a clone.") from error
-    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
-    samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    return samples.mean(axis=1), rate
-
-
-def _resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
-    if source == target:
-        return samples
-    try:
-        from scipy.signal import resample_poly
-    except ImportError as error:
-        raise ImportError(
-            f"Resampling from {source} to {target} Hz needs scipy: pip install -e '.[audio]' in a clone."
-        ) from error
-    common = np.gcd(source, target)
-    return resample_poly(samples, target // common, source // common).astype(np.float32)

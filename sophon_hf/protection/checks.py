@@ -70,7 +70,7 @@ def refuse_model(model: nn.Module, args: SophonConfig) -> None:
 
 
 def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
-    """Refuse domains that are the same data, and too few restricted examples for batch norm.
+    """Refuse domains that are the same data or hold one example only, and too few restricted examples for batch norm.
 
     Raises:
         ValueError: They are.
@@ -80,6 +80,7 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
             "The original domain and the restricted domain are the same data: one is to be kept, the other not."
         )
     for name in ("original", "restricted"):
+        domains[name].refuse_constant()
         if domains[name].fingerprint == domains[f"eval_{name}"].fingerprint:
             raise ValueError(
                 f"eval_dataset[{name!r}] is the data that the model is protected with: the guard would take memory for "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from sophon_hf.data.domain import Domain, build_domain
 from sophon_hf.data.labels import number_classes, split_indices
 from sophon_hf.data.loading import Source, load_domain
-from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.data.preprocessing import InputColumn, ModelInputs
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import evaluate_model
@@ -27,7 +27,7 @@ def build_domains(
     sources: dict[str, Source],
     evaluation: dict[str, Source] | None,
     processing_class: Any | None,
-    columns: dict[str, dict[str, str]],
+    columns: dict[str, Mapping[str, Any]],
 ) -> dict[str, Domain]:
     """Build "original", "restricted", and "eval_..." of each, held out where `evaluation` is None.
 
@@ -78,7 +78,7 @@ def as_domains(
     known: dict[str, Domain],
     needs: ModelInputs,
     processing_class: Any | None,
-    input_columns: dict[str, str],
+    input_columns: Mapping[str, InputColumn],
 ) -> dict[str, Domain]:
     """Build the domains of an `eval_dataset`; columns are called as in the domain of the same name that is known.
 
@@ -95,7 +95,8 @@ def as_domains(
         if not isinstance(source, Domain):
             like = known[name if name in known else "restricted"].classes
             dataset, column = load_domain(source, "test"), input_columns.get(name)
-            column = column if column in dataset.column_names else None
+            wanted = {column} if isinstance(column, str) else set(column or ())
+            column = column if wanted <= {*dataset.column_names} else None
             # Classes that were not protected against come after those that were.
             classes = like and number_classes(name, [dataset], needs, like.column, like.numbers)
             source = build_domain(dataset, needs, processing_class, name=name, classes=classes, input_column=column)

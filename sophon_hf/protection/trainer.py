@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 
 from sophon_hf.data.loading import Source
+from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.hub.card import update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
 from sophon_hf.hub.publish import create_repository, publish, publish_checkpoint
@@ -60,8 +61,9 @@ class SophonTrainer(Trainer):
         processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
             out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
-        metric: What guard and evaluation go by, as `load_metric` takes it; ACC-k, MSE-k or the task's by default.
-        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself.
+        metric: str | EvaluationModule | Metric | None = None,
+        input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself, or
+            two columns of text.
         label_columns: The same for the label column.
         reinforcement_loss: L_beta of (model, batch), a scalar, in place of the task's loss and of `distillation`.
         callbacks: Further callbacks of the Trainer.
@@ -87,8 +89,8 @@ class SophonTrainer(Trainer):
         processing_class: Any | None = None,
         task: Task | None = None,
         metric: str | EvaluationModule | Metric | None = None,
-        input_columns: dict[str, str] | None = None,
-        label_columns: dict[str, str] | None = None,
+        input_columns: Mapping[str, InputColumn] | None = None,
+        label_columns: Mapping[str, str | None] | None = None,
         reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):

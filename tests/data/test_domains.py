@@ -137,9 +137,9 @@ def test_a_domain_reaches_the_workers_of_a_data_loader(dataset, needs, processor
 
 
 def test_sources_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no folder './nowhere'"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder './nowhere'"):
         load_domain("./nowhere")
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file or folder '.*nowhere'"):
         load_domain(tmp_path / "nowhere")
     with pytest.raises(ConnectionError, match="the Hub cannot be reached"):
         load_domain("someone/something")

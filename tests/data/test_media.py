@@ -26,6 +26,7 @@ from scipy.signal import resample_poly
 from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from sophon_hf.data.domain import build_domain
+from sophon_hf.data.loading import load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 
 # ---- Images ----
@@ -94,6 +95,57 @@ def test_images_in_torch_format_are_images():
     torch.testing.assert_close(pixels[0], torch.tensor(np.asarray(image) / np.float32(255)).permute(2, 0, 1))
 
 
+# ---- Pictures of more than 8 bits ----
+
+
+def deep(dtype: type, high: float, count: int = 2) -> datasets.Dataset:
+    values = np.random.default_rng(0).uniform(0, high, (count, 4, 6)).astype(dtype)
+    return pictures([Image.fromarray(v) for v in values])
+
+
+@pytest.mark.parametrize(("needs", "channels"), [(IMAGES, 3), (GREY, 1)])
+def test_pictures_of_16_bits_are_scaled_by_65535(needs, channels):
+    dataset = deep(np.uint16, 65535)
+    assert dataset[0]["image"].mode == "I;16"
+    values = np.asarray(dataset[0]["image"]).astype(np.float32) / 65535
+    pixels = build_domain(dataset, needs).rows(ALL(2))["pixel_values"]
+    torch.testing.assert_close(pixels[0].numpy(), np.stack([values] * channels), atol=1e-6, rtol=0)
+    processor = ViTImageProcessor(
+        size={"height": 4, "width": 6}, image_mean=[0.0] * channels, image_std=[1.0] * channels
+    )
+    processed = build_domain(dataset, needs, processor).rows(ALL(2))["pixel_values"]
+    torch.testing.assert_close(processed[0].numpy(), np.stack([values] * channels), atol=1 / 255, rtol=0)
+
+
+def test_transparency_of_pictures_of_16_bits_is_none():
+    four = ModelInputs(names=("x", "labels"), main="x", labelled=True, channels=4)
+    assert (build_domain(deep(np.uint16, 65535), four).rows(ALL(2))["x"][:, 3] == 1).all()
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_pictures_of_unknown_range_are_refused_or_scaled_by_one_that_is_given(dtype, mode):
+    dataset = deep(dtype, 5000)
+    for processor in (None, ViTImageProcessor(size={"height": 4, "width": 6})):
+        message = f"Row 0 of the restricted domain cannot be read: column 'image': its mode is {mode}, .*`pixel_range`"
+        with pytest.raises(ValueError, match=message):
+            build_domain(dataset, IMAGES, processor, name="restricted")
+    mixed = datasets.concatenate_datasets([deep(np.uint16, 9), dataset])
+    with pytest.raises(ValueError, match=f"Row 2 of the restricted domain .*its mode is {mode}"):
+        build_domain(mixed, IMAGES, name="restricted")
+    pixels = build_domain(load_domain(dataset, pixel_range=(1000, 4000)), GREY).rows(ALL(2))["pixel_values"]
+    expected = ((np.asarray(dataset[1]["image"]).astype(np.float64) - 1000) / 3000).clip(0, 1)
+    assert pixels[1, 0].numpy() == pytest.approx(expected, abs=2 / 65535)
+
+
+def test_ranges_that_are_none():
+    with pytest.raises(ValueError, match=r"pixel_range is \[5, 5\]: what is black must be below what is white"):
+        load_domain(deep(np.int32, 9), pixel_range=(5, 5))
+    with pytest.raises(ValueError, match=r"pixel_range is for pictures, and no column of \['text', 'label'\] holds"):
+        load_domain(sentences(), pixel_range=(0, 1))
+    plain = pictures([picture("RGB")] * 2)
+    assert np.array_equal(load_domain(plain, pixel_range=(0, 9))[0]["image"], plain[0]["image"]), "8 bits have a range"
+
+
 # ---- Text ----
 
 
@@ -151,6 +203,25 @@ def test_decoded_arrays_are_audio_too():
     dataset = datasets.Dataset.from_dict({"audio": cells, "label": [0, 1]})
     samples = build_domain(dataset, AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=False))
     torch.testing.assert_close(samples.rows(ALL(1))["input_values"][0].numpy(), wave)
+
+
+@pytest.mark.parametrize("first", ["channels", "samples"])
+def test_channels_of_decoded_arrays_are_averaged_and_time_is_resampled(first):
+    wave = np.sin(np.arange(800) / 20).astype(np.float32)
+    stereo = np.stack([wave, wave / 2])
+    cells = [{"array": stereo if first == "channels" else stereo.T, "sampling_rate": 1600, "path": None}] * 2
+    dataset = datasets.Dataset.from_dict({"audio": cells, "label": [0, 1]})
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=False)
+    samples = build_domain(dataset, AUDIO, extractor).rows(ALL(2))["input_values"]
+    expected = resample_poly(wave * 0.75, 5, 8).astype(np.float32)
+    torch.testing.assert_close(samples[0].numpy(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_sound_of_three_dimensions_is_refused():
+    cells = [{"array": np.zeros((2, 3, 4)), "sampling_rate": RATE, "path": None}] * 2
+    dataset = datasets.Dataset.from_dict({"audio": cells, "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"Row 0 of the original domain .*'audio': its samples have shape \(2, 3, 4\)"):
+        build_domain(dataset, AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE), name="original")
 
 
 def test_audio_of_mixed_lengths_is_padded_and_masked():

@@ -85,8 +85,8 @@ def of_width(width: int) -> datasets.Dataset:
 # ---- Data of either domain ----
 
 BAD_DOMAINS = {
-    "missing folder": (lambda: "./no/such/folder", FileNotFoundError, "no folder './no/such/folder'.*Hub id"),
-    "no data set at all": (lambda: 7, TypeError, "Hub id, a folder, or a Dataset.*not int"),
+    "missing folder": (lambda: "./no/such/folder", FileNotFoundError, "no file or folder './no/such/folder'.*Hub id"),
+    "no data set at all": (lambda: 7, TypeError, "Hub id, a file, a folder, or a Dataset.*not int"),
     "empty": (lambda: make_points(1).select([]), ValueError, "is empty: check its path, its split"),
     "no such split": (
         lambda: datasets.DatasetDict(dev=make_points(1)),
@@ -122,6 +122,11 @@ BAD_DOMAINS = {
         lambda: make_points(1).remove_columns("x").add_column("text", ["word"] * 120),
         ValueError,
         "holds text: pass the model's tokenizer as `processing_class`",
+    ),
+    "one example again and again": (
+        lambda: make_points(1).select([0, 1] + [2] * 118).map(lambda row: {"x": [1.0] * 6}),
+        ValueError,
+        "examples of the {name} domain are the same to the model: look at",
     ),
     "two columns to choose from": (
         lambda: make_points(1).rename_column("x", "a").add_column("b", make_points(2)["x"]),

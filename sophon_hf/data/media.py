@@ -1,0 +1,122 @@
+"""Pictures and sounds as people have them: from a cell of a data set to numbers that keep their meaning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image as Pillow
+from PIL.Image import Image
+
+_DEEP = ("I", "F")
+
+
+def read_cell(cell: Any, feature: Any) -> None:
+    """Decode a picture or a sound as it is stored, and raise what its decoder raises; anything else must be there.
+
+    Raises:
+        ValueError: There is nothing in the cell.
+    """
+    if cell is None:
+        raise ValueError("it is missing")
+    if isinstance(feature, datasets.Image):
+        datasets.Image().decode_example(cell)
+    elif isinstance(feature, datasets.Audio):
+        read_sound(cell)
+
+
+def convert_picture(image: Image | None, mode: str, exact: bool) -> Image:
+    """Return a picture in `mode`; one of 16 bits, whose white is 65535, keeps its fractions where asked.
+
+    Args:
+        image: As Pillow has read it.
+        mode: "L", "RGB" or "RGBA".
+        exact: Return a picture of 16 bits in mode F, from 0 to 255, and leave its one channel to be repeated.
+
+    Raises:
+        ValueError: It is missing, or its values have no range that is known (modes I and F).
+    """
+    if image is None:
+        raise ValueError("it is missing")
+    if image.mode in _DEEP:
+        raise ValueError(
+            f"its mode is {image.mode}, whose values have no known range: give `pixel_range`, what is black and what "
+            "is white, such as 0 and 4095"
+        )
+    if not image.mode.startswith("I;16"):
+        return image.convert(mode)
+    values = np.asarray(image).astype(np.float32) / 257
+    return Pillow.fromarray(values) if exact else Pillow.fromarray(values.round().astype(np.uint8)).convert(mode)
+
+
+def with_pixel_range(dataset: datasets.Dataset, low: float, high: float) -> datasets.Dataset:
+    """Scale pictures of more than 8 bits so that `low` is black and `high` white; what lies beyond is cut off.
+
+    Raises:
+        ValueError: `low` is not below `high`, or there are no pictures.
+    """
+    if not low < high:
+        raise ValueError(f"pixel_range is [{low}, {high}]: what is black must be below what is white.")
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"pixel_range is for pictures, and no column of {dataset.column_names} holds any.")
+
+    def scaled(image: Image | None) -> Image | None:
+        if image is None or not image.mode.startswith(("I", "F")):
+            return image
+        values = (np.asarray(image).astype(np.float64) - low) / (high - low)
+        return Pillow.fromarray((values.clip(0, 1) * 65535).round().astype(np.uint16))
+
+    def scale(rows: dict[str, list]) -> dict[str, list]:
+        return {column: [scaled(image) for image in rows[column]] for column in columns}
+
+    return dataset.map(scale, batched=True, batch_size=100, features=dataset.features, desc="Scaling pictures")
+
+
+def read_sound(cell: Mapping[str, Any] | None) -> tuple[np.ndarray, int]:
+    """Return samples, shape (n,), float32, and their rate; several channels are averaged.
+
+    Raises:
+        ValueError: There is no sound in the cell.
+        ImportError: soundfile is not installed.
+    """
+    if cell is None:
+        raise ValueError("it is missing")
+    if cell.get("array") is not None:
+        samples = np.asarray(cell["array"], dtype=np.float32)
+        if samples.ndim > 2 or samples.size == 0:
+            raise ValueError(f"its samples have shape {samples.shape}, not (samples,) or (channels, samples)")
+        # Libraries differ in which axis comes first; a sound has more samples than channels.
+        return (samples if samples.ndim == 1 else samples.mean(axis=int(np.argmin(samples.shape)))), int(
+            cell["sampling_rate"]
+        )
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError("Decoding audio files needs soundfile: pip install -e '.[audio]' in a clone.") from error
+    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
+    samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    if len(samples) == 0:
+        raise ValueError("it has no samples")
+    return samples.mean(axis=1), rate
+
+
+def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
+    """Return samples of another rate, shape (n,), float32.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    if source == target:
+        return samples
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise ImportError(
+            f"Resampling from {source} to {target} Hz needs scipy: pip install -e '.[audio]' in a clone."
+        ) from error
+    common = np.gcd(source, target)
+    return resample_poly(samples, target // common, source // common).astype(np.float32)

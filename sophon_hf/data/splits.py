@@ -1,0 +1,105 @@
+"""The training and the test split of a source, also of one that comes without a test split."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL.Image import Image
+
+from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.loading import Source, load_domain, open_source
+
+logger = logging.getLogger(__name__)
+
+
+def load_splits(
+    source: Source,
+    split: str = "train",
+    test_split: str = "test",
+    *,
+    test_share: float = 0.2,
+    seed: int = 0,
+    column: str | None = None,
+    **reading: Any,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load what is trained on and what is reported on; a source without a test split gets one from its examples.
+
+    Args:
+        source: As of `load_domain`.
+        split: What is trained on.
+        test_split: What is reported on.
+        test_share: Share of `split` that is cut off where the source has no `test_split`: seeded, stratified by label,
+            with all copies of a picture, sound or text on one side.
+        seed: Decides which examples.
+        column: The label column, where it is not found by itself.
+        reading: `skip_unreadable` and `pixel_range`, as of `load_domain`.
+
+    Raises:
+        ValueError: A share outside (0, 1), or one that holds no example; else as `load_domain` does.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}, but must lie between 0 and 1, such as 0.2.")
+    loaded = open_source(source)
+    if isinstance(loaded, Mapping) and (test_split in loaded or split not in loaded):
+        parts = datasets.DatasetDict(loaded)
+        return load_domain(parts, split, **reading), load_domain(parts, test_split, **reading)
+    dataset = load_domain(loaded[split] if isinstance(loaded, Mapping) else loaded, **reading)
+    column = label_column(dataset, column)
+    plain, hashes = dataset.with_format(None), []
+    for row in range(len(dataset)):
+        try:
+            hashes.append(hash_row(plain[row], column, words=True))
+        except Exception:
+            hashes.append(str(row))  # What cannot be read is named, with its domain, when the domain is built.
+    # Copies go where the first one goes.
+    first = {digest: row for row, digest in reversed(list(enumerate(hashes)))}
+    rows = np.array(sorted(first.values()))
+    chosen = set(rows[split_indices(dataset.select(rows), seed, test_share, column)[0]].tolist())
+    kept = [row for row, digest in enumerate(hashes) if first[digest] in chosen]
+    if not kept:
+        raise ValueError(
+            f"test_share is {test_share}, which is no example of the {len(rows)} different ones that there are: give "
+            "more data, or a larger share."
+        )
+    logger.warning(
+        "%s has no split %r: %d of its %d examples are kept for tests.",
+        source if isinstance(source, (str, os.PathLike)) else "The data set",
+        test_split,
+        len(kept),
+        len(dataset),
+    )
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), kept)), dataset.select(kept)
+
+
+def hash_row(row: Mapping[str, Any], label: str | None, words: bool = False) -> str:
+    """Hash a row's pictures and sounds; in a row without any, its texts and lists: a number may count rows.
+
+    Args:
+        row: Column name -> value, decoded.
+        label: The label column, which is left out.
+        words: Take texts for equal that differ in case and spaces only.
+    """
+    values = [value for column, value in row.items() if column != label]
+    media: list[Any] = [v for v in values if isinstance(v, (Image, dict))]
+    digest = hashlib.blake2b(digest_size=16)
+    for value in media or [v for v in values if isinstance(v, (str, list))] or values:
+        if isinstance(value, Image):
+            value = (value.mode, value.size, value.tobytes())
+        elif isinstance(value, dict):
+            value = value.get("bytes") or _file_of(value) or value
+        elif words and isinstance(value, str):
+            value = " ".join(value.casefold().split())
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _file_of(cell: Mapping[str, Any]) -> bytes | None:
+    path = cell.get("path")
+    return Path(path).read_bytes() if path and os.path.isfile(path) else None

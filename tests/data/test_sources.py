@@ -1,0 +1,256 @@
+"""One source, any form: files and folders as people have them, with and without splits, readable or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from raw_data import (
+    ALL,
+    AUDIO,
+    IMAGES,
+    RATE,
+    TEXT,
+    UNET,
+    labels,
+    picture,
+    pictures,
+    points,
+    sentences,
+    sounds,
+    tokenizer,
+    write_images,
+    write_sounds,
+)
+from transformers import Wav2Vec2FeatureExtractor
+
+from sophon_hf.data.domain import build_domain
+from sophon_hf.data.labels import select_classes
+from sophon_hf.data.loading import load_domain
+from sophon_hf.data.splits import load_splits
+
+TEXTS = {"text": ["one two", "two", "one", "two two"], "label": ["yes", "no", "no", "yes"]}
+
+
+def write_file(folder: Path, suffix: str) -> Path:
+    table, path = datasets.Dataset.from_dict(TEXTS), folder / f"mine{suffix}"
+    if suffix == ".csv":
+        table.to_csv(path)
+    elif suffix == ".tsv":
+        table.to_csv(path, sep="\t")
+    elif suffix == ".jsonl":
+        table.to_json(path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(table.to_list()))
+    elif suffix == ".parquet":
+        table.to_parquet(path)
+    elif suffix == ".arrow":
+        table.save_to_disk(folder)
+        return next(folder.glob("*.arrow"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"])
+def test_a_file_is_a_domain(tmp_path, suffix):
+    loaded = load_domain(write_file(tmp_path, suffix))
+    assert loaded.to_dict() == TEXTS
+    assert build_domain(loaded, TEXT, tokenizer()).labels.tolist() == [1, 0, 0, 1]
+    assert load_domain(str(tmp_path)).to_dict() == TEXTS, "the folder that holds it is one, too"
+
+
+def test_what_save_to_disk_wrote_is_a_domain(tmp_path):
+    datasets.DatasetDict(train=points(8), test=points(4)).save_to_disk(tmp_path)
+    assert load_domain(tmp_path, "test").to_dict() == points(4).to_dict()
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(ValueError, match=r"a.xlsx' is no file that a domain could be read from: .csv, .tsv, .json, "):
+        load_domain(tmp_path / "a.xlsx")
+    (tmp_path / "broken.json").write_text("{[")
+    with pytest.raises(ValueError, match="broken.json' cannot be read as json: "):
+        load_domain(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError, match="There is no file or folder 'nowhere.csv'"):
+        load_domain("nowhere.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty' holds no data: put images, sounds, or CSV, JSON or Parquet"):
+        load_domain(tmp_path / "empty")
+
+
+def test_folders_with_a_table_of_labels(tmp_path):
+    for kind in ("images", "sounds"):
+        (tmp_path / kind).mkdir()
+        rows = ["file_name,label"]
+        for i in range(4):
+            name = f"{i}.png" if kind == "images" else f"{i}.flac"
+            if kind == "images":
+                picture("RGB", seed=i).save(tmp_path / kind / name)
+            else:
+                soundfile.write(tmp_path / kind / name, np.full(50, i / 10), RATE)
+            rows.append(f"{name},{['low', 'high'][i % 2]}")
+        (tmp_path / kind / "metadata.csv").write_text("\n".join(rows))
+    domain = build_domain(load_domain(tmp_path / "images"), IMAGES)
+    assert domain.labels.tolist() == [1, 0, 1, 0] and domain.classes.names == ("high", "low")
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=False)
+    heard = build_domain(load_domain(tmp_path / "sounds"), AUDIO, extractor)
+    assert heard.labels.tolist() == [1, 0, 1, 0]
+    assert heard.rows(ALL(4))["input_values"][:, 0].numpy() == pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-4)
+
+
+def test_train_and_test_folders_without_labels_are_for_diffusion(tmp_path):
+    for split, count in (("train", 5), ("test", 3)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            picture("RGB", seed=10 * count + i).save(tmp_path / split / f"{i}.png")
+    training, test = load_splits(tmp_path)
+    assert (len(training), len(test)) == (5, 3) and training.column_names == ["image"]
+    assert build_domain(test, UNET).rows(ALL(3))["sample"].shape == (3, 3, 4, 6)
+    with pytest.raises(ValueError, match=r"no label column among \['image'\]"):
+        build_domain(training, IMAGES)
+
+
+@pytest.mark.parametrize("source", ["stream", "object"])
+def test_streams_of_every_kind_are_read(source):
+    broken = pictures([picture("RGB", seed=i) for i in range(4)])
+    for made in (broken, sounds([np.full(20, i / 10, dtype=np.float32) for i in range(4)]), sentences()):
+        given = made.to_iterable_dataset() if source == "stream" else made
+        assert select_classes(given, ["b" if made is broken else 1])["label"][:] == [0] * (len(made) // 2)
+        training, test = load_splits(given, test_share=0.5)
+        assert len(training) + len(test) == len(made)
+
+
+# ---- A test split of one's own ----
+
+
+def test_a_source_without_a_test_split_gets_one(caplog):
+    source = labels([0] * 40 + [1] * 10, x=np.random.default_rng(0).normal(size=(50, 2)).tolist())
+    training, test = load_splits(source, test_share=0.2)
+    assert sorted(training["row"][:] + test["row"][:]) == list(range(50))
+    assert [test["label"][:].count(c) for c in (0, 1)] == [8, 2], "stratified"
+    assert "The data set has no split 'test': 10 of its 50 examples are kept for tests." in caplog.text
+    again, other = load_splits(source), load_splits(source, seed=1)
+    assert again[1]["row"][:] == test["row"][:] != other[1]["row"][:]
+    in_splits = load_splits(datasets.DatasetDict(train=source))
+    assert in_splits[1]["row"][:] == test["row"][:]
+
+
+def test_a_test_split_that_is_there_is_taken():
+    parts = datasets.DatasetDict(train=points(8), test=points(4))
+    assert [len(part) for part in load_splits(parts)] == [8, 4]
+    with pytest.raises(ValueError, match="no split 'training'; it has"):
+        load_splits(parts, "training")
+
+
+def test_no_content_is_on_both_sides():
+    texts = [f"Words  number {i // 2}" if i % 2 else f"words number {i // 2}" for i in range(40)]
+    source = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(40)]})
+    training, test = load_splits(source, test_share=0.5)
+    sides = [{" ".join(text.lower().split()) for text in part["text"]} for part in (training, test)]
+    assert not sides[0] & sides[1]
+    assert len(training) == len(test) == 20, "copies do not change the share"
+    with pytest.raises(ValueError, match="test_share is 0.5, which is no example of the 1 different ones"):
+        load_splits(datasets.Dataset.from_dict({"text": ["same"] * 6, "label": [0, 1] * 3}), test_share=0.5)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"test_share is {share}, but must lie between 0 and 1"):
+            load_splits(source, test_share=share)
+
+
+def test_files_of_one_sound_are_on_one_side(tmp_path):
+    write_sounds(tmp_path)
+    for path in list(tmp_path.rglob("*.flac")):
+        path.with_name(f"copy-{path.name}").write_bytes(path.read_bytes())
+    parts = load_splits(tmp_path, test_share=0.5)
+    sides = [{Path(cell["path"]).read_bytes() for cell in part["audio"]} for part in parts]
+    assert not sides[0] & sides[1]
+
+
+# ---- Pairs of texts ----
+
+
+def test_two_columns_of_text_are_one_input():
+    table = datasets.Dataset.from_dict({"premise": ["one", "two"], "hypothesis": ["two two", "one"], "label": [0, 1]})
+    domain = build_domain(table, TEXT, tokenizer(), input_column=["premise", "hypothesis"])
+    assert domain.rows(ALL(2))["input_ids"].tolist() == [[1, 2, 2], [2, 1, 3]]
+    swapped = build_domain(table, TEXT, tokenizer(), input_column=("hypothesis", "premise"))
+    assert swapped.rows(ALL(1))["input_ids"].tolist() == [[2, 2, 1]]
+    with pytest.raises(ValueError, match=r"columns of text, \[.*\]: name one as `input_column`, or two for pairs"):
+        build_domain(table, TEXT, tokenizer())
+    with pytest.raises(ValueError, match="has no column 'conclusion'"):
+        build_domain(table, TEXT, tokenizer(), input_column=["premise", "conclusion"])
+    points_twice = points().add_column("y", points()["x"][:])
+    with pytest.raises(ValueError, match="several columns of tensors"):
+        build_domain(points_twice.rename_column("x", "z"), IMAGES, input_column=["z", "y"])
+
+
+# ---- What cannot be read ----
+
+
+def with_a_broken_file(folder: Path, kind: str) -> Path:
+    if kind == "image":
+        write_images(folder)
+        (folder / "train" / "dog" / "1.png").write_bytes(b"no picture")
+    else:
+        write_sounds(folder)
+        (folder / "train" / "low" / "1.flac").write_bytes(b"no sound")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_an_unreadable_file_is_named_or_left_out(tmp_path, kind, caplog):
+    folder = with_a_broken_file(tmp_path, kind)
+    needs, processor = (IMAGES, None) if kind == "image" else (AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE))
+    message = f"Row 4 of the restricted domain cannot be read: column '{kind}': .*`skip_unreadable` leaves out"
+    with pytest.raises(ValueError, match=message):
+        build_domain(load_domain(folder), needs, processor, name="restricted")
+    part, rows = load_domain(folder).select([4, 5]), np.array([4, 5])
+    with pytest.raises(ValueError, match=message):
+        build_domain(part, needs, processor, name="restricted", row_numbers=rows)
+    domain = build_domain(load_domain(folder, skip_unreadable=True), needs, processor)
+    assert len(domain) == 5 and domain.labels.tolist() == [0, 0, 0, 1, 1]
+    assert f"1 of 6 examples of {folder} cannot be read and are left out, the first at row 4, column" in caplog.text
+    training, test = load_splits(folder, test_share=0.4, skip_unreadable=True)
+    assert len(training) + len(test) == 5
+
+
+def test_empty_cells_are_named_or_left_out():
+    images = pictures([picture("RGB", seed=i) for i in range(3)] + [None])
+    with pytest.raises(ValueError, match="Row 3 of the original domain cannot be read: column 'image': it is missing"):
+        build_domain(images, IMAGES, name="original")
+    assert len(load_domain(images, skip_unreadable=True)) == 3
+    texts = datasets.Dataset.from_dict({"text": [None, "one", "two"], "label": [0, 1, 0]})
+    with pytest.raises(ValueError, match="Row 0 of the restricted domain cannot be read: column 'text': it is missing"):
+        build_domain(texts, TEXT, tokenizer(), name="restricted")
+    with pytest.raises(ValueError, match="Row 2 of the restricted domain cannot be read: column 'text': it is missing"):
+        build_domain(texts.select([1, 2, 0]), TEXT, tokenizer(), name="restricted")
+    assert load_domain(texts, skip_unreadable=True)["text"][:] == ["one", "two"]
+
+
+def test_a_transform_that_fails_is_named_with_its_row():
+    def fragile(rows: dict) -> dict:
+        if 2 in rows["number"]:
+            raise RuntimeError("cannot cut it")
+        return rows
+
+    dataset = points(4).add_column("number", list(range(4))).with_transform(fragile)
+    with pytest.raises(ValueError, match="Row 2 of the restricted domain cannot be read: .*cannot cut it"):
+        build_domain(dataset, IMAGES, name="restricted", input_column="x").rows(ALL(4))
+
+
+def test_a_stream_with_a_broken_picture_is_read_up_to_its_examples(tmp_path):
+    folder = with_a_broken_file(tmp_path, "image")
+    stream = load_domain(folder).to_iterable_dataset()
+    with pytest.raises(ValueError, match="Row 4 of the restricted domain cannot be read: column 'image'"):
+        build_domain(load_domain(stream), IMAGES, name="restricted")
+
+
+def test_pictures_are_pictures_whatever_their_file(tmp_path):
+    pixels = np.asarray(picture("RGB"))
+    for name in ("a.bmp", "b.webp"):
+        Image.fromarray(pixels).save(tmp_path / name, lossless=True)
+    loaded = load_domain(tmp_path)
+    assert all(np.array_equal(np.asarray(image), pixels) for image in loaded["image"])
