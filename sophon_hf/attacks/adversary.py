@@ -169,7 +169,7 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     if domain.labels is None:
         return True
     outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
-    return outputs is None or (domain.num_classes <= outputs and task.fits(domain.labels, outputs))
+    return task.fits(domain.labels, outputs) and domain.num_classes <= (outputs or domain.num_classes)
 
 
 def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:

@@ -39,7 +39,7 @@ from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
 from sophon_hf.tasks.base import Task, infer_task, load_task
-from sophon_hf.tasks.evaluation import evaluate_model
+from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
 from sophon_hf.utils import write_atomically
 
@@ -159,8 +159,10 @@ class AttackSuite:
         needs = task.inputs(models["original"])
         data = self._data(restricted_dataset, eval_dataset, validation_dataset, original_dataset, original_eval_dataset)
         domains = data.build(needs, processor)
+        device = next(models["original"].parameters()).device
+        has_head = task.structure(models["original"], first_rows(task, domains.training, device)).outputs is not None
         for domain in (domains.original, domains.original_test):
-            if domain is not None and not head_fits(task, models["original"], domain):
+            if domain is not None and has_head and not head_fits(task, models["original"], domain):
                 raise ValueError(
                     f"The original domain has {domain.num_classes} classes with labels up to {domain.labels.max()}, "  # type: ignore[union-attr]
                     "for which the model's head has too few outputs: select the classes that the model knows, in its "
@@ -342,8 +344,7 @@ class AttackSuite:
 
 
 def _load(model: nn.Module | str) -> nn.Module:
-    model = model if isinstance(model, nn.Module) else load_model(model)
-    return model.to(process_state().device)
+    return load_model(model).to(process_state().device)
 
 
 def _name(model: nn.Module | str) -> str:

@@ -122,7 +122,7 @@ def load_models(
 def _load_unprotected(claim: Claim, stage: Path, given: nn.Module | str | None) -> tuple[nn.Module | None, str]:
     """Return the model before protection, or why there is none."""
     if isinstance(given, nn.Module):
-        return copy.deepcopy(given), ""
+        return load_model(copy.deepcopy(given)), ""
     if given is not None:
         return _load_stranger(os.fspath(given), stage, None), ""
     if claim.base_model is None or "/" not in claim.base_model:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.models.backbone import NoHead
 from sophon_hf.models.sharding import copy_of, distributed_like, is_sharded, local, shard_part
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.utils import kept_random_state
@@ -56,9 +57,11 @@ def initialize(
 def _new_head(model: nn.Module, name: str, known: int | None, num_classes: int | None) -> nn.Module:
     """Return a fresh head; a linear one in place of any other that has another number of outputs than is wanted."""
     head = model.get_submodule(name)
-    weight = next(head.parameters())
+    weight = next(head.parameters(), next(model.parameters()))
     same = num_classes in (None, known) or num_classes == getattr(head, "out_features", None)
-    if same and not is_sharded(head):
+    if isinstance(head, NoHead):
+        fresh = head.new(num_classes)
+    elif same and not is_sharded(head):
         fresh = copy_of(head)
     elif weight.ndim == 2 and num_classes is not None and known in (None, *weight.shape):
         inputs = weight.shape[0] if isinstance(head, Conv1D) else weight.shape[1]
@@ -84,7 +87,7 @@ def _fresh_parts(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.M
     """Yield newly initialised parts, from a fresh model of the library where there is a config, else by resetting."""
     config, fresh_model = getattr(model, "config", None), None
     if names and config is not None and hasattr(model, "save_pretrained"):
-        from_config = getattr(type(model), "from_config", type(model))
+        from_config = getattr(model, "from_config", type(model))
         fresh_model = from_config(copy.deepcopy(config))
     for name in names:
         if fresh_model is not None:

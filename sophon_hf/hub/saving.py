@@ -18,6 +18,7 @@ from torch import nn
 
 from sophon_hf.hub.card import CARD, update_card
 from sophon_hf.hub.claim import FILE_NAME, Claim
+from sophon_hf.models.backbone import library_model
 from sophon_hf.models.loading import pipeline_parts
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
@@ -68,15 +69,15 @@ def save_protected(
 
 def save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
     """Save as the model's own library does, so that `from_pretrained` loads it; a denoiser in its pipeline."""
-    library_model: Any = model if hasattr(model, "save_pretrained") else None
-    if library_model is None:
-        save_torch_model(model, folder, max_shard_size=max_shard_size)
+    saved: Any = library_model(model)
+    if not hasattr(saved, "save_pretrained"):
+        save_torch_model(saved, folder, max_shard_size=max_shard_size)
     elif not isinstance(task, DiffusionTask):
-        library_model.save_pretrained(folder, max_shard_size=max_shard_size)
+        saved.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
         # A copy, since saving writes into the configuration of what is saved.
         scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
-        _save_denoiser(library_model, folder, scheduler, task.pipeline, max_shard_size)
+        _save_denoiser(saved, folder, scheduler, task.pipeline, max_shard_size)
         # diffusers notes where a model was loaded from, which may be a folder under the user's name.
         for config in folder.rglob("config.json"):
             values = json.loads(config.read_text(encoding="utf-8"))
@@ -142,6 +143,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Through its own library, since what a file calls a weight need not be its name in the model.
     """
+    model = library_model(model)
     library_class: Any = type(model)
     parts = {cls: name for name, cls in pipeline_parts(folder).items()}
     subfolder = {"subfolder": parts[library_class.__name__]} if parts else {}

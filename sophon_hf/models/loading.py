@@ -17,6 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sophon_hf.models.backbone import is_backbone, with_head
 from sophon_hf.utils import unreachable
 
 logger = logging.getLogger(__name__)
@@ -124,11 +125,11 @@ def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
     return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
 
 
-def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn.Module:
-    """Load a classifier of transformers or a denoiser of diffusers (also from a pipeline) by Hub id or folder.
+def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> nn.Module:
+    """Load a classifier or backbone of transformers or a denoiser of diffusers (also from a pipeline).
 
     Args:
-        source: Hub id or folder.
+        source: Hub id or folder; or the model itself, which is returned as it is, a backbone as a `Backbone`.
         trust_remote_code: Passed on to transformers; leave it off unless the repository's code has been read.
 
     Returns:
@@ -138,8 +139,10 @@ def load_model(source: str | os.PathLike, trust_remote_code: bool = False) -> nn
         ValueError: The repository holds neither.
         OSError: It cannot be found or reached (as transformers and diffusers raise it).
     """
+    if isinstance(source, nn.Module):
+        return with_head(source)
     source = os.fspath(source)
-    model: Any = _load(source, trust_remote_code)
+    model: Any = with_head(_load(source, trust_remote_code))
     model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
     return model
 
@@ -168,10 +171,15 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     names = config.architectures or []
-    if not names or not names[0].endswith(("Classification", "Classifier")):
+    if names and (is_backbone(names[0]) or names[0].endswith(("ForMaskedLM", "ForPreTraining"))):
+        # What it was pre-trained with is left behind, as anyone who fine-tunes it does.
+        cls = getattr(transformers, names[0] if is_backbone(names[0]) else "AutoModel", transformers.AutoModel)
+        return cls.from_pretrained(source, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    if not names or not names[0].endswith(("Classification", "Classifier", "ClassificationWithTeacher")):
         raise ValueError(
             f"{source!r} holds {names or 'no named architecture'}: a classifier (…ForImageClassification, "
-            "…ForSequenceClassification, …ForAudioClassification) or a denoiser of diffusers is needed."
+            "…ForSequenceClassification, …ForAudioClassification), a backbone (…Model) or a denoiser of diffusers is "
+            "needed."
         )
     cls = getattr(transformers, names[0], None)
     if cls is None:

@@ -20,6 +20,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.data.fingerprint import DataFingerprint, fingerprint_domain, is_base_name_or_hub_id
 from sophon_hf.finetuning.strategy import StrategySpace
 from sophon_hf.hub.claim import SCHEMA, Claim, Compute, Method, Protection, hash_weights
+from sophon_hf.models.backbone import library_model
 from sophon_hf.models.loading import hash_state
 from sophon_hf.models.sharding import is_sharded, local, with_local
 from sophon_hf.protection.config import SophonConfig
@@ -158,10 +159,10 @@ class Run:
         return Claim(
             schema=SCHEMA,
             method=Method(method, _as_json(hyper_parameters), self.space),
-            model=type(model).__name__,
+            model=type(library_model(model)).__name__,
             base_model=base if base and is_base_name_or_hub_id(base) else None,
             base_revision=getattr(model, "hub_revision", None),
-            remote_code=type(model).__module__.startswith("transformers_modules"),
+            remote_code=type(library_model(model)).__module__.startswith("transformers_modules"),
             versions={package: version(package) for package in _PACKAGES},
             data=self._fingerprints,
             weights=hash_weights(folder),

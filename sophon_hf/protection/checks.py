@@ -95,7 +95,7 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
         )
 
 
-def check_labels(domains: dict[str, Domain], outputs: int, task: Task) -> None:
+def check_labels(domains: dict[str, Domain], outputs: int | None, task: Task) -> None:
     """Labels against the head, and whether there is a task to learn.
 
     Raises:
@@ -104,7 +104,7 @@ def check_labels(domains: dict[str, Domain], outputs: int, task: Task) -> None:
     for name, domain in domains.items():
         labels = domain.labels
         assert labels is not None, "a classifier's domains have labels"
-        if "original" in name and not task.fits(labels, outputs):
+        if "original" in name and outputs is not None and not task.fits(labels, outputs):
             found = f"label {int(labels.max())}" if labels.ndim == 1 else f"{labels.shape[1]} labels"
             raise ValueError(
                 f"The original domain has {found}, but the model's head has {outputs} outputs (0 to {outputs - 1}): "
@@ -167,7 +167,8 @@ def fit_strategies(
     Raises:
         ValueError: Data, head and strategies do not fit one another.
     """
-    predictions = {name: try_domain(task, model, name, domain) for name, domain in domains.items()}
+    for name, domain in domains.items():
+        try_domain(task, model, name, domain)
     structure = task.structure(model, first_rows(task, domains["original"], args.device))
     if args.probe_depths:
         _check_probes(domains["restricted"])
@@ -175,24 +176,24 @@ def fit_strategies(
     if domains["original"].labels is not None:
         if args.tolerance > 1:
             raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
-        outputs = predictions["original"].shape[1]
+        outputs = structure.outputs
         check_labels(domains, outputs, task)
     elif args.strategy_space is None:
         # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
         space = replace(space, initializations=("direct",))
-    fits = outputs is None or (classes <= outputs and task.fits(domains["restricted"].labels, outputs))
+    fits = task.fits(domains["restricted"].labels, outputs) and classes <= (outputs or classes)
     if not fits and "direct" in space.initializations:
         if "new_head" not in space.initializations:
             raise ValueError(
-                f"The restricted domain has {classes} classes and the model's head {outputs} outputs, so a direct "
-                "strategy has no output for some labels. Add initialization 'new_head' to the strategy space, or "
-                "select at most as many classes (`select_classes`)."
+                f"The restricted domain has {classes} classes and the model's head {outputs or 'no'} outputs, so a "
+                "direct strategy has no output for some labels. Add initialization 'new_head' to the strategy space, "
+                "or select at most as many classes (`select_classes`)."
             )
         logger.warning(
-            "The restricted domain has %d classes and the model's head %d outputs: direct strategies are left out, "
+            "The restricted domain has %d classes and the model's head %s outputs: direct strategies are left out, "
             "every simulated adversary brings a new head.",
             classes,
-            outputs,
+            "no" if outputs is None else outputs,
         )
         space = space.without_original_head()
     if is_sharded(model):

@@ -96,8 +96,8 @@ class SophonTrainer(Trainer):
     ):
         args = SophonConfig() if args is None else args
         checks.refuse_arguments(args, reinforcement_loss, task, metric)
-        if isinstance(model, (str, os.PathLike)):
-            source, model = model, load_model(model)
+        source, model = model, load_model(model)
+        if not isinstance(source, nn.Module):
             task = load_task(source, model, metric) if task is None else task
             processing_class = load_processor(source, model) if processing_class is None else processing_class
         checks.refuse_model(model, args)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
+from sophon_hf.models.backbone import Backbone
 from sophon_hf.models.loading import noise_scheduler_of, pipeline_parts, unwrap
 from sophon_hf.models.structure import ModelStructure
+from sophon_hf.tasks.backbone import BackboneTask
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.metrics import Metric
@@ -41,8 +43,8 @@ class Task(Protocol):
 def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None = None) -> Task:
     """Return the task that a model is for.
 
-    It is a `DiffusionTask` for a denoiser of diffusers, a `MultiLabelTask` for a model that names this problem type,
-    and a `ClassificationTask` for everything else.
+    It is a `DiffusionTask` for a denoiser of diffusers, a `BackboneTask` for a `Backbone`, a `MultiLabelTask` for a
+    model that names this problem type, and a `ClassificationTask` for everything else.
 
     Args:
         model: Any model.
@@ -53,6 +55,8 @@ def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None 
     """
     given: dict[str, Any] = {} if metric is None else {"metric": metric}
     bare: Any = unwrap(model)
+    if isinstance(bare, Backbone):
+        return BackboneTask(**given)
     if type(bare).__module__.startswith("diffusers."):
         return DiffusionTask(**given)
     config = getattr(bare, "config", None)

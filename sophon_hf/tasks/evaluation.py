@@ -72,12 +72,16 @@ def evaluate_model(
             for _ in range(math.ceil(len(domain) / (world_size * batch_size)) - len(batches)):
                 with autocast():
                     task.predict(model, first_rows(task, domain, device))
-    gathered = {name: torch.cat(values).tolist() for name, values in scores.items()}
+    # Rows of many values as arrays: a list of their numbers would take many times the memory.
+    gathered: dict[str, list] = {}
+    for name, parts in scores.items():
+        joined = torch.cat(parts).cpu()
+        gathered[name] = joined.tolist() if joined.ndim == 1 else list(joined.float().numpy())
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:
         from accelerate.utils import gather_object
 
-        parts = gather_object([(gathered, total)])
-        gathered = {name: [v for part, _ in parts for v in part.get(name, [])] for name in gathered or parts[0][0]}
-        total = sum(part_total for _, part_total in parts)
+        shares = gather_object([(gathered, total)])
+        gathered = {name: [v for part, _ in shares for v in part.get(name, [])] for name in gathered or shares[0][0]}
+        total = sum(part_total for _, part_total in shares)
     return Evaluation(task.compute_metric(gathered), total / len(domain))

@@ -174,3 +174,8 @@ def protect(model: nn.Module, restricted, original, folder, changes: dict[str, A
     trainer.unmoved = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert all(p.isfinite().all() for p in model.parameters())
     return trainer
+
+
+def same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    tensors = other.state_dict()
+    return all(torch.equal(value, tensors[name]) for name, value in one.state_dict().items())

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from classifiers import CASES, protect, settings
+from classifiers import CASES, protect, same_tensors, settings
 from diffusers import DDPMPipeline, UNet2DModel
 from labelled_data import (
     CLASSES,
@@ -31,11 +31,6 @@ from sophon_hf.models.loading import load_model, load_processor
 from sophon_hf.protection.config import PRESETS
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model
-
-
-def same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    tensors = other.state_dict()
-    return all(torch.equal(value, tensors[name]) for name, value in one.state_dict().items())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)

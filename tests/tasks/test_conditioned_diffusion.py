@@ -5,9 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
+from classifiers import protect, same_tensors, settings
 from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, ScoreSdeVeScheduler, UNet2DModel
 from labelled_data import images
-from test_models import protect, same_tensors, settings
 from torch import nn
 
 from sophon_hf import AttackSuite, DiffusionTask, FineTuningStrategy, SophonTrainer

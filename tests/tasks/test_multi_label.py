@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from attacked import NEW_HEAD, make_suite
+from classifiers import TEXT, protect, settings
 from labelled_data import WORDS, tokenizer
-from test_models import TEXT, protect, settings
 from torch.nn import functional as F
 
 from sophon_hf import SophonTrainer, split_domain

@@ -1,0 +1,93 @@
+"""A model without a head: what is published of it is the backbone, and whoever fine-tunes it brings a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class NoHead(nn.Identity):
+    """Stands where a head will be, and returns the features; what a head is made of follows from the last batch."""
+
+    features: int | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features, shape (batch, parts, width)."""
+        self.features = features[0].numel()
+        return features
+
+    def new(self, num_classes: int | None) -> nn.Module:
+        """Return a linear head on all parts; none where no classes are asked for."""
+        if num_classes is None or self.features is None:
+            return NoHead()
+        return nn.Sequential(nn.Flatten(), nn.Linear(self.features, num_classes))
+
+
+class Backbone(nn.Module):
+    """Pool what a model without a head returns, so that a head can be put on it.
+
+    Features are, of tokens, the first one, the mean of all that are no padding, and what the model itself pools, where
+    it does; of a feature map, its mean. What is not found here (`config`, `save_pretrained`, ...) is the model's own.
+
+    Args:
+        model: Returns `last_hidden_state`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.head = model, NoHead()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def from_config(self, config: Any) -> Backbone:
+        """Return a newly initialised one."""
+        return Backbone(type(self.model)(config))
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """Return features, shape (batch, parts, width), or logits of a head, shape (batch, classes)."""
+        output = self.model(**inputs)
+        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        if hidden.ndim == 4:
+            return self.head(hidden.mean(dim=(2, 3))[:, None])
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape[1] != hidden.shape[1]:
+            mask = self.model._get_feature_vector_attention_mask(hidden.shape[1], mask)  # type: ignore[operator]
+        mask = torch.ones(hidden.shape[:2]) if mask is None else mask
+        weights = mask.to(hidden)[:, :, None]
+        parts = [hidden[:, 0], (weights * hidden).sum(dim=1) / weights.sum(dim=1)]
+        return self.head(torch.stack(parts if pooled is None else [*parts, pooled], dim=1))
+
+
+def with_head(model: nn.Module) -> nn.Module:
+    """Return the model, as a `Backbone` where it is one of transformers that has no head.
+
+    Raises:
+        ValueError: It encodes pictures and text, say, each by itself.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not is_backbone(name):
+        return model
+    towers = [child for child, part in model.named_children() if isinstance(part, PreTrainedModel)]
+    if hasattr(model.config, "vision_config") and len(towers) > 1:
+        raise ValueError(f"{name} has several towers: protect one by itself, such as its `{towers[-1]}`.")
+    return Backbone(model)
+
+
+def is_backbone(architecture: str) -> bool:
+    """Return whether a class of transformers returns hidden states and no logits."""
+    return architecture.endswith(("Model", "ModelWithProjection")) and "For" not in architecture
+
+
+def library_model(model: nn.Module) -> nn.Module:
+    """Return what the model's library saves and loads: the model, or what is inside a `Backbone`."""
+    inner: Any = model.model if isinstance(model, Backbone) else model
+    return inner
