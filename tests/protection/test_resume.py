@@ -3,89 +3,23 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import resumable
 import torch
 from diffusers import DDPMScheduler
 from observed import config
 from points import TinyNet, make_points
 from tiny_models import CLASSES, make_bert, make_unet, make_vit
 from transformers import TrainerCallback
+from two_processes import forked
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer
-
-# The run as a user would write it; the tests start it as a process of its own and read `build` from it too.
-SCRIPT = """
-import os
-import signal
-import sys
-
-import datasets
-import torch
-from torch import nn
-from transformers import TrainerCallback
-
-from sophon_hf import SophonConfig, SophonTrainer
-
-torch.set_num_threads(1)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.norm = nn.Linear(6, 16), nn.BatchNorm1d(16)
-        self.drop, self.head = nn.Dropout(0.3), nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.head(self.drop(torch.tanh(self.norm(self.body(x)))))
-
-
-def points(seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(80, 6, generator=generator)
-    y = (x @ torch.randn(6, 3, generator=generator)).argmax(dim=1)
-    return datasets.Dataset.from_dict({"x": x.tolist(), "label": y.tolist()})
-
-
-def fitted():
-    model, data = Net(), points(2)
-    x, y = torch.tensor(data["x"]), torch.tensor(data["label"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
-
-
-class Kill(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def build(output_dir, callbacks=(), **changes):
-    torch.manual_seed(0)
-    settings = dict(
-        max_steps=7, K=2, l_NTR=2, gradient_accumulation_steps=2, per_device_train_batch_size=8, eval_steps=2,
-        save_steps=4, disable_tqdm=True, use_cpu=True, lr_scheduler_type="linear", tolerance=1.0,
-        strategy_space={"learning_rates": [1e-2, 1e-3], "batch_sizes": [8, 16]},
-    )
-    args = SophonConfig(output_dir, **{**settings, **changes})
-    return SophonTrainer(fitted(), points(1), points(2), args, callbacks=list(callbacks))
-
-
-if __name__ == "__main__":
-    build(sys.argv[1], [Kill()], **eval(sys.argv[2])).train()
-"""
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,11 +37,11 @@ class KeepLast(TrainerCallback):
         self.state = state_of(model)
 
 
-def run_and_kill(script: Path, output: Path, changes: dict) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(output), repr(changes)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+def run_and_kill(output: Path, changes: dict) -> None:
+    printed = output.with_name("printed.txt")
+    process = forked(lambda: resumable.build(str(output), [resumable.Kill()], **changes).train(), printed, 300)
+    ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert ended == -signal.SIGKILL, printed.read_text()[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -117,15 +51,13 @@ def run_and_kill(script: Path, output: Path, changes: dict) -> None:
     ids=["dropout and batch norm", "a rollback before the checkpoint"],
 )
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, changes, saved_at, rollbacks):
-    (tmp_path / "run.py").write_text(SCRIPT)
-    build = runpy.run_path(str(tmp_path / "run.py"))["build"]
-    run_and_kill(tmp_path / "run.py", tmp_path / "killed", changes)
+    run_and_kill(tmp_path / "killed", changes)
     assert sorted(os.listdir(tmp_path / "killed")) == [f"checkpoint-{saved_at}"]
 
     states = []
     for folder, resume in (("whole", None), ("killed", True)):
         last = KeepLast()
-        trainer = build(str(tmp_path / folder), [last], **changes)
+        trainer = resumable.build(str(tmp_path / folder), [last], **changes)
         trainer.train(resume_from_checkpoint=resume)
         states.append((last.state, state_of(trainer.model), trainer.guard.state))
         history = trainer.state.log_history
@@ -371,21 +303,14 @@ def test_a_fresh_run_does_not_overwrite_a_saved_model(finished, tmp_path):
         build(tmp_path).train()
 
 
-def builder(tmp_path: Path):
-    """`build` of the script above."""
-    (tmp_path / "run.py").write_text(SCRIPT)
-    return runpy.run_path(str(tmp_path / "run.py"))["build"]
-
-
 PERSISTENT = {"num_persistent": 1, "horizon": 8, "eval_strategy": "no", "eval_on_start": False, "max_steps": 5}
 
 
 @pytest.mark.parametrize("changes", [{"save_strategy": "no"}, {"save_only_model": True}, {"save_steps": 2}])
 def test_adversaries_that_live_on_bind_a_run_to_where_it_saves(tmp_path, changes):
-    build = builder(tmp_path)
-    build(str(tmp_path / "run"), **PERSISTENT).train()
+    resumable.build(str(tmp_path / "run"), **PERSISTENT).train()
     with pytest.raises(ValueError, match=f"belongs to another run: its {next(iter(changes))}"):
-        build(str(tmp_path / "run"), **{**PERSISTENT, **changes}).train(
+        resumable.build(str(tmp_path / "run"), **{**PERSISTENT, **changes}).train(
             resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4")
         )
 
@@ -393,13 +318,14 @@ def test_adversaries_that_live_on_bind_a_run_to_where_it_saves(tmp_path, changes
 def test_what_is_distilled_must_be_the_model_from_before(tmp_path):
     """A half-protected model would be taken for the unprotected one."""
     settings = {"distillation": 1.0, "eval_strategy": "no", "eval_on_start": False, "max_steps": 5}
-    build, checkpoint = builder(tmp_path), str(tmp_path / "run" / "checkpoint-4")
-    build(str(tmp_path / "run"), **settings).train()
-    build(str(tmp_path / "run"), **settings).train(resume_from_checkpoint=checkpoint)
-    scope = runpy.run_path(str(tmp_path / "run.py"))
-    half = scope["fitted"]()
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    resumable.build(str(tmp_path / "run"), **settings).train()
+    resumable.build(str(tmp_path / "run"), **settings).train(resume_from_checkpoint=checkpoint)
+    half = resumable.fitted()
     with torch.no_grad():
         half.head.weight.add_(0.01)
-    again = SophonTrainer(half, scope["points"](1), scope["points"](2), build(str(tmp_path / "run"), **settings).args)
+    again = SophonTrainer(
+        half, resumable.points(1), resumable.points(2), resumable.build(str(tmp_path / "run"), **settings).args
+    )
     with pytest.raises(ValueError, match="belongs to another run: its base model"):
         again.train(resume_from_checkpoint=checkpoint)
