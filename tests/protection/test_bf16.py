@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import datasets
 import pytest
@@ -19,7 +20,16 @@ from sophon_hf.data.domain import build_domain
 ADDITIONS = {"probe_depths": 1, "num_persistent": 2, "horizon": 8, "distillation": 1.0, "max_grad_norm": 1.0}
 
 
-def fitted_vit(points: datasets.Dataset) -> ViTForImageClassification:
+@functools.cache
+def pictures(seed: int) -> datasets.Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 3, 8, 8, generator=generator)  # A tenth is T_i: a probe needs more than a handful.
+    y = (x.flatten(1) @ torch.randn(192, 3, generator=generator)).argmax(dim=1)
+    return datasets.Dataset.from_dict({"pixel_values": x.tolist(), "label": y.tolist()}).with_format("torch")
+
+
+@pytest.fixture(scope="module")
+def vit() -> ViTForImageClassification:
     """An untrained one gives every picture nearly the same features, whose differences bf16 rounds away."""
     torch.manual_seed(0)
     config = ViTConfig(
@@ -33,7 +43,7 @@ def fitted_vit(points: datasets.Dataset) -> ViTForImageClassification:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model, rows = ViTForImageClassification(config), points[:]
+    model, rows = ViTForImageClassification(config), pictures(2)[:]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -42,14 +52,7 @@ def fitted_vit(points: datasets.Dataset) -> ViTForImageClassification:
     return model
 
 
-def pictures(seed: int) -> datasets.Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(600, 3, 8, 8, generator=generator)  # A tenth is T_i: a probe needs more than a handful.
-    y = (x.flatten(1) @ torch.randn(192, 3, generator=generator)).argmax(dim=1)
-    return datasets.Dataset.from_dict({"pixel_values": x.tolist(), "label": y.tolist()}).with_format("torch")
-
-
-def gradients(tmp_path, bf16: bool, **changes) -> list[torch.Tensor]:
+def gradients(tmp_path, vit, bf16: bool, **changes) -> list[torch.Tensor]:
     """The suppression gradients of two loops that follow one another, so that what lives on is taken up again."""
     args = SophonConfig(
         str(tmp_path / str(bf16)),
@@ -62,7 +65,7 @@ def gradients(tmp_path, bf16: bool, **changes) -> list[torch.Tensor]:
         strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]},
         **changes,
     )
-    trainer = SophonTrainer(fitted_vit(pictures(2)), pictures(1), pictures(2), args)
+    trainer = SophonTrainer(copy.deepcopy(vit), pictures(1), pictures(2), args)
     results = [trainer.suppression(trainer.adversaries.draw(step, 0), args.step_weights) for step in range(2)]
     for result in results:
         assert all(gradient.dtype == torch.float32 for gradient in result.gradient.values())
@@ -71,9 +74,9 @@ def gradients(tmp_path, bf16: bool, **changes) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
-def test_the_suppression_gradient_agrees_with_float32(tmp_path, changes):
+def test_the_suppression_gradient_agrees_with_float32(tmp_path, vit, changes):
     """Over whole simulations, in which the adversary's steps are rounded too."""
-    for rounded, exact in zip(*(gradients(tmp_path, bf16, **changes) for bf16 in (True, False)), strict=True):
+    for rounded, exact in zip(*(gradients(tmp_path, vit, bf16, **changes) for bf16 in (True, False)), strict=True):
         assert not torch.equal(rounded, exact), "bf16 must reach the computation"
         # A probe that is fitted on 63 examples leans on small differences between them, and processors add up bf16
         # products in their own ways: with probes 0.94 was seen on one, and more than 0.98 on another.
@@ -130,7 +133,7 @@ def test_protection_works_as_in_float32(tmp_path, changes):
     assert fallen[0] == pytest.approx(fallen[1], abs=0.15)  # Of 12 examples.
 
 
-def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp_path):
+def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp_path, vit):
     """accelerate runs bf16 by replacing `forward`, which must not go on in what the model is used for afterwards."""
     args = SophonConfig(
         str(tmp_path),
@@ -143,7 +146,7 @@ def test_a_protected_model_computes_as_before_and_is_attacked_like_any_other(tmp
         eval_strategy="no",
         strategy_space={"learning_rates": [1e-3], "batch_sizes": [32]},
     )
-    model, batch = fitted_vit(pictures(2)), {"pixel_values": torch.randn(4, 3, 8, 8)}
+    model, batch = copy.deepcopy(vit), {"pixel_values": torch.randn(4, 3, 8, 8)}
     plain = copy.deepcopy(model)
     trainer = SophonTrainer(model, pictures(1), pictures(2), args)
     trainer.train()
