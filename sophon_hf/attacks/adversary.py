@@ -20,7 +20,7 @@ from sophon_hf.tasks.evaluation import first_rows, to_device
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SHARE = 0.1
+_VALIDATION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class AdversaryData:
         classes = number_classes("restricted", parts, needs, self.label_columns.get("restricted"))
         label, carved = None if classes is None else classes.column, held_out is None
         if held_out is None:
-            held_out, dataset = split_domain(dataset, share=VALIDATION_SHARE, column=label)
+            held_out, dataset = split_domain(dataset, share=_VALIDATION_SHARE, column=label)
         if self.examples is not None and self.examples < len(dataset):
             dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
         elif self.examples is not None and self.examples > len(dataset):

@@ -12,8 +12,8 @@ from sophon_hf.attacks.score import Scores, mean_of_finite
 from sophon_hf.finetuning.preparations import NO_ORIGINAL_DATA
 
 # In points, or in shares of the error of training from scratch.
-LEARNED = 0.02
-STILL_RISING = 0.01
+_LEARNED = 0.02
+_STILL_RISING = 0.01
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
 
 
 def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]:
-    names, least = [], LEARNED * scores.scale
+    names, least = [], _LEARNED * scores.scale
     for strategy, curves in results.curves("original").items():
         gain = mean_of_finite([scores.sign * (curve.test[-1] - curve.test[0]) for curve in curves])
         # Written so that NaN has learned nothing too.
@@ -133,7 +133,7 @@ def _still_rising(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     if best is None:
         return []
     mean = scores.sign * mean_of_finite([curve.test for curve in results.curves("protected")[best.strategy]])
-    if len(mean) < 2 or not mean[-1] - mean[-2] > STILL_RISING * scores.scale:
+    if len(mean) < 2 or not mean[-1] - mean[-2] > _STILL_RISING * scores.scale:
         return []
     gain = f"{best.name} gained {abs(mean[-1] - mean[-2]):.3f} between the last two points: give it more epochs"
     return [FailedCheck("still rising at the last epoch", gain)]

@@ -16,7 +16,7 @@ from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
-COLOURS = {
+_COLOURS = {
     "protected": "#D55E00",
     "original": "#0072B2",
     "scratch": "#555555",
@@ -25,15 +25,15 @@ COLOURS = {
     "Algorithm 1": "#E69F00",
 }
 
-PANELS_IN_A_ROW = 3
-IMAGES = 4
-NOISE_SHARES = (0.05, 0.15, 0.3)
+_PANELS_IN_A_ROW = 3
+_IMAGES = 4
+_NOISE_SHARES = (0.05, 0.15, 0.3)
 
-Line = tuple[Sequence[float], Sequence[Sequence[float]]]
+_Line = tuple[Sequence[float], Sequence[Sequence[float]]]
 
 
 def plot_curves(
-    panels: Mapping[str, Mapping[str, Line]],
+    panels: Mapping[str, Mapping[str, _Line]],
     path: Path,
     metric: str = "accuracy",
     title: str = "",
@@ -49,7 +49,7 @@ def plot_curves(
         title: Above the panels.
         unit: Of the x axis.
     """
-    columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
+    columns = max(1, min(_PANELS_IN_A_ROW, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4 * columns, 3.4 * rows))
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
@@ -59,7 +59,7 @@ def plot_curves(
         for model, (epochs, seeds) in models.items():
             values = np.ma.masked_invalid(seeds)  # A seed that diverged hides none of the others.
             mean, spread = values.mean(axis=0), values.std(axis=0)
-            colour = COLOURS.get(model)
+            colour = _COLOURS.get(model)
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
         axis.set_title(name, fontsize=10, parse_math=False)
@@ -109,7 +109,7 @@ def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: s
     figure = Figure(figsize=(6, 3.6))
     axis = figure.subplots()
     for model, values in lines.items():
-        axis.step(range(1, len(values) + 1), values, where="post", label=model, color=COLOURS.get(model))
+        axis.step(range(1, len(values) + 1), values, where="post", label=model, color=_COLOURS.get(model))
     axis.set_xlabel("attacks tried")
     axis.set_ylabel(f"best {metric} so far")
     axis.grid(alpha=0.3)
@@ -164,12 +164,12 @@ def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> N
     """
     if not isinstance(task, DiffusionTask):
         return
-    rows = domain.rows(torch.arange(min(IMAGES, len(domain))))
+    rows = domain.rows(torch.arange(min(_IMAGES, len(domain))))
     clean = rows[task.inputs(model).main]
     if clean.shape[1] not in (1, 3):
         return  # Latents are no pictures.
     columns = [clean]
-    for share in NOISE_SHARES:
+    for share in _NOISE_SHARES:
         columns += task.denoise(model, rows, share)
     save_image_grid(torch.stack(columns, dim=1).numpy(), path)
 

@@ -39,7 +39,7 @@ def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
         What report.json holds.
     """
     folder = Path(folder)
-    summary = summarize(results, check(results))
+    summary = _summarize(results, check(results))
     plots = write_plots(results, folder)
     write_atomically(folder / "report.json", json.dumps(summary, indent=1))
     values = _values(results, summary)
@@ -65,7 +65,7 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
     return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
 
 
-def summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
+def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
     """Return the figures of a report as plain values; the score is absent where a check voids it."""
     scores, void = results.scores(), void_reason(failed)
     transfer, of_data = scores.recovered_transfer(), scores.recovered_transfer(model=UNTRAINED)

@@ -16,12 +16,12 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy
 # The model that has never been trained and warms up on the adversary's original data.
 UNTRAINED = "untrained"
 # Closer than this (points, or a share of scratch's error), original and scratch show no transfer to protect.
-LEAST_TRANSFER = 0.03
-STANDARD_ERRORS = 3.0
-BOOTSTRAP_SAMPLES = 2000
+_LEAST_TRANSFER = 0.03
+_STANDARD_ERRORS = 3.0
+_BOOTSTRAP_SAMPLES = 2000
 NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
 # Of the original metric: points, or a share of the error before protection.
-COLLAPSED = 0.10
+_COLLAPSED = 0.10
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class Scores:
         before, after = (self.original_metric.get(name) for name in ("original", model))
         if before is None or after is None:
             return None
-        drop, allowed = (before - after, COLLAPSED) if self.greater_is_better else (after - before, COLLAPSED * before)
+        drop, allowed = (
+            (before - after, _COLLAPSED) if self.greater_is_better else (after - before, _COLLAPSED * before)
+        )
         # Written so that NaN has collapsed too.
         if drop <= allowed:
             return None
@@ -223,7 +225,8 @@ class Scores:
         if reason := self.collapsed(model) or self.broken_off(model, among):
             return RecoveredTransfer(None, None, reason)
         error = np.hypot(*(np.hypot(a.standard_error, self._test_noise(a.mean)) for a in (original, scratch)))
-        needed = max(LEAST_TRANSFER * (1.0 if self.greater_is_better else abs(scratch.mean)), STANDARD_ERRORS * error)
+        least = _LEAST_TRANSFER * (1.0 if self.greater_is_better else abs(scratch.mean))
+        needed = max(least, _STANDARD_ERRORS * error)
         # Written so that NaN is void too.
         if not (original.mean - scratch.mean) * self.sign >= needed:
             reason = (
@@ -247,8 +250,8 @@ class Scores:
         # A seed of its own, so that the same results always give the same interval.
         generator = np.random.default_rng(0)
         protected, original, scratch = (
-            generator.choice(attack.finite, (BOOTSTRAP_SAMPLES, len(attack.finite))).mean(axis=1)
-            + generator.normal(0, self._test_noise(attack.mean), BOOTSTRAP_SAMPLES)
+            generator.choice(attack.finite, (_BOOTSTRAP_SAMPLES, len(attack.finite))).mean(axis=1)
+            + generator.normal(0, self._test_noise(attack.mean), _BOOTSTRAP_SAMPLES)
             for attack in attacks
         )
         with np.errstate(divide="ignore", invalid="ignore"):

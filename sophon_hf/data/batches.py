@@ -17,7 +17,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.utils import derive_seed
 
 Batch: TypeAlias = dict[str, Tensor]
-Collate: TypeAlias = Callable[[Batch, list[int]], Batch]
+_Collate: TypeAlias = Callable[[Batch, list[int]], Batch]
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +37,7 @@ class Stream:
         indices: Shape (n,), int64: walk through these examples only.
     """
 
-    def __init__(self, domain: Domain, collate: Collate, seed: int, indices: Tensor | None = None):
+    def __init__(self, domain: Domain, collate: _Collate, seed: int, indices: Tensor | None = None):
         self.domain, self.collate, self.seed = domain, collate, seed
         self.indices = torch.arange(len(domain)) if indices is None else indices
 

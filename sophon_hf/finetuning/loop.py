@@ -78,7 +78,7 @@ class FineTuning:
             parameter.requires_grad_(parameter.is_floating_point())
         self.after_step: Callable[[int], Any] | None = None
         if strategy.adapter is None:
-            self.parameters = select_parameters(model, strategy, structure, self.reinitialized)
+            self.parameters = _select_parameters(model, strategy, structure, self.reinitialized)
         else:
             renewed = [p for name, p in model.named_parameters() if name in self.reinitialized]
             adapter, self.after_step = add_adapter(model, strategy, structure, steps)
@@ -126,7 +126,7 @@ class FineTuning:
         return loss.detach()
 
 
-def select_parameters(
+def _select_parameters(
     model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure, reinitialized: set[str]
 ) -> list[nn.Parameter]:
     """Return the parameters that the strategy updates; a new head or block always is.

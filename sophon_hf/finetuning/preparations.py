@@ -1,6 +1,6 @@
 """What an informed adversary does to a protected model before fine-tuning it.
 
-An attacker can carry out all preparations, and warms up for `WARM_UP_STEPS`. A simulated adversary can only warm up
+An attacker can carry out all preparations, and warms up for `_WARM_UP_STEPS`. A simulated adversary can only warm up
 (`SIMULATED_PREPARATIONS` in `sophon_hf.finetuning.strategy` says why), and does so for half of its updates, since it
 has far fewer; both train as `FineTuningStrategy.warm_up` says.
 """
@@ -25,8 +25,8 @@ from sophon_hf.utils import derive_seed
 # Ash and Adams (2020): weights are multiplied by the first, and the second scales the noise.
 SHRINK, PERTURB = 0.5, 0.1
 # As many batches as an average of running statistics needs to settle.
-STATISTICS_BATCHES = 20
-WARM_UP_STEPS = 100
+_STATISTICS_BATCHES = 20
+_WARM_UP_STEPS = 100
 NO_ORIGINAL_DATA = "warming up needs data of the original domain, and none was given"
 
 
@@ -58,7 +58,7 @@ def prepare_model(
         warm_up = strategy.warm_up
         batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
         structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
-        for _ in FineTuning(model, task, warm_up, batches, WARM_UP_STEPS, structure=structure):
+        for _ in FineTuning(model, task, warm_up, batches, _WARM_UP_STEPS, structure=structure):
             pass
 
 
@@ -75,7 +75,7 @@ def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: in
     device = next(model.parameters()).device
     model.train()
     stream = Stream(domain, task.collate, derive_seed(seed, "batch norm"))
-    for _, batch in zip(range(STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
+    for _, batch in zip(range(_STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
         task.predict(model, to_device(batch, device))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum

@@ -16,13 +16,13 @@ from typing import Any
 
 from sophon_hf.utils import hint
 
-INITIALIZATIONS = ("direct", "new_head", "scratch")
-TRANSFERS = ("all", "head", "norm", "pattern")
+_INITIALIZATIONS = ("direct", "new_head", "scratch")
+_TRANSFERS = ("all", "head", "norm", "pattern")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
-SCHEDULES = ("constant", "linear", "cosine")
+_SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("lora", "rslora", "dora", "adalora", "ia3", "loha", "lokr", "oft")
 USUAL_EPOCHS = 20.0
-PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up")
+_PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up")
 # Only an attacker carries out the others: a warm-up consists of optimizer steps, as a simulation does, while the others
 # change the weights in one stroke.
 SIMULATED_PREPARATIONS = (None, "warm_up")
@@ -102,16 +102,16 @@ class FineTuningStrategy:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "epochs"):
             object.__setattr__(self, name, _as_number(getattr(self, name), name))
-        check_choice(self.initialization, INITIALIZATIONS, "initialization")
-        check_choice(self.transfer, TRANSFERS, "transfer")
+        check_choice(self.initialization, _INITIALIZATIONS, "initialization")
+        check_choice(self.transfer, _TRANSFERS, "transfer")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        check_choice(self.schedule, SCHEDULES, "schedule")
+        check_choice(self.schedule, _SCHEDULES, "schedule")
         if self.adapter is not None:
             check_choice(self.adapter, ADAPTERS, "adapter")
             if self.transfer != "all" or self.initialization == "scratch":
                 raise ValueError("An adapter takes the place of `transfer`, on a pre-trained model: leave 'all'.")
         if self.preparation is not None:
-            check_choice(self.preparation, PREPARATIONS, "preparation")
+            check_choice(self.preparation, _PREPARATIONS, "preparation")
         if (self.transfer == "pattern") != (self.pattern is not None):
             raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
         if self.pattern is not None:

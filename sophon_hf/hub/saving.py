@@ -51,7 +51,7 @@ def save_protected(
         OSError: The folder cannot be written (a full disk, say); what was saved there before is whole.
     """
     with replaced_together(folder) as beside:
-        save_model_files(model, beside, task, max_shard_size)
+        _save_model_files(model, beside, task, max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(beside)
         claim = claim_for(beside)
@@ -67,7 +67,7 @@ def save_protected(
         claim.write(beside)
 
 
-def save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
+def _save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
     """Save as the model's own library does, so that `from_pretrained` loads it; a denoiser in its pipeline."""
     saved: Any = library_model(model)
     if not hasattr(saved, "save_pretrained"):
@@ -139,7 +139,7 @@ def _claim_of(folder: Path) -> Claim | None:
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Load in place what `save_model_files` saved of a model of transformers or diffusers.
+    """Load in place what `_save_model_files` saved of a model of transformers or diffusers.
 
     Through its own library, since what a file calls a weight need not be its name in the model.
     """

@@ -32,7 +32,7 @@ from sophon_hf.utils import finite_or_none
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "sophon_state.pt"
+_STATE_FILE = "sophon_state.pt"
 
 # What a run follows from: a checkpoint of other values belongs to another run, and the claim states them.
 _HYPER_PARAMETERS = (
@@ -229,9 +229,9 @@ def _checkpoint_to_resume(
             )
         return None
     checkpoint = _last_complete_checkpoint(output_dir) if wanted is True else os.fspath(wanted)
-    if not os.path.exists(os.path.join(checkpoint, STATE_FILE)):
-        raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {STATE_FILE}.")
-    saved = _read(checkpoint, STATE_FILE)["facts"]
+    if not os.path.exists(os.path.join(checkpoint, _STATE_FILE)):
+        raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {_STATE_FILE}.")
+    saved = _read(checkpoint, _STATE_FILE)["facts"]
     for name, value in facts.items():
         if saved.get(name) != value:
             raise ValueError(
@@ -256,7 +256,7 @@ def _last_complete_checkpoint(output_dir: str) -> str:
         except (OSError, ValueError):
             logger.warning("%s was not written to its end and is passed over.", path)
             continue
-        if os.path.exists(os.path.join(path, STATE_FILE)):
+        if os.path.exists(os.path.join(path, _STATE_FILE)):
             checkpoints.append((int(number), path))
     if not checkpoints:
         raise ValueError(
@@ -272,7 +272,7 @@ def _read(checkpoint: str, name: str) -> dict[str, Any]:
 
 
 def _own_file(model: nn.Module, process: int) -> str:
-    return STATE_FILE.replace(".", f"_{process}.") if process and is_sharded(model) else STATE_FILE
+    return _STATE_FILE.replace(".", f"_{process}.") if process and is_sharded(model) else _STATE_FILE
 
 
 def _with_moments(

@@ -95,7 +95,7 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
         )
 
 
-def check_labels(domains: dict[str, Domain], outputs: int | None, task: Task) -> None:
+def _check_labels(domains: dict[str, Domain], outputs: int | None, task: Task) -> None:
     """Labels against the head, and whether there is a task to learn.
 
     Raises:
@@ -116,7 +116,7 @@ def check_labels(domains: dict[str, Domain], outputs: int | None, task: Task) ->
             )
 
 
-def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
+def _try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
     """The model's prediction for a domain's first examples, so that what does not fit is found before any work.
 
     Raises:
@@ -168,7 +168,7 @@ def fit_strategies(
         ValueError: Data, head and strategies do not fit one another.
     """
     for name, domain in domains.items():
-        try_domain(task, model, name, domain)
+        _try_domain(task, model, name, domain)
     structure = task.structure(model, first_rows(task, domains["original"], args.device))
     if args.probe_depths:
         _check_probes(domains["restricted"])
@@ -177,7 +177,7 @@ def fit_strategies(
         if args.tolerance > 1:
             raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         outputs = structure.outputs
-        check_labels(domains, outputs, task)
+        _check_labels(domains, outputs, task)
     elif args.strategy_space is None:
         # "The usual practice for fine-tuning generative models is to directly fine-tune the whole model" (table 2).
         space = replace(space, initializations=("direct",))
@@ -198,11 +198,11 @@ def fit_strategies(
         space = space.without_original_head()
     if is_sharded(model):
         _check_shares(model, space, domains["restricted"], args.world_size)
-    try_strategies(task, model, structure, space, classes or None)
+    _try_strategies(task, model, structure, space, classes or None)
     return structure, space, outputs
 
 
-def try_strategies(
+def _try_strategies(
     task: Task, model: nn.Module, structure: ModelStructure, space: StrategySpace, num_classes: int | None
 ) -> None:
     """Set up each kind of strategy once.

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 from sophon_hf.protection.presets import PRESETS
 
-ON_VIOLATION = ("halve_alpha", "continue", "stop", "adapt_alpha")
+_ON_VIOLATION = ("halve_alpha", "continue", "stop", "adapt_alpha")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -198,7 +198,7 @@ class SophonConfig(TrainingArguments):
             )
         if self.mixup and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
-        check_choice(self.on_violation, ON_VIOLATION, "on_violation")
+        check_choice(self.on_violation, _ON_VIOLATION, "on_violation")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()

@@ -19,9 +19,9 @@ from sophon_hf.tasks.losses import at_least_float32
 
 RIDGE = 0.1
 TEMPERATURE = 20.0
-GRID = 2
-SMALLEST_SPREAD = 1e-4
-LARGEST_COSINE = 1 - 1e-5
+_GRID = 2
+_SMALLEST_SPREAD = 1e-4
+_LARGEST_COSINE = 1 - 1e-5
 
 
 def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
     """
     lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)[None]
     # The arc cosine has no finite slope at 1.
-    cosine = (a @ b.T / (lengths + 1e-6)).clamp(-LARGEST_COSINE, LARGEST_COSINE)
+    cosine = (a @ b.T / (lengths + 1e-6)).clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
     angle = cosine.acos()
     active = (torch.pi - angle) / torch.pi
     return lengths / a.shape[1] * (angle.sin() / torch.pi + 2 * cosine * active)
@@ -63,7 +63,7 @@ def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> 
         Shape (n, c), float32 or float64: the predictions times the temperature.
     """
     features = at_least_float32(features)
-    features = (features - features.mean(dim=0)) / (features.std(dim=0, correction=0) + SMALLEST_SPREAD)
+    features = (features - features.mean(dim=0)) / (features.std(dim=0, correction=0) + _SMALLEST_SPREAD)
     # A label by itself is decided at the logit 0, so its targets lie on both sides of it.
     targets = (labels - 0.5 if labels.ndim == 2 else F.one_hot(labels, num_classes)).to(features.dtype)
     ridge = RIDGE * torch.eye(len(features), dtype=features.dtype, device=features.device)
@@ -136,5 +136,5 @@ def _after(features: list[Tensor]) -> Callable:
 def _pooled(output: Tensor) -> Tensor:
     """A feature map by its means over a 2 x 2 grid, tokens by their mean; shape (batch, d)."""
     if output.ndim == 4:
-        return F.adaptive_avg_pool2d(output, GRID).flatten(1)
+        return F.adaptive_avg_pool2d(output, _GRID).flatten(1)
     return output.mean(dim=1) if output.ndim == 3 else output.flatten(1)

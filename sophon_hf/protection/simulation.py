@@ -16,15 +16,15 @@ from sophon_hf.protection.config import SophonConfig
 from sophon_hf.tasks.base import Task
 from sophon_hf.utils import derive_seed
 
-HELD_OUT_SHARE = 0.1
+_HELD_OUT_SHARE = 0.1
 
 # Starts a fine-tuning of the live model by a strategy, on a stream, for so many updates.
-Begin = Callable[[FineTuningStrategy, Stream, int], FineTuning]
+_Begin = Callable[[FineTuningStrategy, Stream, int], FineTuning]
 
 
 def held_out_examples(examples: int) -> int:
     """Return how many of a restricted domain's examples T_i has."""
-    return max(1, round(HELD_OUT_SHARE * examples))
+    return max(1, round(_HELD_OUT_SHARE * examples))
 
 
 class SimulatedAdversary:
@@ -89,7 +89,7 @@ class SimulatedAdversary:
         """Whether its horizon is reached."""
         return self.age >= self.updates
 
-    def resume(self, model: nn.Module, begin: Begin) -> None:
+    def resume(self, model: nn.Module, begin: _Begin) -> None:
         """Make the model, which is theta, this adversary's.
 
         Args:
@@ -142,7 +142,7 @@ class SimulatedAdversary:
         for name, buffer in model.named_buffers():
             buffer.copy_(self._buffers[name])
 
-    def _live(self, begin: Begin) -> Iterator[Update]:
+    def _live(self, begin: _Begin) -> Iterator[Update]:
         stages = [(self.strategy, self.R, self.updates)]
         if self.warm_up is not None:
             # The head that it warms up with is the model's own; a new one comes with the second half.

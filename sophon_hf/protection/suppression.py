@@ -24,7 +24,7 @@ from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.utils import derive_seed, set_seed
 
-MEASURED_EXAMPLES = 1000
+_MEASURED_EXAMPLES = 1000
 # The guard's fixed adversaries.
 FIXED_RATE, FIXED_BATCH = 1e-3, 50
 
@@ -154,7 +154,7 @@ class Suppression:
             if step == last and not adversary.warming_up:
                 simulated.after = scores()
 
-    def measure(self, adversary: SimulatedAdversary, batch_size: int = MEASURED_EXAMPLES) -> dict[str, Tensor]:
+    def measure(self, adversary: SimulatedAdversary, batch_size: int = _MEASURED_EXAMPLES) -> dict[str, Tensor]:
         """Run an adversary to its horizon and return its scores on T_i; the model is put back.
 
         Args:
@@ -166,7 +166,7 @@ class Suppression:
             adversary.resume(self.model, self._begin)
             while adversary.step():
                 pass
-            examples, parts = min(len(adversary.T.indices), MEASURED_EXAMPLES), []
+            examples, parts = min(len(adversary.T.indices), _MEASURED_EXAMPLES), []
             with torch.no_grad():
                 for start in range(0, examples, batch_size):
                     batch = adversary.T.batch(start, min(batch_size, examples - start))
@@ -267,5 +267,5 @@ def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float
 
     Its adversaries share examples; the bound takes them for different ones.
     """
-    examples = min(len(held_out), MEASURED_EXAMPLES) * len(set(space.initializations))
+    examples = min(len(held_out), _MEASURED_EXAMPLES) * len(set(space.initializations))
     return 0.5 / math.sqrt(examples) if task.greater_is_better else 0.0
