@@ -177,6 +177,7 @@ class SophonTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         """Carry out one iteration of Algorithm 1; the Trainer applies the last reinforcement loop's gradient."""
         args, step = self.args, self.state.global_step
+        clip = (self.model, self.accelerator, args.max_grad_norm)
         if is_sharded(self.model):
             # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
             model.set_requires_gradient_sync(True)  # type: ignore[operator]
@@ -185,9 +186,7 @@ class SophonTrainer(Trainer):
             for loop in range(args.l_FTS):
                 adversaries = self.adversaries.draw(step, loop)  # phi_i from Phi, R_i and T_i from A; i = 1..N
                 suppressed = self.suppression(adversaries, args.step_weights)  # sum over i, and over k = 1..K
-                norm, suppressed.loss = average_and_clip(
-                    suppressed.gradient, suppressed.loss, self.model, self.accelerator, args.max_grad_norm
-                )
+                norm, suppressed.loss = average_and_clip(suppressed.gradient, suppressed.loss, *clip)
                 if torch.isfinite(norm):
                     self.suppression_optimizer.apply(suppressed.gradient)
                     self.guard.state.applied += 1
@@ -222,8 +221,7 @@ class SophonTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Return mu * L_beta (eq. 6), the mean over the batch."""
         loss, prediction = self.reinforcement_loss(model, inputs)
-        loss = self.args.mu * loss
-        return (loss, {"prediction": prediction}) if return_outputs else loss
+        return (self.args.mu * loss, {"prediction": prediction}) if return_outputs else self.args.mu * loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of O for the last reinforcement loop of each iteration, by seed, step and rank."""
@@ -376,8 +374,7 @@ class SophonTrainer(Trainer):
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> CommitInfo | None:
         """Save the model to `output_dir`, and publish what is needed to load and to audit it, in one commit.
 
-        A new trainer, made after an attack of hours, say, holds the model as it was before protection: where
-        `output_dir` holds a saved one, the saved one is published.
+        A trainer that has not trained publishes what is saved in `output_dir` already, after an attack on it, say.
 
         Args:
             repo_id: `user/name`; `hub_model_id`, or the name of `output_dir` in the own account, where left out.
