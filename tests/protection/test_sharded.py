@@ -59,10 +59,6 @@ CASES = {
         GUARDED, kind="net", probe_depths=2, num_persistent=2, horizon=4, distillation=1.0, keep_norms=True,
         max_grad_norm=1.0, max_steps=4, strategy_space=NEW_HEAD,
     ),
-    "warm_up": dict(
-        GUARDED, probe_depths=2, num_persistent=2, horizon=3, max_steps=4, strategy_space={**NEW_HEAD, "preparations":
-        ["warm_up"]},
-    ),
     # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
     "diffusion": dict(
         GUARDED, kind="unet", adam_epsilon=1e-2,
