@@ -19,23 +19,25 @@ from sophon_hf.data.loading import Source, load_domain, open_source
 logger = logging.getLogger(__name__)
 
 
-def load_splits(
+def load_part(
     source: Source,
     split: str = "train",
     test_split: str = "test",
     *,
+    test: bool,
     test_share: float = 0.2,
     seed: int = 0,
     column: str | None = None,
     **reading: Any,
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Load what is trained on and what is reported on; a source without a test split gets one from its examples.
+) -> datasets.Dataset:
+    """Load what is trained on, or what is reported on; a source of one split gets a test split from its examples.
 
     Args:
         source: As of `load_domain`.
         split: What is trained on.
         test_split: What is reported on.
-        test_share: Share of `split` that is cut off where the source has no `test_split`: seeded, stratified by label,
+        test: Which of both is returned.
+        test_share: Share of `split` that is cut off where the source has no other split: seeded, stratified by label,
             with all copies of a picture, sound or text on one side.
         seed: Decides which examples.
         column: The label column, where it is not found by itself.
@@ -47,9 +49,8 @@ def load_splits(
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}, but must lie between 0 and 1, such as 0.2.")
     loaded = open_source(source)
-    if isinstance(loaded, Mapping) and (test_split in loaded or split not in loaded):
-        parts = datasets.DatasetDict(loaded)
-        return load_domain(parts, split, **reading), load_domain(parts, test_split, **reading)
+    if isinstance(loaded, Mapping) and list(loaded) != [split]:
+        return load_domain(datasets.DatasetDict(loaded), test_split if test else split, **reading)
     dataset = load_domain(loaded[split] if isinstance(loaded, Mapping) else loaded, **reading)
     column = label_column(dataset, column)
     plain, hashes = dataset.with_format(None), []
@@ -68,6 +69,8 @@ def load_splits(
             f"test_share is {test_share}, which is no example of the {len(rows)} different ones that there are: give "
             "more data, or a larger share."
         )
+    if test:
+        return dataset.select(kept)
     logger.warning(
         "%s has no split %r: %d of its %d examples are kept for tests.",
         source if isinstance(source, (str, os.PathLike)) else "The data set",
@@ -75,7 +78,7 @@ def load_splits(
         len(kept),
         len(dataset),
     )
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), kept)), dataset.select(kept)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), kept))
 
 
 def hash_row(row: Mapping[str, Any], label: str | None, words: bool = False) -> str:

@@ -32,7 +32,13 @@ from transformers import Wav2Vec2FeatureExtractor
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.labels import select_classes
 from sophon_hf.data.loading import load_domain
-from sophon_hf.data.splits import load_splits
+from sophon_hf.data.splits import load_part
+
+
+def load_splits(*source, **settings) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What is trained on, and what is reported on."""
+    return load_part(*source, test=False, **settings), load_part(*source, test=True, **settings)
+
 
 TEXTS = {"text": ["one two", "two", "one", "two two"], "label": ["yes", "no", "no", "yes"]}
 
@@ -144,6 +150,11 @@ def test_a_test_split_that_is_there_is_taken():
     assert [len(part) for part in load_splits(parts)] == [8, 4]
     with pytest.raises(ValueError, match="no split 'training'; it has"):
         load_splits(parts, "training")
+    # With several splits none is made: the one that is meant has another name.
+    others = datasets.DatasetDict(train=points(8), dev=points(4))
+    assert len(load_part(others, test=False)) == 8
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['dev', 'train'\]. Name one of them"):
+        load_part(others, test=True)
 
 
 def test_no_content_is_on_both_sides():
