@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,10 +18,14 @@ from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import InputColumn, ModelInputs
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
+from sophon_hf.utils import derive_seed
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SHARE = 0.1
+# A tenth that is smaller chooses by luck: then all of the adversary's examples choose, by cross-validation.
+_FEWEST_HELD_OUT = 30
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class AdversaryDomains:
         validation: What attacks are chosen by; the test split is never used for that.
         original: Data of the original domain, for strategies that warm up on it.
         original_test: The original domain's test split.
+        folds: In place of `validation`: for each fold what an attack learns from, and what it is then judged on.
     """
 
     training: Domain
@@ -40,10 +46,18 @@ class AdversaryDomains:
     validation: Domain | None = None
     original: Domain | None = None
     original_test: Domain | None = None
+    folds: tuple[tuple[Domain, Domain], ...] = ()
+
+    @property
+    def validation_examples(self) -> int:
+        """Return how many examples attacks are chosen by."""
+        if self.validation is not None:
+            return len(self.validation)
+        return sum(len(held_out) for _, held_out in self.folds)
 
     def given(self) -> dict[str, Domain]:
         """Return the domains that there are, by name."""
-        return {name: domain for name, domain in vars(self).items() if domain is not None}
+        return {name: domain for name, domain in vars(self).items() if isinstance(domain, Domain)}
 
     def check_disjoint(self) -> None:
         """Raise a ValueError where two splits share an example (before a random transform, where there is one)."""
@@ -66,7 +80,8 @@ class AdversaryData:
     Attributes:
         training: The adversary's data of the restricted domain; None in an audit without any.
         test: The restricted domain's test split; None where there is no `training`.
-        validation: What attacks are chosen by; a tenth of `training` where None.
+        validation: What attacks are chosen by. Where None, a tenth of `training`; where that would be less than 30
+            examples, all of `training`, by cross-validation.
         original: Data of the original domain that it may warm up on.
         original_test: The original domain's test split.
         examples: How many of its training examples the adversary uses, stratified; all where None.
@@ -99,8 +114,10 @@ class AdversaryData:
         held_out = None if self.validation is None else load_domain(self.validation, "validation")
         parts = [part for part in (dataset, test, held_out) if part is not None]
         classes = number_classes("restricted", parts, needs, self.label_columns.get("restricted"))
-        label, carved = None if classes is None else classes.column, held_out is None
-        if held_out is None:
+        label = None if classes is None else classes.column
+        cross = held_out is None and num_folds(len(dataset)) > 0
+        carved = held_out is None and not cross
+        if carved:
             held_out, dataset = split_domain(dataset, share=_VALIDATION_SHARE, column=label)
         if self.examples is not None and self.examples < len(dataset):
             dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
@@ -111,11 +128,10 @@ class AdversaryData:
                 len(dataset),
                 " beside those for validation" if carved else "",
             )
-        training, validated, tested = (
-            self.domain(part, "restricted", needs, processor, classes) for part in (dataset, held_out, test)
-        )
+        training, tested = (self.domain(part, "restricted", needs, processor, classes) for part in (dataset, test))
         training.refuse_constant()
-        if carved:
+        validated = None if held_out is None else self.domain(held_out, "restricted", needs, processor, classes)
+        if carved and held_out is not None and validated is not None:
             # Data that hold an example twice would otherwise have it on both sides.
             raw = training.transformed
             seen, hashes = set(training.example_hashes(raw)), validated.example_hashes(raw)
@@ -124,12 +140,16 @@ class AdversaryData:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
                 validated = self.domain(held_out.select(kept), "restricted", needs, processor, classes)
+        folds = []
+        for rows in _fold_rows(training) if cross else ():
+            both = (self.domain(dataset.select(part), "restricted", needs, processor, classes) for part in rows)
+            folds.append((next(both), next(both)))
         original = original_test = None
         if self.original is not None:
             original = self.domain(self.original, "original", needs, processor)
         if self.original_test is not None:
             original_test = self.domain(load_domain(self.original_test, "test"), "original", needs, processor)
-        return AdversaryDomains(training, tested, validated, original, original_test)
+        return AdversaryDomains(training, tested, validated, original, original_test, tuple(folds))
 
     def domain(
         self, source: Source, name: str, needs: ModelInputs, processor: Any | None, classes: Classes | None = None
@@ -144,6 +164,29 @@ class AdversaryData:
             label=self.label_columns.get(name),
             classes=classes,
         )
+
+
+def num_folds(examples: int) -> int:
+    """Return in how many folds an adversary's examples choose attacks where nothing else does; 0: a tenth does."""
+    return _FOLDS if round(_VALIDATION_SHARE * examples) < _FEWEST_HELD_OUT else 0
+
+
+def _fold_rows(training: Domain) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows of each fold's two parts, stratified by label; copies of an example share their fold."""
+    hashes = training.example_hashes(training.transformed)
+    _, distinct, copies = np.unique(hashes, return_index=True, return_inverse=True)
+    if len(distinct) < 2:
+        raise ValueError("The adversary has only one distinct example: give it more, or a validation_dataset.")
+    labels = np.zeros(len(distinct))
+    if training.labels is not None and training.labels.ndim == 1:
+        labels = training.labels.numpy()[distinct]
+    shuffled = np.random.default_rng(derive_seed("folds")).random(len(distinct))
+    fold = np.empty(len(distinct), dtype=np.int64)
+    fold[np.lexsort((shuffled, labels))] = np.arange(len(distinct)) % _FOLDS
+    of_row = fold[copies]
+    return [
+        (np.flatnonzero(of_row != number), np.flatnonzero(of_row == number)) for number in range(min(_FOLDS, len(fold)))
+    ]
 
 
 def shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

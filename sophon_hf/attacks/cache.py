@@ -12,6 +12,7 @@ from torch import nn
 from sophon_hf.attacks.adversary import AdversaryDomains, shapes
 from sophon_hf.attacks.run import AttackRun, measured_points
 from sophon_hf.attacks.score import UNTRAINED
+from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.tasks.base import Task
 
 # Where a model comes from, what wrote it, and what its classes are called.
@@ -19,6 +20,7 @@ _SAYS_NOTHING = {
     *("architectures", "auto_map", "dtype", "id2label", "label2id", "label_names", "name_or_path", "problem_type"),
     *("torch_dtype", "transformers_version", "use_cache"),
 }
+_YOUNGER = ("original_weight", "head_first", "layer_decay", "augmentation", "ema")
 _ALWAYS_READ = ("training", "validation", "test")
 
 
@@ -53,12 +55,20 @@ def run_keys(
     keys = []
     for run in runs:
         points = list(measured_points(run.strategy, len(data.training), measured).items())
-        parts = [victims[run.model], domains, run.strategy.to_dict(), run.seed, points, how]
-        if run.strategy.preparation == "warm_up":
-            # Only a warm-up reads original data; one that lacked them runs once they are given.
+        parts = [victims[run.model], domains, _described(run.strategy), run.seed, points, how]
+        if data.folds:
+            parts.append(["folds", len(data.folds)])
+        if run.strategy.needs_original_data:
+            # One that lacked them runs once they are given; no other reads them.
             parts.append(original)
         keys.append(hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest())
     return keys
+
+
+def _described(strategy: FineTuningStrategy) -> dict[str, Any]:
+    """Return the strategy without the younger fields that it does not use: runs from before them keep their keys."""
+    usual = FineTuningStrategy()
+    return {n: v for n, v in strategy.to_dict().items() if n not in _YOUNGER or v != getattr(usual, n)}
 
 
 def configuration(part: Any) -> dict[str, Any] | None:

@@ -80,11 +80,14 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
                 "sd": attack.sd,
                 "seeds": len(attack.finite),
             }
+            if (highest := scores.highest(model)) is not None:
+                best[model] |= {"highest": highest.highest, "highest_attack": highest.name}
     return {
         "metric": results.metric,
         "greater_is_better": results.greater_is_better,
         "recovered_transfer": None if void else transfer.value,
         "interval": None if void else transfer.interval,
+        "by_highest": None if void else transfer.highest,
         "void": void,
         "recovered_by_original_data": None if void or of_data.value is None else str(of_data),
         "best": best,
@@ -113,6 +116,7 @@ def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
         [
             model,
             f"{found['mean']:.3f} ±{found['sd']:.3f}",
+            f"{found['highest']:.3f}" if found.get("highest") is not None else "",
             f"{intact[model]:.3f}" if model in intact else "",
             found["attack"],
             f"{found['epoch']:g}",
@@ -125,7 +129,10 @@ def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
         "about": _about(results),
         # Rendered by itself, as plain text: the page then escapes it as a whole.
         "sentences": _TEMPLATES.get_template("sentences.jinja").render(summary),
-        "best_table": (["model", f"restricted {metric}", f"original {metric}", "strongest attack", "epoch"], best),
+        "best_table": (
+            ["model", f"restricted {metric}", "highest", f"original {metric}", "strongest attack", "epoch"],
+            best,
+        ),
         "attack_table": _attack_table(results),
     }
 

@@ -84,11 +84,18 @@ class AttackResults:
                     validation=finite_or_none(best),
                     test=tuple(finite_or_none(curve.test[point]) for curve in curves),
                     final=tuple(finite_or_none(curve.test[-1]) for curve in curves),
+                    highest=self._highest(curves),
                     failed=sum(run.failed for run in runs),
                     applicable=all(run.applicable for run in runs),
                 )
             )
         return found
+
+    def _highest(self, curves: list[Curve]) -> float | None:
+        """Return the strongest mean test metric of any point; None where nothing is finite."""
+        sign = 1 if self.greater_is_better else -1
+        means = sign * mean_of_finite([curve.test for curve in curves])
+        return sign * float(np.nanmax(means)) if np.isfinite(means).any() else None
 
     def scores(self) -> Scores:
         """Return what scores this sweep; it goes through all runs, so take it once where several figures are wanted."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.data.batches import Stream
+from sophon_hf.data.domain import Domain
+from sophon_hf.finetuning.kernel import KernelRegression
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
@@ -33,7 +36,8 @@ class Curve:
         epoch: Passes over the adversary's data.
         step: Optimizer steps.
         test: Metric on the test split, which only reports.
-        validation: Metric on the adversary's own held-out data, by which attacks are chosen.
+        validation: Metric on the adversary's own held-out data, by which attacks are chosen; the mean over all of its
+            examples, each judged by a fit without it, where there are folds.
         loss: The adversary's mean training loss since the point before; NaN at the first.
         gradient_norm: Norm of its last gradient; NaN at the first point.
     """
@@ -120,28 +124,64 @@ def run_attack(
     Raises:
         NotApplicableError: The strategy cannot be carried out on this model, or with these data.
     """
+    steps = strategy.total_steps(len(data.training))
+    points = measured_points(strategy, len(data.training), measured)
+    curve = Curve(epoch=[points[step] for step in sorted(points)], step=sorted(points))
+
+    def measure(tuned: nn.Module, losses: list[torch.Tensor], gradient_norm: float) -> None:
+        curve.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
+        curve.gradient_norm.append(gradient_norm)
+        curve.test.append(_metric(task, tuned, data.test))
+        if data.validation is not None:
+            curve.validation.append(_metric(task, tuned, data.validation))
+
+    tuned = _fine_tune(model, task, strategy, data, data.training, seed, steps, points, measure, after_step)
+    if at_end is not None:
+        at_end(tuned)
+    if data.folds:
+        # As many steps as the attack itself, so that every point of its curve has a counterpart.
+        by_fold: list[list[float]] = []
+        for training, held_out in data.folds:
+            by_fold.append([])
+
+            def judge(tuned: nn.Module, _: list[torch.Tensor], __: float, held_out: Domain = held_out) -> None:
+                by_fold[-1].append(_metric(task, tuned, held_out))
+
+            _fine_tune(model, task, strategy, data, training, seed, steps, points, judge, after_step)
+        weights = [len(held_out) for _, held_out in data.folds]
+        curve.validation = np.average(by_fold, axis=0, weights=weights).tolist()
+    return curve
+
+
+def _fine_tune(
+    model: nn.Module,
+    task: Task,
+    strategy: FineTuningStrategy,
+    data: AdversaryDomains,
+    training: Domain,
+    seed: int,
+    steps: int,
+    points: Collection[int],
+    measure: Callable[[nn.Module, list[torch.Tensor], float], Any],
+    after_step: Callable[[int, int], Any] | None,
+) -> nn.Module:
+    """Fine-tune a copy on `training`, call `measure` with the losses since the point before at each, and return it."""
     copied = copy.deepcopy(model)
     restore_precision(copied)  # A model fresh from a bf16 training would be attacked in bf16, and others not.
     device = next(model.parameters()).device
-    structure = task.structure(copied, first_rows(task, data.training, device))
-    steps = strategy.total_steps(len(data.training))
-    points = measured_points(strategy, len(data.training), measured)
-    curve = Curve()
-
-    def measure(step: int, losses: list[torch.Tensor]) -> None:
-        curve.epoch.append(points[step])
-        curve.step.append(step)
-        curve.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
-        curve.gradient_norm.append(fine_tuning.gradient_norm())
-        for values, domain in ((curve.test, data.test), (curve.validation, data.validation)):
-            if domain is not None:
-                # Without the loss, so that a class that the adversary's data lack counts as wrong.
-                values.append(evaluate_model(task, copied, domain, EVALUATION_BATCH, with_loss=False).metric)
-
+    structure = task.structure(copied, first_rows(task, training, device))
     with kept_random_state([device] if device.type == "cuda" else []):
         set_seed(derive_seed(seed, "attack"))
-        prepare_model(copied, task, strategy, data.training, data.original, seed)
-        stream = Stream(data.training, task.collate, derive_seed(seed, "adversary's order"))
+        prepare_model(copied, task, strategy, training, data.original, seed)
+        if strategy.transfer == "kernel":
+            regression = KernelRegression(copied, task, training, structure)
+            measure(regression, [], math.nan)
+            return regression
+        stream = Stream(training, task.collate, derive_seed(seed, "adversary's order"))
+        original = None
+        if data.original is not None and strategy.original_weight:
+            original_stream = Stream(data.original, task.collate, derive_seed(seed, "original order"))
+            original = original_stream.batches(strategy.batch_size)
         fine_tuning = FineTuning(
             copied,
             task,
@@ -150,20 +190,24 @@ def run_attack(
             steps,
             structure=structure,
             num_classes=data.training.num_classes or None,
+            original=original,
         )
         losses: list[torch.Tensor] = []
         if 0 in points:
-            measure(0, losses)
+            measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
         for update in fine_tuning:
             losses.append(update.loss)
             if after_step is not None:
                 after_step(update.step, steps)
             if update.step in points:
-                measure(update.step, losses)
+                measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
                 losses = []
-        if at_end is not None:
-            at_end(copied)
-    return curve
+    return fine_tuning.result
+
+
+def _metric(task: Task, model: nn.Module, domain: Domain) -> float:
+    # Without the loss, so that a class that the adversary's data lack counts as wrong.
+    return evaluate_model(task, model, domain, EVALUATION_BATCH, with_loss=False).metric
 
 
 def measured_points(

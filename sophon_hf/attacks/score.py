@@ -36,6 +36,8 @@ class AttackSummary:
         validation: Mean validation metric there, over the seeds that are finite.
         test: Test metric there, one value a seed; None where it is not finite.
         final: The same at the last measured epoch.
+        highest: Mean test metric where it is strongest of all measured epochs: what an adversary would report who chose
+            on the test split. It lies above what a choice can promise, and tells what the choice may have missed.
         failed: How many seeds broke off.
         applicable: False where the strategy cannot be carried out on the model, which does not show resistance.
 
@@ -50,6 +52,7 @@ class AttackSummary:
     validation: float | None
     test: tuple[float | None, ...]
     final: tuple[float | None, ...]
+    highest: float | None = None
     failed: int = 0
     applicable: bool = True
 
@@ -114,11 +117,13 @@ class RecoveredTransfer:
         interval: 95 % bootstrap interval over seeds and test examples; None where RT is void, and for an MSE of one
             seed, whose error nothing tells.
         void: Why it is void, or None.
+        highest: The same formula over the highest test figure of each model (`Scores.highest`), where there are three.
     """
 
     value: float | None
     interval: tuple[float, float] | None
     void: str | None = None
+    highest: float | None = None
 
     def __str__(self) -> str:
         if self.value is None:
@@ -172,6 +177,20 @@ class Scores:
             if attack.model == model
             and attack.validation is not None
             and (allowed is None or attack.strategy in allowed)
+        ]
+        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+    def highest(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
+        """Return the attack on a model with the strongest test metric of all (`AttackSummary.highest`).
+
+        It is printed beside what validation data chose, and scores nothing by itself: a maximum over test figures is
+        too large by luck alone.
+        """
+        allowed = None if among is None else set(among)
+        found = [
+            (self.sign * attack.highest, attack)
+            for attack in self.attacks
+            if attack.model == model and attack.highest is not None and (allowed is None or attack.strategy in allowed)
         ]
         return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
 
@@ -238,7 +257,12 @@ class Scores:
             reason = f"no seed of the strongest attack, {protected.name}, is finite on the test split"
             return RecoveredTransfer(None, None, reason)
         value = (protected.mean - scratch.mean) / (original.mean - scratch.mean)
-        return RecoveredTransfer(float(value), self._interval((protected, original, scratch)))
+        found = (self.highest(model, among), self.highest("original", among), self.highest("scratch"))
+        highest = [attack.highest for attack in found if attack is not None and attack.highest is not None]
+        by_highest = None
+        if len(highest) == 3 and highest[1] != highest[2]:
+            by_highest = (highest[0] - highest[2]) / (highest[1] - highest[2])
+        return RecoveredTransfer(float(value), self._interval((protected, original, scratch)), None, by_highest)
 
     def _test_noise(self, mean: float) -> float:
         """Return by how much another test split would change a mean: known for a metric that counts examples only."""

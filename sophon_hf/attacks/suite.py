@@ -30,7 +30,8 @@ from sophon_hf.attacks.plots import draw_denoised
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, run_attack
 from sophon_hf.attacks.score import UNTRAINED
-from sophon_hf.attacks.sweeps import load_sweep, scratch, warming_up
+from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
+from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
 from sophon_hf.data.domain import Domain
 from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.loading import Source
@@ -50,8 +51,9 @@ class AttackSuite:
     """Find the strongest attack of a sweep.
 
     Args:
-        sweep: The name of a sweep, a JSON or YAML file with a list of strategies, or the strategies themselves.
+        sweep: The name of a sweep, a file of strategies, or these themselves; "search" goes on by Optuna.
         output_dir: Each finished run is a file there, so a second run computes what is missing only.
+        trials: How many strategies the sweep "search" tries on each model.
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
@@ -76,6 +78,7 @@ class AttackSuite:
         sweep: str | Path | Sequence[FineTuningStrategy] = "strong",
         output_dir: str | Path = "attacks",
         *,
+        trials: int = TRIALS,
         seeds: Sequence[int] = (0, 1, 2),
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
@@ -102,6 +105,10 @@ class AttackSuite:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         refuse_two_metrics(task, metric)
         strategies = list(dict.fromkeys(strategies))
+        self.trials = trials if str(sweep) == "search" else 0
+        if self.trials and trials <= len(strategies):
+            raise ValueError(f"trials is {trials}, but a search begins with {len(strategies)} strategies: give more.")
+        self.epochs = USUAL_EPOCHS if epochs is None else epochs
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
         self.measured_every = measured_every
@@ -130,7 +137,7 @@ class AttackSuite:
             original: The same model before protection.
             restricted_dataset: The adversary's data, which the defender never saw (`split_domain`).
             eval_dataset: The restricted domain's test split; it reports and never chooses.
-            validation_dataset: What attacks are chosen by; a tenth of the adversary's data where left out.
+            validation_dataset: What attacks are chosen by; as in `AdversaryData` where left out.
             original_dataset: Data of the original domain that the adversary may warm up on; attacks that need it are
                 recorded as not applicable where it is left out. An untrained model warms up on them, too, which tells
                 what they are worth by themselves ("untrained" in the results).
@@ -193,32 +200,48 @@ class AttackSuite:
         self, task: Task, models: dict[str, nn.Module], data: AdversaryDomains, original_metric: dict[str, float]
     ) -> AttackResults:
         """Compute the runs that are missing, and save all results."""
-        warm_ups = [] if data.original is None else warming_up(self.strategies)
-        sweeps = {name: self.strategies for name in models}
-        sweeps |= {"scratch": scratch(self.strategies), UNTRAINED: warm_ups}
-        runs = [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in sweeps.items() for s in sweep]
         weights = {name: hash_state(model) for name, model in models.items()}
-        keys = run_keys(runs, task, models, weights, data, self.measured_every or self.measured_epochs)
-        found = [self._read(key, run) for key, run in zip(keys, runs, strict=True)]
-        # A run that failed is tried again; one that is not applicable stays so.
-        missing = [i for i, run in enumerate(found) if run is None or run.failed]
-        self._compute(task, models, data, [(keys[i], runs[i]) for i in missing])
-        for i in missing:
-            found[i] = self._read(keys[i], runs[i])
-        ended = [run if done is None else done for run, done in zip(runs, found, strict=True)]
-        facts = {
+        results = AttackResults([], task.metric, task.greater_is_better, len(data.test), original_metric)
+        keys: list[str] = []
+
+        def finish(sweeps: dict[str, list[FineTuningStrategy]]) -> None:
+            runs = [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in sweeps.items() for s in sweep]
+            new = run_keys(runs, task, models, weights, data, self.measured_every or self.measured_epochs)
+            found = [self._read(key, run) for key, run in zip(new, runs, strict=True)]
+            # A run that failed is tried again; one that is not applicable stays so.
+            missing = [i for i, run in enumerate(found) if run is None or run.failed]
+            self._compute(task, models, data, [(new[i], runs[i]) for i in missing])
+            for i in missing:
+                found[i] = self._read(new[i], runs[i])
+            results.runs += [run if done is None else done for run, done in zip(runs, found, strict=True)]
+            keys.extend(new)
+
+        first = {name: self.strategies for name in models} | {"scratch": scratch(self.strategies)}
+        finish(first | {UNTRAINED: [] if data.original is None else of_original_data(self.strategies)})
+        if self.trials:
+            can = head_fits(task, models["original"], data.training), data.original is not None
+            searches = {n: Search(self.trials, *can, task.greater_is_better, self.epochs) for n in first}
+            while asked := next_round(searches, results.summaries(), self.strategies):
+                finish(asked)
+            best = results.best("protected")
+            if data.original is not None and best is not None and best.strategy not in self.strategies:
+                finish({UNTRAINED: of_original_data([best.strategy])})
+        results.facts = {
             "sweep": self.name,
             "seeds": self.seeds,
             "measured_every": self.measured_every,
             "flops_per_example": flops_per_example(task, models["original"], data.training),
             "training_examples": len(data.training),
-            "validation_examples": 0 if data.validation is None else len(data.validation),
+            "validation_examples": data.validation_examples,
+            "folds": len(data.folds),
+            "trials": self.trials,
             "weights": weights,
             "data": {n: d.fingerprint for n, d in data.given().items() if n in ("training", "validation", "test")},
             "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in data.given().items()},
             "versions": {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")},
         }
-        results = AttackResults(ended, task.metric, task.greater_is_better, len(data.test), original_metric, facts)
+        for best in filter(None, map(results.best, models if self.trials else ())):
+            write_sweep([best.strategy], self.output_dir / f"best-{best.model}.yaml")
         results.pictures = self._pictures(results, keys)
         results.save(self.output_dir / "results.json")
         return results
@@ -284,7 +307,7 @@ class AttackSuite:
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
-        steps = sum(run.strategy.total_steps(len(data.training)) for _, run in mine)
+        steps = (1 + len(data.folds)) * sum(run.strategy.total_steps(len(data.training)) for _, run in mine)
         with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
             for number, (key, run) in enumerate(mine, 1):
                 bar.set_postfix_str(f"attack {number}/{len(mine)}: {run.model}, {run.strategy.name}")
@@ -326,21 +349,29 @@ class AttackSuite:
             pictures[f"original domain, {model}"] = self.output_dir / f"original-{model}.png"
         return {title: path for title, path in pictures.items() if path.exists()}
 
-    def plan(self, examples: int, models: int = 2, benign_examples: int | None = None) -> dict[str, int]:
+    def plan(
+        self, examples: int, models: int = 2, benign_examples: int | None = None, folds: int = 0
+    ) -> dict[str, int]:
         """Return what `run` would do at most: runs, optimizer steps and images.
 
         Args:
             examples: The adversary's training examples.
             models: How many are attacked, the protected and the original one among them.
             benign_examples: Those of the allowed task, where there is one.
+            folds: In how many folds these examples choose attacks (`num_folds`); each costs a run's steps once more.
         """
         seeds, from_scratch = len(self.seeds), scratch(self.strategies)
-        attacks = [(s, examples) for s in [*self.strategies * models, *from_scratch, *warming_up(self.strategies)]]
+        # What a search proposes is not known before; its length is.
+        proposed = [FineTuningStrategy(epochs=self.epochs)] * max(0, self.trials - len(self.strategies))
+        sweep, untrained = [*self.strategies, *proposed], of_original_data(self.strategies)
+        from_scratch += proposed if self.trials else []
+        attacks = [(s, examples) for s in [*sweep * models, *from_scratch, *untrained]]
         if benign_examples is not None:
-            attacks += [(s, benign_examples) for s in [*self.strategies * 2, *from_scratch]]
+            attacks += [(s, benign_examples) for s in [*sweep * 2, *from_scratch]]
         steps = [s.total_steps(count) for s, count in attacks]
         images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
-        return {"runs": seeds * len(attacks), "steps": seeds * sum(steps), "images": seeds * sum(images)}
+        fits = seeds * (1 + folds)
+        return {"runs": seeds * len(attacks), "steps": fits * sum(steps), "images": fits * sum(images)}
 
 
 def _load(model: nn.Module | str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,7 +13,7 @@ from sophon_hf.utils import hint
 _FOLDER = Path(__file__).parent / "sweep_files"
 # `full` takes the parts in this order, which is also that of its tables.
 _PARTS = ("paper", "paper-optimizers", "paper-rates", "paper-batches", "strong", "peft", "adaptive")
-SWEEPS = (*_PARTS, "hardest", "informed", "full")
+SWEEPS = (*_PARTS, "hardest", "informed", "search", "full")
 
 
 def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
@@ -37,11 +38,17 @@ def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
 
 def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
     """Return training from scratch (baseline B1), tuned over the optimizers and rates of a sweep."""
-    everything = {"transfer": "all", "pattern": None, "adapter": None, "rank": 8, "preparation": None}
+    everything: dict[str, Any] = {"transfer": "all", "pattern": None, "adapter": None, "rank": 8, "preparation": None}
+    everything |= {"original_weight": 0.0, "head_first": 0.0, "layer_decay": 1.0}
     tuned = [s.with_changes(initialization="scratch", reinitialized_blocks=0, **everything) for s in sweep]
     return list(dict.fromkeys(tuned))
 
 
-def warming_up(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
-    """Return the attacks that need data of the original domain, which are worth something without any model."""
-    return [s for s in sweep if s.preparation == "warm_up"]
+def of_original_data(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
+    """Return the attacks that learn from original data, which are worth something without any model.
+
+    There is nothing to distill from an untrained model: it warms up in that place.
+    """
+    warm_up = {"preparation": "warm_up"}
+    found = [s.with_changes(**warm_up) if s.preparation == "distill" else s for s in sweep if s.needs_original_data]
+    return list(dict.fromkeys(found))

@@ -14,7 +14,7 @@ import numpy as np
 
 from sophon_hf.attacks.checks import check_scores, void_reason
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.score import NO_INTERVAL
+from sophon_hf.attacks.score import NO_INTERVAL, mean_of_finite
 from sophon_hf.hub.claim import Claim
 
 REPRODUCED, WEAKER, TAMPERED, NOT_CHECKABLE = "reproduced", "weaker than claimed", "tampered", "not checkable"
@@ -87,7 +87,16 @@ def judge_consistency(claim: Claim) -> str | None:
     void = void_reason(check_scores(claim.scores))
     if void is not None:
         return f"it states a recovered transfer of {stated}, which its own figures void: {void}"
-    ours, theirs = ([transfer.value, *(transfer.interval or ())] for transfer in (again, stated))
+    for attack in claim.scores.attacks:
+        if attack.highest is not None:
+            figures = [attack.mean, float(mean_of_finite([value for value in attack.final if value is not None]))]
+            # Not by rounding alone.
+            if any(claim.scores.sign * (figure - attack.highest) > _ROUNDING for figure in figures):
+                return f"it states {attack.highest:.3f} as the highest of {attack.name}, which itself reached more"
+    ours, theirs = (
+        [transfer.value, *(transfer.interval or ()), *([] if transfer.highest is None else [transfer.highest])]
+        for transfer in (again, stated)
+    )
     # Rounding differs between machines, a forger's figures by more.
     if len(ours) != len(theirs) or not np.allclose(np.array(ours, float), np.array(theirs, float), rtol=0, atol=0.005):
         return f"it states a recovered transfer of {stated}, but its own attacks give {again}"

@@ -9,6 +9,7 @@ import datasets
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.report import to_markdown, write_report
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.suite import AttackSuite
@@ -93,7 +94,7 @@ def _print_plan(
     count, benign_count = (
         None if data is None else min(options.examples or len(data), len(data)) for data in (training, benign)
     )
-    plan = suite.plan(count, benign_examples=benign_count)
+    plan = suite.plan(count, benign_examples=benign_count, folds=num_folds(len(training)))
     print(f"{plan['runs']} runs, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
     for strategy in suite.strategies:
         print(f"  {strategy.name}: {strategy.total_steps(count)} steps a run")

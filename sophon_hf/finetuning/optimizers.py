@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy
 
 
 def make_optimizer(
-    strategy: FineTuningStrategy, parameters: list[Any], differentiable: bool = False
+    strategy: FineTuningStrategy,
+    parameters: list[Any],
+    differentiable: bool = False,
+    rates: Mapping[int, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Return torch's optimizer for the strategy, in its fastest form.
 
@@ -20,6 +24,7 @@ def make_optimizer(
         strategy: Names it.
         parameters: What it updates.
         differentiable: Let autograd go through its steps.
+        rates: What a parameter's rate is multiplied by, by its id, where not all have the strategy's.
     """
     name = strategy.optimizer
     devices = {parameter.device.type for parameter in parameters}
@@ -32,6 +37,11 @@ def make_optimizer(
     settings |= (
         {"differentiable": True, "foreach": False} if differentiable else {"fused" if fused else "foreach": True}
     )
+    if rates:
+        groups: dict[float, list[Any]] = {}
+        for parameter in parameters:
+            groups.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
+        parameters = [{"params": part, "lr": strategy.learning_rate * rate} for rate, part in groups.items()]
     momentum = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
     if name in momentum:
         return torch.optim.SGD(parameters, momentum=momentum[name], nesterov=name == "nesterov", **settings)

@@ -1,22 +1,23 @@
 """What an informed adversary does to a protected model before fine-tuning it.
 
-An attacker can carry out all preparations, and warms up for `_WARM_UP_STEPS`. A simulated adversary can only warm up
-(`SIMULATED_PREPARATIONS` in `sophon_hf.finetuning.strategy` says why), and does so for half of its updates, since it
-has far fewer; both train as `FineTuningStrategy.warm_up` says.
+An attacker can carry out all preparations; it warms up for `_WARM_UP_STEPS`, and distills for `DISTILLATION_STEPS`. A
+simulated adversary can only warm up (`SIMULATED_PREPARATIONS` in `sophon_hf.finetuning.strategy` says why), and does so
+for half of its updates, since it has far fewer; both train as `FineTuningStrategy.warm_up` says.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sophon_hf.data.batches import Stream
+from sophon_hf.data.batches import Batch, Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.loop import FineTuning
-from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
+from sophon_hf.finetuning.strategy import NO_ORIGINAL_DATA, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
@@ -27,7 +28,8 @@ SHRINK, PERTURB = 0.5, 0.1
 # As many batches as an average of running statistics needs to settle.
 _STATISTICS_BATCHES = 20
 _WARM_UP_STEPS = 100
-NO_ORIGINAL_DATA = "warming up needs data of the original domain, and none was given"
+# A newly made model has more to learn.
+DISTILLATION_STEPS = 500
 
 
 def prepare_model(
@@ -40,7 +42,7 @@ def prepare_model(
         task: What is learned.
         strategy: Names the preparation; nothing happens where it names none.
         training: The adversary's data.
-        original: Data of the original domain, for the warm-up.
+        original: Data of the original domain, for warm-up and distillation.
         seed: Decides noise and order.
 
     Raises:
@@ -52,14 +54,34 @@ def prepare_model(
         rescale_weights(model, task, training)
     elif strategy.preparation == "shrink_and_perturb":
         shrink_and_perturb(model, seed)
-    elif strategy.preparation == "warm_up":
+    elif strategy.preparation in ("warm_up", "distill"):
         if original is None:
             raise NotApplicableError(NO_ORIGINAL_DATA)
-        warm_up = strategy.warm_up
+        warm_up, steps, learned = strategy.warm_up, _WARM_UP_STEPS, task
+        if strategy.preparation == "distill":
+            steps, learned = DISTILLATION_STEPS, cast(Task, _Distillation(task, copy.deepcopy(model).eval()))
+            warm_up = warm_up.with_changes(initialization="scratch")
         batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
         structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
-        for _ in FineTuning(model, task, warm_up, batches, _WARM_UP_STEPS, structure=structure):
+        for _ in FineTuning(model, learned, warm_up, batches, steps, structure=structure):
             pass
+
+
+class _Distillation:
+    """Make a task of predicting what a teacher predicts."""
+
+    def __init__(self, task: Task, teacher: nn.Module):
+        self._task, self._teacher = task, teacher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    @torch.no_grad()
+    def target(self, batch: Batch) -> torch.Tensor:
+        return self._task.predict(self._teacher, batch)
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self._task.distance(prediction, target)
 
 
 @torch.no_grad()

@@ -17,12 +17,19 @@ from typing import Any
 from sophon_hf.utils import hint
 
 _INITIALIZATIONS = ("direct", "new_head", "scratch")
-_TRANSFERS = ("all", "head", "norm", "pattern")
+_TRANSFERS = ("all", "head", "norm", "pattern", "kernel")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
-_SCHEDULES = ("constant", "linear", "cosine")
+NO_ORIGINAL_DATA = "the attack needs data of the original domain, and none was given"
+SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("lora", "rslora", "dora", "adalora", "ia3", "loha", "lokr", "oft")
 USUAL_EPOCHS = 20.0
-_PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up")
+# The highest value of each field that is a number from 0 on.
+_NUMBERS = {
+    **{"weight_decay": math.inf, "warmup_ratio": 1, "max_grad_norm": math.inf},
+    **{"original_weight": math.inf, "head_first": 1, "ema": 1},
+}
+PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up", "distill")
+_AUGMENTATIONS = ("flips_and_crops",)
 # Only an attacker carries out the others: a warm-up consists of optimizer steps, as a simulation does, while the others
 # change the weights in one stroke.
 SIMULATED_PREPARATIONS = (None, "warm_up")
@@ -63,14 +70,17 @@ class FineTuningStrategy:
             (the paper's initFC), "scratch" all of it.
         reinitialized_blocks: With "new_head": how many of the last blocks are re-initialised too.
         transfer: What is updated: "all" parameters, the "head" only (the paper's FC), the normalisation layers
-            ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated.
+            ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated. With "kernel" the
+            new head is a kernel regression on the features of all depths, solved without a step.
         pattern: Regular expression searched in parameter names, with transfer "pattern".
         adapter: Update an adapter of the peft library (lora, rslora, dora, adalora, ia3, loha, lokr, oft) beside the
             frozen layers in place of `transfer`; a new head trains beside it. For attacks only.
         rank: Rank of the adapter (block size of oft).
         preparation: What an informed adversary does to the model first: "batch_norm" (re-estimate its statistics),
             "rescale" (put normalised layers back to the norm of an initialisation), "shrink_and_perturb",
-            "warm_up" (train on original data). For attacks only, but for the last, which can be simulated too.
+            "warm_up" (train on original data), "distill" (teach a newly initialised model, on original data, to
+            predict what the given one does, and go on with it). For attacks only, but for "warm_up", which can be
+            simulated too.
         optimizer: One of torch.optim's: sgd, momentum (0.9), nesterov (0.9), adagrad, adadelta, adam, adamw.
         learning_rate: Its rate.
         weight_decay: Its weight decay.
@@ -80,6 +90,13 @@ class FineTuningStrategy:
         batch_size: Examples a step.
         epochs: Length of an attack; not used where `steps` is set. A defender's simulation has K steps instead.
         steps: Length of an attack in optimizer steps.
+        original_weight: lambda of L_R + lambda L_O: every step also learns a batch of the original domain, through the
+            model's own head. For attacks only, as are the following.
+        head_first: Share of all steps in which only the head (and what else is new) is updated, before all is: linear
+            probing, then fine-tuning (Kumar et al., 2022).
+        layer_decay: What the rate is multiplied by at each block from the head down.
+        augmentation: "flips_and_crops" mirrors half of the images, and moves all by up to an eighth of their side.
+        ema: Decay of an exponential moving average of the weights, which is what the attack ends with; 0 for none.
     """
 
     initialization: str = "direct"
@@ -98,20 +115,31 @@ class FineTuningStrategy:
     batch_size: int = 50
     epochs: float = USUAL_EPOCHS
     steps: int | None = None
+    original_weight: float = 0.0
+    head_first: float = 0.0
+    layer_decay: float = 1.0
+    augmentation: str | None = None
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "epochs"):
+        for name in (*_NUMBERS, "learning_rate", "layer_decay", "epochs"):
             object.__setattr__(self, name, _as_number(getattr(self, name), name))
         check_choice(self.initialization, _INITIALIZATIONS, "initialization")
         check_choice(self.transfer, _TRANSFERS, "transfer")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        check_choice(self.schedule, _SCHEDULES, "schedule")
+        check_choice(self.schedule, SCHEDULES, "schedule")
         if self.adapter is not None:
             check_choice(self.adapter, ADAPTERS, "adapter")
             if self.transfer != "all" or self.initialization == "scratch":
                 raise ValueError("An adapter takes the place of `transfer`, on a pre-trained model: leave 'all'.")
         if self.preparation is not None:
-            check_choice(self.preparation, _PREPARATIONS, "preparation")
+            check_choice(self.preparation, PREPARATIONS, "preparation")
+        if self.transfer == "kernel" and (self.initialization != "new_head" or self.reinitialized_blocks):
+            raise ValueError("transfer 'kernel' is a new head on a model as it is: set initialization 'new_head'.")
+        if self.augmentation is not None:
+            check_choice(self.augmentation, _AUGMENTATIONS, "augmentation")
+        if (self.head_first or self.layer_decay != 1) and (self.transfer != "all" or self.adapter is not None):
+            raise ValueError("head_first and layer_decay go with transfer 'all' and no adapter.")
         if (self.transfer == "pattern") != (self.pattern is not None):
             raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
         if self.pattern is not None:
@@ -123,13 +151,13 @@ class FineTuningStrategy:
             value = getattr(self, name)
             if (name, value) != ("steps", None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
-        for name, highest in (("weight_decay", math.inf), ("warmup_ratio", 1), ("max_grad_norm", math.inf)):
+        for name, highest in _NUMBERS.items():
             value = getattr(self, name)
             if not 0 <= value <= highest or value == math.inf:
                 raise ValueError(f"{name} is {value}, but must be finite and lie between 0 and {highest}.")
         if self.reinitialized_blocks and self.initialization != "new_head":
             raise ValueError(f"reinitialized_blocks = {self.reinitialized_blocks} goes with initialization 'new_head'.")
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "layer_decay", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
 
@@ -139,8 +167,13 @@ class FineTuningStrategy:
         return self.initialization == "direct"
 
     @property
+    def needs_original_data(self) -> bool:
+        """Return whether the adversary learns from data of the original domain, too."""
+        return self.preparation in ("warm_up", "distill") or self.original_weight > 0
+
+    @property
     def warm_up(self) -> FineTuningStrategy:
-        """Return how preparation "warm_up" trains on original data: the whole model, same optimizer and rate."""
+        """Return how a preparation trains on original data: the whole model, same optimizer and rate."""
         return FineTuningStrategy(optimizer=self.optimizer, learning_rate=self.learning_rate)
 
     @property
@@ -151,6 +184,8 @@ class FineTuningStrategy:
             start += f" + {self.reinitialized_blocks} block" + "s" * (self.reinitialized_blocks > 1)
         if self.preparation:
             start = f"{self.preparation.replace('_', ' ')}, then {start}"
+        if self.transfer == "kernel":
+            return f"{start}, kernel regression"
         part = f"pattern {self.pattern}" if self.transfer == "pattern" else self.transfer
         if self.adapter:
             part = self.adapter + ("" if self.adapter == "ia3" else f" {self.rank}")
@@ -161,6 +196,11 @@ class FineTuningStrategy:
                 (self.schedule != "constant", self.schedule),
                 (self.warmup_ratio, f"warm-up {self.warmup_ratio:g}"),
                 (self.max_grad_norm, f"clip {self.max_grad_norm:g}"),
+                (self.original_weight, f"original data {self.original_weight:g}"),
+                (self.head_first, f"head first {self.head_first:g}"),
+                (self.layer_decay != 1, f"layer decay {self.layer_decay:g}"),
+                (self.augmentation, (self.augmentation or "").replace("_", " ")),
+                (self.ema, f"ema {self.ema:g}"),
                 (self.steps is None and self.epochs != USUAL_EPOCHS, f"{self.epochs:g} epochs"),
             )
             if present
@@ -169,6 +209,8 @@ class FineTuningStrategy:
 
     def total_steps(self, examples: int) -> int:
         """Return the optimizer steps of an attack on a data set of `examples`."""
+        if self.transfer == "kernel":
+            return 0
         return self.steps if self.steps is not None else self.step_of_epoch(self.epochs, examples)
 
     def step_of_epoch(self, epoch: float, examples: int) -> int:

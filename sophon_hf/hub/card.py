@@ -79,6 +79,7 @@ def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict
         repo_id=repo_id,
         not_evaluated=NOT_EVALUATED,
         untrained=UNTRAINED,
+        highest={m: attack.highest for m in found if (attack := scores.highest(m)) is not None},
         best={model: attack for model, attack in found.items() if attack is not None},
         # One that did not come to an end has tried nothing.
         tried=sum(a.model == "protected" and a.applicable and bool(a.seeds) for a in scores.attacks),

@@ -7,43 +7,20 @@ others. The kernel is that of a new head with a hidden layer, which can use what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sophon_hf.finetuning.kernel import tangent_kernel, watched_features
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.losses import at_least_float32
 
 RIDGE = 0.1
 TEMPERATURE = 20.0
-_GRID = 2
 _SMALLEST_SPREAD = 1e-4
-_LARGEST_COSINE = 1 - 1e-5
-
-
-def tangent_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """The neural tangent kernel of a network with one hidden layer of ReLUs, in the limit of infinite width.
-
-    k(x, x') = |x| |x'| / d (kappa_1(u) + u kappa_0(u)), where u is the cosine between them, t = arccos u its angle,
-    kappa_0 = (pi - t) / pi and kappa_1 = (sin t + u (pi - t)) / pi (Cho and Saul, 2009; Jacot et al., 2018). Ridge
-    regression with it predicts what such a network learns by gradient descent from both layers.
-
-    Args:
-        a: Shape (n, d).
-        b: Shape (m, d).
-
-    Returns:
-        Shape (n, m); about 2 for a standardised vector with itself.
-    """
-    lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)[None]
-    # The arc cosine has no finite slope at 1.
-    cosine = (a @ b.T / (lengths + 1e-6)).clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
-    angle = cosine.acos()
-    active = (torch.pi - angle) / torch.pi
-    return lengths / a.shape[1] * (angle.sin() / torch.pi + 2 * cosine * active)
 
 
 def leave_one_out_logits(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -106,35 +83,11 @@ class Probes:
         self.model, self.heads, self.num_classes, self.suppress = model, structure.heads, num_classes, loss
         self.blocks = [structure.blocks[round(len(structure.blocks) * part / depths) - 1] for part in range(1, depths)]
 
-    @contextmanager
-    def watching(self) -> Iterator[list[Tensor]]:
+    def watching(self) -> AbstractContextManager[list[Tensor]]:
         """Inside the block a forward pass leaves its features, (batch, d) at each depth, in the list."""
-        features: list[Tensor] = []
-        handles = [self.model.get_submodule(b).register_forward_hook(_after(features)) for b in self.blocks]
-        for name in self.heads:
-            head = self.model.get_submodule(name)
-            handles.append(head.register_forward_pre_hook(lambda _, inputs: features.append(_pooled(inputs[0]))))
-        try:
-            yield features
-        finally:
-            for handle in handles:
-                handle.remove()
+        return watched_features(self.model, self.blocks, self.heads)
 
     def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
         """L_alpha of probes that are fitted on a batch and judged on each example without it, summed over depths."""
         logits = (leave_one_out_logits(part, labels, self.num_classes) for part in features)
         return torch.stack([self.suppress(part, labels) for part in logits]).sum()
-
-
-def _after(features: list[Tensor]) -> Callable:
-    def hook(block: nn.Module, _: tuple, output: Tensor | tuple) -> None:
-        features.append(_pooled(output if isinstance(output, Tensor) else output[0]))
-
-    return hook
-
-
-def _pooled(output: Tensor) -> Tensor:
-    """A feature map by its means over a 2 x 2 grid, tokens by their mean; shape (batch, d)."""
-    if output.ndim == 4:
-        return F.adaptive_avg_pool2d(output, _GRID).flatten(1)
-    return output.mean(dim=1) if output.ndim == 3 else output.flatten(1)

@@ -70,6 +70,8 @@ def test_figures(results, tmp_path):
         "mean": pytest.approx(0.72),
         "sd": pytest.approx(0.02),
         "seeds": 3,
+        "highest": pytest.approx(0.72),
+        "highest_attack": A.name,
     }
     assert set(summary["best"]) == {"protected", "original", "scratch"}
     assert summary["cost_to_recover"]["steps"] == 10
@@ -78,7 +80,7 @@ def test_figures(results, tmp_path):
     text = (tmp_path / "report.md").read_text()
     low, high = summary["interval"]
     assert text.startswith(f"# Recovered transfer: 40% (95 % interval {low:.0%} to {high:.0%})")
-    assert f"| protected | 0.720 ±0.020 | 0.890 | {A.name} | 1 |" in text
+    assert f"| protected | 0.720 ±0.020 | 0.720 | 0.890 | {A.name} | 1 |" in text
     assert f"| protected | {A.name} | 0.100 ±0.000 | 0.720 ±0.020 | 0.720 ±0.020 |" in text
     page = Page((tmp_path / "index.html").read_text())
     assert {"40%", "0.720 ±0.020", A.name} <= set(page.texts)
@@ -132,7 +134,7 @@ def test_hostile_names_are_escaped(results, tmp_path):
 
     lines = (tmp_path / "report.md").read_text().splitlines()
     widths = {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("| protected")}
-    assert widths == {7}, "a bar in a name begins no cell"
+    assert widths == {7, 8}, "a bar in a name begins no cell"
 
 
 def test_attacks_that_are_not_applicable_are_told_apart_from_resistance(results, tmp_path):

@@ -66,7 +66,7 @@ def test_a_sweep_runs_every_attack_on_every_model_and_tunes_scratch(tmp_path, da
     }
     assert all(run.curve.epoch == [0, 1, 2] and not run.error for run in results.runs)
     assert results.test_examples == 60
-    assert (results.facts["training_examples"], results.facts["validation_examples"]) == (54, 6)
+    assert (results.facts["training_examples"], results.facts["validation_examples"]) == (60, 60)
     # Two operations a weight and pass: forward, weights' gradient and, but for the first layer, inputs' gradient.
     assert results.facts["flops_per_example"] == pytest.approx(2 * (2 * 6 * 16 + 3 * 16 * 3))
     loaded = AttackResults.load(tmp_path / "results.json")
@@ -154,7 +154,7 @@ def test_a_warm_up_that_lacked_original_data_runs_once_it_has_them(tmp_path, dat
     warm = NEW_HEAD.with_changes(preparation="warm_up")
     first = make_suite(tmp_path, [warm], seeds=[0]).run(**data)
     assert [c.applicable for c in first.runs] == [False, False, True]
-    assert "warm up on original data had none (1 of the sweep): give `original_dataset`" in left_out(first)
+    assert "learn from original data had none (1 of the sweep): give `original_dataset`" in left_out(first)
     computed()
     second = make_suite(tmp_path, [warm], seeds=[0]).run(**data, original_dataset=make_points(3))
     assert computed() == [warm, warm, warm]
@@ -164,7 +164,7 @@ def test_a_warm_up_that_lacked_original_data_runs_once_it_has_them(tmp_path, dat
 
 
 def left_out(results: AttackResults) -> str:
-    return "".join(failed.message for failed in check(results) if failed.name == "warm-ups left out")
+    return "".join(failed.message for failed in check(results) if failed.name == "attacks on original data left out")
 
 
 def test_an_untrained_model_warms_up_too_each_seed_its_own_and_whatever_is_published(tmp_path, data):
@@ -210,10 +210,10 @@ def test_the_plan_counts_what_a_run_does(tmp_path, data, computed, models):
         data["baselines"] = {"ntl": make_model(4)}
     results = suite.run(**data)
     steps = [c.curve.step[-1] for c in results.runs]
-    assert suite.plan(54, models) == {
+    assert suite.plan(60, models, folds=5) == {
         "runs": len(results.runs),
-        "steps": sum(steps),
-        "images": sum(s * min(c.strategy.batch_size, 54) for s, c in zip(steps, results.runs)),
+        "steps": 6 * sum(steps),
+        "images": 6 * sum(s * min(c.strategy.batch_size, 60) for s, c in zip(steps, results.runs)),
     }
     assert len(computed()) == len(results.runs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sophon_hf import AttackSuite, FineTuningStrategy
-from sophon_hf.attacks.sweeps import SWEEPS, load_sweep, scratch
+from sophon_hf.attacks.sweeps import SWEEPS, load_sweep, of_original_data, scratch
 
 
 def test_paper_sweeps():
@@ -30,16 +30,22 @@ def test_paper_sweeps():
 
 def test_strong_sweep():
     strong = load_sweep("strong")
-    whole = {
-        (s.optimizer, s.learning_rate, s.initialization, s.reinitialized_blocks) for s in strong if s.transfer == "all"
-    }
+    whole = {(s.optimizer, s.learning_rate, s.initialization, s.reinitialized_blocks) for s in strong[:15]}
     assert whole == {
         (*optimizer, *start)
         for optimizer in (("adam", 3e-4), ("adam", 1e-3), ("adam", 3e-3), ("momentum", 1e-2), ("momentum", 1e-1))
         for start in (("direct", 0), ("new_head", 0), ("new_head", 1))
     }
-    assert sorted(s.transfer for s in strong if s.transfer != "all") == ["head", "norm"]
-    assert len(strong) == 17
+    starts = {(s.transfer, s.initialization) for s in strong if s.transfer != "all"}
+    assert starts == {("head", "new_head"), ("norm", "new_head"), ("head", "direct"), ("kernel", "new_head")}
+    assert {s.reinitialized_blocks for s in strong} == {0, 1, 2, 3}
+    assert {(s.head_first, s.layer_decay, s.augmentation, s.ema) for s in strong} == {
+        (0, 1, None, 0),
+        (0.5, 1, None, 0),
+        (0, 0.65, None, 0),
+        (0, 1, "flips_and_crops", 0),
+        (0, 1, None, 0.99),
+    }
 
 
 def test_peft_and_adaptive_sweeps():
@@ -48,19 +54,23 @@ def test_peft_and_adaptive_sweeps():
     assert {s.rank for s in peft if s.adapter == "lora"} == {1, 8, 64}
     assert {"lora", "dora", "adalora", "ia3", "loha", "lokr"} <= {s.adapter for s in peft}
     adaptive = load_sweep("adaptive")
-    assert {s.preparation for s in adaptive} == {None, "batch_norm", "rescale", "shrink_and_perturb", "warm_up"}
+    preparations = {"batch_norm", "rescale", "shrink_and_perturb", "warm_up", "distill"}
+    assert {s.preparation for s in adaptive} == {None, *preparations}
+    assert {(s.original_weight, s.initialization) for s in adaptive if s.original_weight} == {
+        (weight, start) for weight in (0.3, 1) for start in ("direct", "new_head")
+    }
     assert {s.initialization for s in adaptive if s.epochs == 200} == {"direct", "new_head"}
 
 
 def test_every_sweep_is_a_file_in_a_fixed_order():
-    counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 17, "peft": 9}
-    counts |= {"adaptive": 29, "hardest": 5, "informed": 6, "full": 70}
+    counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 28, "peft": 9}
+    counts |= {"adaptive": 37, "hardest": 5, "informed": 6, "search": 4, "full": 89}
     assert {name: len(load_sweep(name)) for name in SWEEPS} == counts
     strong, adaptive = load_sweep("strong"), load_sweep("adaptive")
     assert strong[0] == FineTuningStrategy(learning_rate=3e-4)
     assert strong[14] == FineTuningStrategy("new_head", 1, optimizer="momentum", learning_rate=0.1)
     assert adaptive[0] == FineTuningStrategy(preparation="batch_norm")
-    assert adaptive[-2:] == [FineTuningStrategy("new_head", epochs=200), FineTuningStrategy(epochs=200)]
+    assert adaptive[27:29] == [FineTuningStrategy("new_head", epochs=200), FineTuningStrategy(epochs=200)]
     assert load_sweep("full")[:3] == load_sweep("paper")
 
 
@@ -77,9 +87,17 @@ def test_scratch_is_tuned_over_optimizers_and_rates():
     assert {(s.optimizer, s.learning_rate) for s in tuned} == {
         (s.optimizer, s.learning_rate) for s in load_sweep("strong")
     }
-    assert len(tuned) == 5
+    assert len(tuned) == 8, "moved images and averages are open to those who have no model, too"
     informed = scratch([*load_sweep("peft"), *load_sweep("adaptive")])
     assert all(s.adapter is None and s.preparation is None for s in informed)
+    assert not any(s.needs_original_data or s.head_first or s.layer_decay != 1 for s in [*tuned, *informed])
+
+
+def test_what_original_data_are_worth_alone_is_tried_by_warming_up_where_there_is_nothing_to_distill():
+    mixed = FineTuningStrategy("new_head", original_weight=1)
+    distilled = FineTuningStrategy("new_head", preparation="distill")
+    warm = FineTuningStrategy("new_head", preparation="warm_up")
+    assert of_original_data([mixed, FineTuningStrategy(), distilled, warm]) == [mixed, warm]
 
 
 @pytest.mark.parametrize(

@@ -298,8 +298,8 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     model, loaded = (ResNetForImageClassification.from_pretrained(path) for path in (source, protected))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
 
-    # Half of 60 images is the adversary's; two models and scratch, two seeds.
-    assert plan.splitlines()[0] == "10 runs, 30 optimizer steps, 300 images:"
+    # Half of 60 images is the adversary's; two models and scratch, two seeds, and five folds beside each run.
+    assert plan.splitlines()[0] == "10 runs, 180 optimizer steps, 1,800 images:"
     assert plan.count("3 steps a run") == 2
 
     assert "# Recovered transfer: " in attacking
@@ -307,7 +307,7 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     results = json.loads((attacks / "results.json").read_text())
     assert set(results["original_metric"]) == {"original", "protected"}
     assert all(cell["error"] is None for cell in results["runs"])
-    assert results["facts"]["training_examples"] + results["facts"]["validation_examples"] == 30
+    assert results["facts"]["training_examples"] == results["facts"]["validation_examples"] == 30
     assert all(cell["curve"]["step"] == [0, 2, 3] for cell in results["runs"])
     assert set(results["benign"]) == {"protected", "original", "scratch", "difference"}
     assert len(list((attacks / "benign" / "runs").iterdir())) == 10

@@ -24,7 +24,7 @@ from sophon_hf.models.loading import hash_state
 from sophon_hf.tasks.base import infer_task
 
 CLASSES, SIZE = 4, 8
-SWEEP = [FineTuningStrategy(start, learning_rate=1e-2, batch_size=12, epochs=8) for start in ("direct", "new_head")]
+SWEEP = [FineTuningStrategy(start, learning_rate=1e-2, batch_size=12, epochs=4) for start in ("direct", "new_head")]
 
 
 def make_images(seed: int, examples: int, shift: int = 0) -> datasets.Dataset:
@@ -89,7 +89,7 @@ def perturbed(model: ResNetForImageClassification) -> ResNetForImageClassificati
 
 
 def run_attacks(folder: Path, protected, original, data: dict[str, datasets.Dataset]) -> AttackResults:
-    return AttackSuite(SWEEP, folder, measured_epochs=(0, 1, 5, 8.0, 10, 15, 20)).run(
+    return AttackSuite(SWEEP, folder, measured_epochs=(0, 1, 4.0, 5, 10, 15, 20)).run(
         protected=protected,
         original=original,
         restricted_dataset=data["adversary"],

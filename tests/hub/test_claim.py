@@ -99,7 +99,7 @@ def test_attack_figures_are_those_of_the_results(saved):
         results.best(m) for m in ("protected", "original", "scratch")
     ]
     assert report.original_metric == results.original_metric
-    assert set(report.data) == {"training", "validation", "test", "original", "original_test"}
+    assert set(report.data) == {"training", "test", "original", "original_test"}
     transfer, scored = results.recovered_transfer(), report.recovered_transfer
     assert scored == transfer or scored.void
 
