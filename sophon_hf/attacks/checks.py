@@ -51,8 +51,8 @@ def check(results: AttackResults) -> list[FailedCheck]:
         found.append(
             FailedCheck(
                 "too few validation examples",
-                f"attacks were chosen by {examples} examples, where {_FEWEST_VALIDATION} are needed: give the adversary "
-                f"{_FEWEST_VALIDATION} or more and no validation data, and all of them choose by cross-validation",
+                f"attacks were chosen by {examples} examples, where {_FEWEST_VALIDATION} are needed: give so many, or "
+                "leave validation data out and give the adversary so many, which then choose by cross-validation",
                 voids=True,
             )
         )
