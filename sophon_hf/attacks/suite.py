@@ -64,7 +64,8 @@ class AttackSuite:
             there are fewer.
         task: What is learned, where it cannot be inferred. The task of a pipeline (an id or a folder) has the
             pipeline's noise scheduler.
-        metric: What attacks are chosen by, as `load_metric` takes it; ACC-k, MSE-k or the task's by default.
+        metric: What attacks are chosen and reported by, as `load_metric` takes it; ACC-k, MSE-k or the task's by
+            default. It has to be the claim's where the report is published.
         processing_class: Image processor, tokenizer or feature extractor, for raw columns. Left out, it is what is
             saved with the original model, or else the protected one, where that is an id or a folder.
         input_columns: The raw input column by domain ("original", "restricted", "benign"), where it is not found by

@@ -6,6 +6,7 @@ Its sentences stand in card.md.jinja.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from sophon_hf.attacks.score import UNTRAINED, describe_interval
 from sophon_hf.data.fingerprint import DataFingerprint
 from sophon_hf.hub.claim import Claim
+from sophon_hf.models.backbone import is_backbone
 from sophon_hf.utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ _TASKS = {
     "SequenceClassification": "text-classification",
     "AudioClassification": "audio-classification",
     "UNet2DModel": "unconditional-image-generation",
+    "UNet2DConditionModel": "text-to-image",
 }
 _SCORE = "Recovered transfer (1: the protection does nothing; 0: pre-training is worth nothing)"
 
@@ -87,7 +90,10 @@ def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict
         space=vars(claim.method.strategy_space),
         curves=_CURVES if report is not None and (folder / _CURVES).exists() else None,
         library=_library(folder),
-        auto_class=next((f"AutoModelFor{part}" for part in _TASKS if part in claim.model), None),
+        # A backbone has no task, and its architecture is named by its configuration.
+        auto_class=next((f"AutoModelFor{part}" for part in _TASKS if part in claim.model), None)
+        or ("AutoModel" if is_backbone(claim.model) else None),
+        pipeline=_read(folder / "model_index.json").get("_class_name"),
         figure=lambda value: _figure(value, claim.greater_is_better),
         mean=np.mean,
         deviation=lambda values: np.std(values, ddof=1),
@@ -209,7 +215,13 @@ def _metadata(folder: Path, claim: Claim, repo_id: str, known: dict[str, Any]) -
 def _library(folder: Path) -> str | None:
     if (folder / "model_index.json").exists():
         return "diffusers"
-    return "transformers" if (folder / "config.json").exists() else None
+    if not (folder / "config.json").exists():
+        return None
+    return "diffusers" if "_diffusers_version" in _read(folder / "config.json") else "transformers"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _pipeline_tag(claim: Claim) -> str | None:

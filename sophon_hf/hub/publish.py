@@ -26,9 +26,14 @@ logger = logging.getLogger(__name__)
 _ALLOWED = (
     *(CARD, FILE_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "plots/*.png"),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "model_index.json"),
-    *("unet/config.json", "scheduler/scheduler_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("scheduler/scheduler_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+)
+# Of a pipeline, beside its scheduler.
+_PARTS = (
+    *("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2"),
+    *("tokenizer_3", "feature_extractor", "image_encoder", "safety_checker"),
 )
 # Of an earlier commit's, so that the repository holds the weights of the claim and no others, in any format.
 _REPLACED = [
@@ -191,8 +196,9 @@ def write_card_and_claim(folder: Path, claim: Claim, repo_id: str, results: Atta
 def _is_published(name: str) -> bool:
     """Return whether a file leaves the machine. Checkpoints, hidden files, pickles and logs do not."""
     allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in _ALLOWED)
-    folder = name.rpartition("/")[0]  # The asterisk of a pattern matches "/" too.
-    return allowed and folder in ("", "unet", "scheduler", "plots") and not name.startswith(".")
+    folder, _, file = name.rpartition("/")  # The asterisk of a pattern matches "/" too.
+    part = folder in _PARTS and any(fnmatch.fnmatchcase(file, pattern) for pattern in _ALLOWED)
+    return (part or (allowed and folder in ("", "scheduler", "plots"))) and not name.startswith(".")
 
 
 def create_repository(repo_id: str, private: bool | None = None) -> str:

@@ -79,7 +79,7 @@ def _save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size
         scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
         _save_denoiser(saved, folder, scheduler, task.pipeline, max_shard_size)
         # diffusers notes where a model was loaded from, which may be a folder under the user's name.
-        for config in folder.rglob("config.json"):
+        for config in [*folder.rglob("config.json"), *folder.glob("model_index.json")]:
             values = json.loads(config.read_text(encoding="utf-8"))
             values.pop("_name_or_path", None)
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

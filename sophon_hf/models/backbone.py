@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
@@ -73,6 +74,7 @@ def with_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: It encodes pictures and text, say, each by itself.
     """
+    refuse_wrapped(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not is_backbone(name):
         return model
@@ -80,6 +82,25 @@ def with_head(model: nn.Module) -> nn.Module:
     if hasattr(model.config, "vision_config") and len(towers) > 1:
         raise ValueError(f"{name} has several towers: protect one by itself, such as its `{towers[-1]}`.")
     return Backbone(model)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model that lies inside another module, or has adapters beside its layers.
+
+    Raises:
+        ValueError: It does; the message tells how to get at the model itself.
+    """
+    name = type(model).__name__
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(f"The model is a {name} of peft: protect what `merge_and_unload()` returns, a plain model.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"This {name} has adapters of peft: load the model that they are merged into.")
+    inner: Any = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        raise ValueError(f"Pass the model that torch.compile made it of: its `_orig_mod`, a {type(inner).__name__}.")
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        inner = type(model.module).__name__
+        raise ValueError(f"Pass the model that the {name} was made of: its `module`, a {inner}.")
 
 
 def is_backbone(architecture: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -18,6 +20,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+from sophon_hf.models.backbone import library_model
 from sophon_hf.models.loading import evaluation_mode, refuse_half_precision
 from sophon_hf.models.sharding import is_sharded
 from sophon_hf.models.structure import ModelStructure
@@ -30,6 +33,7 @@ from sophon_hf.tasks.metrics import refuse_two_metrics
 logger = logging.getLogger(__name__)
 
 _FEWEST_WITH_BATCH_NORM = 20
+_LARGEST_TRIAL = 2 * 2**30
 
 
 def refuse_arguments(args: SophonConfig, reinforcement_loss: Any, task: Task | None, metric: Any) -> None:
@@ -67,6 +71,27 @@ def refuse_model(model: nn.Module, args: SophonConfig) -> None:
             "The model has SyncBatchNorm, which would mix the statistics of the processes' different adversaries: "
             "leave it with BatchNorm."
         )
+    if args.gradient_checkpointing and not getattr(library_model(model), "supports_gradient_checkpointing", False):
+        spelled = getattr(model, "enable_gradient_checkpointing", None)
+        how = "call its `enable_gradient_checkpointing()`, and leave" if spelled else "leave"
+        raise ValueError(
+            f"The Trainer cannot switch gradient checkpointing on in a {type(model).__name__}: {how} "
+            "`gradient_checkpointing` off."
+        )
+    check_loads_back(model)
+
+
+def refuse_method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stand for methods of the Trainer that do not know of two domains.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "predict, get_eval_dataloader, get_test_dataloader and hyperparameter_search of the Trainer know of one data "
+        "set and one loss: `evaluate(eval_dataset={...})` measures any data, `task.predict(model, batch)` predicts, "
+        "and a search makes a trainer for each trial."
+    )
 
 
 def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
@@ -124,20 +149,21 @@ def _try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tens
     """
     needs, rows = task.inputs(model), first_rows(task, domain, next(model.parameters()).device)
     main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
+    wanted = ""
     if main is not None and main.ndim == 4:
         expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
         if tuple(main.shape[1:]) != expected:
-            raise ValueError(
-                f"The {name} domain's examples are {tuple(main.shape[1:])} (channels, height, width), but the model "
-                f"takes {expected}: resize or convert them, or pass raw images."
-            )
+            wanted = f" The model takes {expected} (channels, height, width): resize or convert them."
     try:
+        if wanted and needs.symmetric:
+            raise ValueError("a denoiser runs on any size, but has learned one")
+        # What else a configuration says of sizes need not be so: it only explains why the model cannot be run.
         with torch.no_grad(), evaluation_mode(model):
             prediction = task.predict(model, rows)
     except Exception as error:
         raise ValueError(
-            f"The model cannot take the {name} domain's examples, which have {shapes}: {error}. Give it the inputs "
-            "that it was trained with, or raw columns and a `processing_class`."
+            f"The model cannot take the {name} domain's examples, which have {shapes}: {error}.{wanted} Give it the "
+            "inputs that it was trained with, or raw columns and a `processing_class`."
         ) from error
     if not prediction.isfinite().all():
         raise ValueError(
@@ -198,24 +224,80 @@ def fit_strategies(
         space = space.without_original_head()
     if is_sharded(model):
         _check_shares(model, space, domains["restricted"], args.world_size)
-    _try_strategies(task, model, structure, space, classes or None)
+    _try_strategies(task, model, structure, space, domains, args)
     return structure, space, outputs
 
 
 def _try_strategies(
-    task: Task, model: nn.Module, structure: ModelStructure, space: StrategySpace, num_classes: int | None
+    task: Task,
+    model: nn.Module,
+    structure: ModelStructure,
+    space: StrategySpace,
+    domains: dict[str, Domain],
+    args: SophonConfig,
 ) -> None:
-    """Set up each kind of strategy once.
+    """Take one step in training mode by each kind of strategy, with its smallest batch, and one of the reinforcement.
 
     Raises:
-        ValueError: One of them cannot be carried out on this model.
+        ValueError: One of them cannot be carried out on this model, or takes over nothing that can be trained.
     """
+    restricted, inside = domains["restricted"], tuple(f"{name}." for name in structure.heads)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if "new_head" in space.initializations and all(name.startswith(inside) for name in trained):
+        raise ValueError(
+            f"Only the head {structure.head!r} of the model is trainable, and an adversary that brings a new head "
+            "takes over nothing of it: set requires_grad of the layers before it, or leave 'new_head' out of the "
+            "strategy space."
+        )
+    examples = max(1, len(restricted) - held_out_examples(len(restricted)))
+    batch = first_rows(task, restricted, args.device, min(*space.batch_sizes, examples))
     kinds = product(space.initializations, space.reinitialized_blocks, space.transfers)
     for start, blocks, transfer in dict.fromkeys(kinds):
         blocks = blocks if start == "new_head" else 0
         strategy = FineTuningStrategy(initialization=start, reinitialized_blocks=blocks, transfer=transfer)
+        classes = restricted.num_classes or None
         with preserved(model, structure.heads):
-            FineTuning(model, task, strategy, [], 1, structure=structure, num_classes=num_classes)
+            steps = FineTuning(model, task, strategy, [batch], 1, structure=structure, num_classes=classes)
+            _try(partial(list, steps), f"a step of '{strategy.name}' in training mode", batch)
+    batch = first_rows(task, domains["original"], args.device, args.per_device_train_batch_size)
+    with preserved(model, structure.heads), torch.no_grad():
+        model.train()
+        _try(partial(task.predict, model, batch), "a reinforcement step in training mode", batch)
+
+
+def _try(step: Callable[[], Any], what: str, batch: dict[str, Tensor]) -> None:
+    try:
+        step()
+    except Exception as error:  # A model's own code may raise anything.
+        size = len(next(iter(batch.values())))
+        raise ValueError(f"The model fails at {what}, with a batch of {size} examples: {error}") from error
+
+
+def check_loads_back(model: nn.Module) -> None:
+    """Save the model as its library does, and load what was saved, where it is not larger than 2 GB.
+
+    Raises:
+        ValueError: It does not load, or what is loaded is another model.
+    """
+    saved: Any = library_model(model)
+    state = saved.state_dict()
+    if not hasattr(saved, "save_pretrained") or sum(t.nbytes for t in state.values()) > _LARGEST_TRIAL:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            saved.save_pretrained(folder)
+            loaded = type(saved).from_pretrained(folder).state_dict()
+        except Exception as error:
+            raise ValueError(
+                f"This {type(saved).__name__} cannot be loaded back after it is saved, so nobody could use it: {error}"
+            ) from error
+    other = [n for n in state if n not in loaded or not torch.equal(loaded[n], state[n].cpu())]
+    if other or len(loaded) != len(state):
+        raise ValueError(
+            f"This {type(saved).__name__} was changed after it was made: what its library loads of it after saving "
+            f"differs ({', '.join([*other, *(n for n in loaded if n not in state)][:3])}). Make the change in its "
+            "configuration, or wrap the model in a module of your own."
+        )
 
 
 def refuse_launcher_settings(accelerator: Any, args: SophonConfig) -> None:

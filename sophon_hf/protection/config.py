@@ -22,6 +22,19 @@ _FP16 = (
 )
 
 
+# Fields of the Trainer's that nothing here reads, and what does what they are for.
+_WITHOUT_EFFECT = {
+    "num_train_epochs": "`max_steps` is the number of iterations",
+    "data_seed": "`seed` decides the order of the data too",
+    "train_sampling_strategy": "batches are drawn at random, by the seed",
+    "dataloader_drop_last": "batches run on over the end of the data, and all are full",
+    "prediction_loss_only": "`eval_strategy='no'` leaves metrics out",
+    "eval_accumulation_steps": "scores are no larger than the labels",
+    "batch_eval_metrics": "pass a `metric` to the trainer",
+    "use_liger_kernel": "put its kernels in the model before protection",
+}
+
+
 @dataclass
 class SophonConfig(TrainingArguments):
     """Arguments of `SophonTrainer`; every default that the paper states is the paper's (section 5.1.1).
@@ -285,7 +298,11 @@ class SophonConfig(TrainingArguments):
             )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")
-        if self.torch_compile:
+        for name, instead in _WITHOUT_EFFECT.items():
+            if getattr(self, name) not in (None, False, type(self).__dataclass_fields__[name].default):
+                given = getattr(self, name)
+                raise ValueError(f"{name} is {given!r}, but would change nothing: leave it out; {instead}.")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
                 "torch_compile compiles what the Trainer wraps, which no simulated adversary runs: leave it out, and "
                 "call `compile()` of the model's blocks before protection."

@@ -50,8 +50,7 @@ class SophonTrainer(Trainer):
     """Protects a pre-trained model against fine-tuning in a restricted domain (Algorithm 1).
 
     Args:
-        model: A classifier of transformers, a `TimmWrapperForImageClassification`, a `UNet2DModel`, any `nn.Module`
-            that returns logits, or a Hub id or folder of one.
+        model: A classifier, backbone or denoiser, any `nn.Module` that returns logits, or a Hub id or folder of one.
         restricted_dataset: The restricted domain A: a Hub id, a folder, or an object of `datasets`. Everything in it is
             used: call `split_domain` first to keep an adversary's half apart.
         original_dataset: The original domain S, in the same forms.
@@ -260,6 +259,8 @@ class SophonTrainer(Trainer):
         self.suppression_optimizer.rescale()
 
     # ---- Measuring ----
+
+    predict = get_eval_dataloader = get_test_dataloader = hyperparameter_search = checks.refuse_method
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure both domains, and change nothing; while protecting, the guard sees the result, and may roll back.

@@ -118,7 +118,7 @@ def test_a_single_cut_is_mended_by_the_client(hub, folder):
     assert hub.cuts == 0 and hub.repositories["alice/model"].files["model.safetensors"].content == LARGE
 
 
-# The whole circle, in processes of their own that know the Hub by their environment alone.
+# The whole circle, each step a process of its own that knows the Hub by its environment alone.
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
@@ -134,22 +134,22 @@ def test_protect_publish_load_and_audit_a_classifier(hub, tmp_path):
     attack(trainer.model, tmp_path / "attacks", original)
     published = run("publish", str(tmp_path / "out"), "alice/model", "--report", str(tmp_path / "attacks"))
     assert published.returncode == 0, published.stderr
-    used = run(
+    loaded = run(
         code=f"""
 import torch
-from sophon_hf.cli.main import main
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("alice/model")
 local = AutoModelForImageClassification.from_pretrained({str(tmp_path / "out")!r})
 assert AutoImageProcessor.from_pretrained("alice/model").size["height"] == 8
 assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values(), strict=True))
 print("equal")
-main(["audit", "alice/model", "--output_dir", {str(tmp_path / "audit")!r}])
 """
     )
-    assert used.returncode == 0, used.stderr
-    assert "equal" in used.stdout and hub.repositories["alice/model"].head in used.stdout
-    assert_no_token(hub, tmp_path, published, used)
+    assert loaded.stdout.strip().endswith("equal"), loaded.stderr
+    audited = run("audit", "alice/model", "--output_dir", str(tmp_path / "audit"))
+    assert audited.returncode == 0, audited.stderr
+    assert hub.repositories["alice/model"].head in audited.stdout
+    assert_no_token(hub, tmp_path, published, loaded, audited)
 
 
 def assert_no_token(hub, folder, *processes: subprocess.CompletedProcess) -> None:
