@@ -104,7 +104,7 @@ class FineTuning:
             for name, parameter in model.named_parameters()
             if strategy.head_first and (name in self.reinitialized or name.startswith(heads))
         }
-        self._rates = layer_rates(model, strategy, structure) if strategy.layer_decay != 1 else {}
+        self._rates = _layer_rates(model, strategy, structure) if strategy.layer_decay != 1 else {}
         self._average = None
         if strategy.ema:
             self._average = AveragedModel(model, multi_avg_fn=_moving_average(strategy.ema))
@@ -194,7 +194,7 @@ def augmented(batch: Batch) -> Batch:
     return {**batch, names[0]: moved.transpose(0, 1)}
 
 
-def layer_rates(model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure) -> dict[int, float]:
+def _layer_rates(model: nn.Module, strategy: FineTuningStrategy, structure: ModelStructure) -> dict[int, float]:
     """Return what each parameter's rate is multiplied by, by its id: 1 at the head, `layer_decay` in the last block.
 
     What is registered before the first block counts as one more block below it; what is in none otherwise goes with the

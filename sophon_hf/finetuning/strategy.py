@@ -18,7 +18,7 @@ from sophon_hf.utils import hint
 
 _INITIALIZATIONS = ("direct", "new_head", "scratch")
 _TRANSFERS = ("all", "head", "norm", "pattern", "kernel")
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
+_OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
 NO_ORIGINAL_DATA = "the attack needs data of the original domain, and none was given"
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("lora", "rslora", "dora", "adalora", "ia3", "loha", "lokr", "oft")
@@ -126,7 +126,7 @@ class FineTuningStrategy:
             object.__setattr__(self, name, _as_number(getattr(self, name), name))
         check_choice(self.initialization, _INITIALIZATIONS, "initialization")
         check_choice(self.transfer, _TRANSFERS, "transfer")
-        check_choice(self.optimizer, OPTIMIZERS, "optimizer")
+        check_choice(self.optimizer, _OPTIMIZERS, "optimizer")
         check_choice(self.schedule, SCHEDULES, "schedule")
         if self.adapter is not None:
             check_choice(self.adapter, ADAPTERS, "adapter")

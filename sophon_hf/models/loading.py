@@ -68,8 +68,8 @@ def refuse_half_precision(model: nn.Module, name: str) -> None:
     if half:
         raise ValueError(
             f"The {name} model's weights are {', '.join(sorted(str(dtype) for dtype in half))}: call its `float()` "
-            "first, since "
-            "small updates would be rounded away. For speed set `bf16=True`, which leaves the weights in float32."
+            "first, since small updates would be rounded away. For speed set `bf16=True`, which leaves the weights in "
+            "float32."
         )
 
 

@@ -57,10 +57,8 @@ class ModelStructure:
         if count > len(self.blocks):
             raise ValueError(
                 f"The strategy re-initialises {count} blocks, but the model has {len(self.blocks)}. Blocks are "
-                "repeated modules "
-                f"of one class: set reinitialized_blocks to at most {len(self.blocks)} (in the strategy space a list, "
-                "[0] where "
-                "there are none)."
+                f"repeated modules of one class: set reinitialized_blocks to at most {len(self.blocks)} (in the "
+                "strategy space a list, [0] where there are none)."
             )
         return self.blocks[len(self.blocks) - count :]
 
@@ -150,9 +148,9 @@ def _heads(model: nn.Module, prediction: Tensor, outputs: dict[str, tuple[int, A
     makers = [name for name in layers if outputs[name][0] == prediction.shape[1]]
     if not makers:
         raise ValueError(
-            f"No linear or convolutional layer of {type(model).__name__} makes its prediction of "
-            f"{prediction.shape[1]} channels, so the head cannot be found. Pass its name to the task as `head`; "
-            f"the last layers are {layers[-3:]}."
+            f"No linear or convolutional layer of {type(model).__name__} makes its prediction of {prediction.shape[1]} "
+            "channels, so the head cannot be found. Pass its name to the task as `head`; the last layers are "
+            f"{layers[-3:]}."
         )
     nodes = {outputs[name][1]: name for name in makers if outputs[name][1] is not None}
     reached, leaves = _reached(prediction.grad_fn, nodes)
