@@ -111,9 +111,8 @@ class AttackSuite:
         self.epochs = USUAL_EPOCHS if epochs is None else epochs
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
-        self.measured_every = measured_every
+        self.measured_every, self.processing_class = measured_every, processing_class
         self.output_dir, self.examples, self.task, self.metric = Path(output_dir), examples, task, metric
-        self.processing_class = processing_class
         self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
 
     def run(
