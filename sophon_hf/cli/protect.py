@@ -26,7 +26,7 @@ _FILE_FIRST = "A YAML file comes first, flags follow."
 class ProtectArguments:
     """What is protected, and against what."""
 
-    model: str = field(metadata={"help": "Hub id or folder of a classifier or a UNet2DModel."})
+    model: str = field(metadata={"help": "Hub id or folder of a classifier, a backbone or a denoiser."})
     original: str = field(metadata={"help": "Original domain: Hub id or folder of a data set."})
     restricted: str = field(metadata={"help": "Restricted domain: Hub id or folder of a data set."})
     original_split: str = field(default="train", metadata={"help": "Its split to protect with."})
