@@ -99,7 +99,10 @@ class AttackResults:
 
     def scores(self) -> Scores:
         """Return what scores this sweep; it goes through all runs, so take it once where several figures are wanted."""
-        return Scores(self.summaries(), self.metric, self.greater_is_better, self.test_examples, self.original_metric)
+        fingerprints = self.facts.get("fingerprints", {})
+        chose = fingerprints.get("validation") or fingerprints.get("training") or {}
+        settings = self.test_examples, self.original_metric, chose.get("examples")
+        return Scores(self.summaries(), self.metric, self.greater_is_better, *settings)
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
         """Return the strongest attack on a model, as `Scores.best` chooses it."""

@@ -204,7 +204,9 @@ class Claim:
         if report is None:
             return Scores((), self.metric, self.greater_is_better, 1)
         examples = report.data["test"].examples if "test" in report.data else 1
-        return Scores(report.attacks, self.metric, self.greater_is_better, examples, report.original_metric)
+        chose = report.data.get("validation") or report.data.get("training")
+        settings = examples, report.original_metric, None if chose is None else chose.examples
+        return Scores(report.attacks, self.metric, self.greater_is_better, *settings)
 
     @property
     def intactness(self) -> tuple[float, float] | None:
