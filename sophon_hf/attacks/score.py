@@ -19,8 +19,8 @@ UNTRAINED = "untrained"
 _LEAST_TRANSFER = 0.03
 _STANDARD_ERRORS = 3.0
 _BOOTSTRAP_SAMPLES = 2000
-# The validation figures hold their noise once already. With so much more of it, about 95 of 100 intervals hold the truth
-# (benchmarks/interval_coverage.py); with all of it, 99.
+# The validation figures hold their noise once already. With so much more of it, about 95 of 100 intervals hold the
+# truth (benchmarks/interval_coverage.py); with all of it, 99.
 _OTHER_CHOICE = 0.5
 NO_INTERVAL = "no interval: one seed does not tell the error of an MSE"
 # Of the original metric: points, or a share of the error before protection.
@@ -117,8 +117,8 @@ class RecoveredTransfer:
 
     Attributes:
         value: RT, or None where it is void.
-        interval: 95 % interval over seeds, test examples and the choice of attacks; None where RT is void, and for an MSE of one
-            seed, whose error nothing tells.
+        interval: 95 % interval over seeds, test examples and the choice of attacks; None where RT is void, and for an
+            MSE of one seed, whose error nothing tells.
         void: Why it is void, or None.
         highest: The same formula over the highest test figure of each model (`Scores.highest`), where there are three.
     """
