@@ -78,7 +78,8 @@ def refuse_model(model: nn.Module, args: SophonConfig) -> None:
             f"The Trainer cannot switch gradient checkpointing on in a {type(model).__name__}: {how} "
             "`gradient_checkpointing` off."
         )
-    check_loads_back(model)
+    if args.process_index == 0:  # The libraries save on the first process alone.
+        check_loads_back(model)
 
 
 def refuse_method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:

@@ -482,7 +482,7 @@ def test_weights_in_half_precision_are_refused(tmp_path, dtype):
 
 def test_batch_norm_that_is_synchronised_over_processes_is_refused(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
-    processes = SimpleNamespace(gradient_checkpointing=False, world_size=2)
+    processes = SimpleNamespace(gradient_checkpointing=False, process_index=0, world_size=2)
     with pytest.raises(ValueError, match="SyncBatchNorm.*leave it with BatchNorm"):
         refuse_model(model, processes)
     refuse_model(TinyNet(), processes)
