@@ -1,7 +1,8 @@
 """Protect an unconditional diffusion model (UNet2DModel) against fine-tuning in a restricted domain.
 
-With no argument it pre-trains a small UNet on printed letters and protects it against handwritten digits, which takes
-minutes on a CPU. For real work name a model (or a DDPM pipeline) and two image data sets, by Hub id or folder:
+Without arguments it pre-trains a small UNet on printed letters and protects it against handwritten digits, in minutes
+on a CPU and without a network. For real work name a model or a DDPM pipeline, and two image data sets, by Hub id or
+folder:
 
     accelerate launch examples/protect_unet.py
     accelerate launch examples/protect_unet.py --model google/ddpm-cifar10-32 --original uoft-cs/cifar100 \
@@ -9,16 +10,15 @@ minutes on a CPU. For real work name a model (or a DDPM pipeline) and two image 
 """
 
 import argparse
+import sys
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from sophon_hf import DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
-from sophon_hf.cli.demo import pretrain
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
-from sophon_hf.models.loading import load_model
-from sophon_hf.tasks.base import load_task
+from sophon_hf.finetuning.loop import pretrain
 
 
 def small_unet() -> UNet2DModel:
@@ -48,36 +48,40 @@ def main() -> None:
     if options.model and not (options.original and options.restricted):
         parser.error("--model needs --original and --restricted")
 
-    torch.manual_seed(0)
-    model = load_model(options.model) if options.model else small_unet()
-    task = load_task(options.model, model) if options.model else DiffusionTask(DDPMScheduler())
-    if options.model:
-        original, restricted = load_domain(options.original), load_domain(options.restricted)
-    else:
+    model, original, restricted, task = options.model, options.original, options.restricted, None
+    if model is None:
+        torch.manual_seed(0)
+        model, task = small_unet(), DiffusionTask(DDPMScheduler())
         original, restricted = printed_letters(1000, size=16)["train"], handwritten_digits(16)["train"]
         pretrain(model, task, build_domain(original, task.inputs(model), name="original"), options.pretraining_steps)
 
-    # The other half is for `sophon_hf.attacks`: an adversary never has the defender's data.
-    defender, _ = split_domain(restricted)
-    trainer = SophonTrainer(
-        model,
-        defender,
-        original,
-        SophonConfig(
-            output_dir=options.output_dir,
-            max_steps=options.max_steps,
-            K=options.K,
-            l_NTR=4,
-            eval_steps=max(1, options.max_steps // 5),
-            per_device_train_batch_size=64,
-            strategy_space={"initializations": ["direct"], "batch_sizes": [32]},
-        ),
-        task=task,
+    # The other half is for attacks on the result: an adversary never has the defender's data.
+    defender, _ = split_domain(load_domain(restricted))
+    config = SophonConfig(
+        output_dir=options.output_dir,
+        max_steps=options.max_steps,
+        K=options.K,
+        l_NTR=4,
+        eval_steps=max(1, options.max_steps // 5),
+        logging_steps=max(1, options.max_steps // 5),
+        per_device_train_batch_size=64,
+        strategy_space={"initializations": ["direct"], "batch_sizes": [32]},
     )
+    trainer = SophonTrainer(model, defender, original, config, task=task)
     trainer.train()
-    trainer.accelerator.print(trainer.evaluate())
+    end(trainer, options)
+
+
+def end(trainer: SophonTrainer, options: argparse.Namespace) -> None:
+    """Say in one line what was protected, what it cost, and where it is; or that nothing was, and why."""
+    state, what = trainer.guard.state, type(trainer.model).__name__
+    if state.best_step is None:
+        sys.exit(f"{what} is NOT protected: {trainer.guard.failure}")
     if trainer.is_world_process_zero():
-        print(f"The protected pipeline is in {options.output_dir}: DDPMPipeline.from_pretrained loads it.")
+        print(
+            f"Protected {what} against {options.restricted or 'handwritten digits'}: original MSE {state.start:.4f} "
+            f"before, {state.best_original:.4f} after; saved in {options.output_dir}, for DDPMPipeline.from_pretrained."
+        )
 
 
 if __name__ == "__main__":

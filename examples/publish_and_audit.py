@@ -1,4 +1,4 @@
-"""The circle: protect, attack, publish, and let a stranger audit what was published.
+"""The circle: protect, attack, publish, and let a stranger audit what was published; one file configures all.
 
 With no argument it runs on printed letters and handwritten digits and publishes to a small Hub on this machine, which
 takes minutes on a CPU and needs no network. To publish on the real Hub, log in (`hf auth login`) and name a repository:
@@ -8,7 +8,6 @@ takes minutes on a CPU and needs no network. To publish on the real Hub, log in 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 
 from sophon_hf import split_domain
-from sophon_hf.cli.demo import SWEEP, pretrain, small_classifier
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.finetuning.loop import pretrain
+from sophon_hf.models.toy import small_classifier
 from sophon_hf.tasks.base import infer_task
 
 LOCAL_HUB = Path(__file__).parents[1] / "tests" / "helpers"
@@ -35,83 +36,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=20, help="of an attack")
     options = parser.parse_args()
     folder = options.output_dir
-    prepare(folder)
+    config = prepare(folder, options)
 
-    step(
-        "protect",
-        "--model",
-        folder / "original",
-        "--original",
-        folder / "letters",
-        "--restricted",
-        folder / "digits",
-        "--output_dir",
-        folder / "protected",
-        "--max_steps",
-        options.max_steps,
-        "--K",
-        25,
-        "--l_NTR",
-        6,
-        "--alpha",
-        1e-3,
-        "--beta",
-        2e-3,
-        "--tolerance",
-        0.02,
-        "--eval_steps",
-        30,
-        "--per_device_train_batch_size",
-        64,
-        "--use_cpu",
-        True,
-        "--strategy_space",
-        json.dumps({"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]}),
-    )
-    # Six seeds, since with twenty examples much depends on which they are.
-    budget = ("--sweep", folder / "sweep.json", "--examples", 20, "--epochs", options.epochs, "--seeds", *range(6))
-    step(
-        "attack",
-        "--protected",
-        folder / "protected",
-        "--original",
-        folder / "original",
-        "--restricted",
-        folder / "digits",
-        "--original_data",
-        folder / "letters",
-        "--output_dir",
-        folder / "attacks",
-        *budget,
-    )
+    step("protect", config)
+    step("attack", config)
     with hub(options.repo_id) as (repo_id, environment):
-        step(
-            "publish",
-            folder / "protected",
-            repo_id,
-            "--report",
-            folder / "attacks",
-            *(["--private"] if options.private else []),
-            environment=environment,
-        )
-        step(
-            "audit",
-            repo_id,
-            "--unprotected",
-            folder / "original",
-            "--restricted",
-            folder / "digits",
-            "--original",
-            folder / "letters",
-            "--output_dir",
-            folder / "audit",
-            *budget,
-            environment=environment,
-        )
+        step("publish", config, repo_id, *(["--private"] if options.private else []), environment=environment)
+        step("audit", config, repo_id, environment=environment)
 
 
-def prepare(folder: Path) -> None:
-    """A pre-trained model, two data sets and a sweep, in folders, as a publisher has them."""
+def prepare(folder: Path, options: argparse.Namespace) -> Path:
+    """Write a pre-trained model, two data sets and a sweep, as a publisher has them; return the file that names all."""
     torch.manual_seed(0)
     letters, digits, model = printed_letters(), handwritten_digits(), small_classifier()
     for name, splits in (("letters", letters), ("digits", digits)):
@@ -121,7 +56,36 @@ def prepare(folder: Path) -> None:
     _, training = split_domain(letters["train"], share=0.1)
     pretrain(model, task, build_domain(training, task.inputs(model), name="original"))
     model.save_pretrained(folder / "original")
-    (folder / "sweep.json").write_text(json.dumps([strategy.to_dict() for strategy in SWEEP]))
+    sweep = [
+        {"initialization": start, "reinitialized_blocks": blocks, "learning_rate": rate, "batch_size": 10}
+        for start, blocks in (("direct", 0), ("new_head", 0), ("new_head", 1))
+        for rate in (3e-4, 1e-3, 3e-3)
+    ]
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    fields = {
+        "model": str(folder / "original"),
+        "original": str(folder / "letters"),
+        "restricted": str(folder / "digits"),
+        "output_dir": str(folder / "protected"),
+        # The protection.
+        "max_steps": options.max_steps,
+        "K": 25,
+        "l_NTR": 6,
+        "alpha": 1e-3,
+        "beta": 2e-3,
+        "tolerance": 0.02,
+        "eval_steps": 30,
+        "per_device_train_batch_size": 64,
+        "use_cpu": True,
+        "strategy_space": {"initializations": ["direct"], "learning_rates": [1e-3, 3e-3], "batch_sizes": [20]},
+        # The attacks. Six seeds, since with twenty examples much depends on which they are.
+        "sweep": str(folder / "sweep.yaml"),
+        "examples": 20,
+        "epochs": options.epochs,
+        "seeds": list(range(6)),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+    return folder / "config.yaml"
 
 
 def step(*arguments, environment: dict[str, str] | None = None) -> None:

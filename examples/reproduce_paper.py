@@ -34,8 +34,8 @@ from torch import nn
 from sophon_hf import AttackSuite, DiffusionTask, SophonConfig, SophonTrainer, load_domain, split_domain
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.sweeps import scratch
-from sophon_hf.cli.demo import pretrain
 from sophon_hf.data.domain import build_domain
+from sophon_hf.finetuning.loop import pretrain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.protection.ntl import train_ntl
 from sophon_hf.tasks.base import Task, infer_task

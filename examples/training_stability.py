@@ -15,9 +15,10 @@ import torch
 
 from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.attacks.plots import plot_stability
-from sophon_hf.cli.demo import pretrain, small_classifier
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.finetuning.loop import pretrain
+from sophon_hf.models.toy import small_classifier
 from sophon_hf.tasks.base import infer_task
 
 LOSSES = ("inverse_cross_entropy", "kl_from_uniform", "negated_cross_entropy")

@@ -122,7 +122,7 @@ def _without_original_data(results: AttackResults) -> list[FailedCheck]:
         return []
     message = (
         f"attacks that learn from original data had none ({count} of the sweep): give `original_dataset` "
-        "(`--original_data` of `sophon-hf attack`)"
+        "(`--original` of `sophon-hf attack`)"
     )
     return [FailedCheck("attacks on original data left out", message)]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.utils import hint
+
+if TYPE_CHECKING:
+    from sophon_hf.finetuning.strategy import FineTuningStrategy
 
 _FOLDER = Path(__file__).parent / "sweep_files"
 # `full` takes the parts in this order, which is also that of its tables.
@@ -29,6 +31,8 @@ def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         choices = f" There are {', '.join(SWEEPS)}, or give a .json or .yaml file."
         raise ValueError(f"There is no sweep {str(source)!r}.{hint(source, SWEEPS, choices)}")
+    from sophon_hf.finetuning.strategy import FineTuningStrategy  # The command line needs the names alone.
+
     # JSON is YAML.
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -29,6 +29,8 @@ _READ = ("*.safetensors", "*.json", "*.txt", "README.md")
 _NOT_READ = ("adapter_*", "*/adapter_*")
 _MOST_FILES = 2000
 _LARGEST_TEXT = 64 * 2**20
+# What `sophon-hf attack` and `sophon-hf audit` leave beside a model on this machine; publishing leaves it there.
+_FOUND_HERE = ("attacks", "audit")
 
 # Fields of a configuration that lead to code of the repository's, or to another repository.
 _CODE_FIELDS = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config", "use_pretrained_backbone")
@@ -141,6 +143,8 @@ def _in_folder(origin: Path) -> tuple[dict[str, int], dict[str, str]]:
     """Return files with their sizes, and those refused: links that lead out of the folder, pipes and devices."""
     sizes, refused, inside = {}, {}, origin.resolve()
     for root, folders, names in os.walk(origin):
+        if root == str(origin):
+            folders[:] = [folder for folder in folders if folder not in _FOUND_HERE]
         for entry in [*folders, *names]:
             path = Path(root, entry)
             name = path.relative_to(origin).as_posix()

@@ -126,7 +126,7 @@ def _load_unprotected(claim: Claim, stage: Path, given: nn.Module | str | None) 
     if given is not None:
         return _load_stranger(os.fspath(given), stage, None), ""
     if claim.base_model is None or "/" not in claim.base_model:
-        return None, "no unprotected model: the claim names none on the Hub, and none was given (--unprotected)"
+        return None, "no unprotected model: the claim names none on the Hub, and none was given (--model)"
     try:
         return _load_stranger(claim.base_model, stage, claim.base_revision), ""
     except (OSError, ValueError) as error:

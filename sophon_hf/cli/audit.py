@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from sophon_hf.auditing.audit import audit as audit_model
-from sophon_hf.cli.options import add_attack_options, add_domain_options, columns, load_original, load_restricted
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sophon-hf audit",
-        description="Check what a published model claims. Without data: form, hashes, and whether the claim agrees "
-        "with "
-        "itself. With data: its figures too.",
-        epilog="Exits with 0 where everything that could be checked was reproduced, with 1 where something is weaker "
-        "than "
-        "claimed or tampered with, and with 2 where the audit could not be carried out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", help="Hub id (user/name) or folder of the published model")
-    add("--revision", help="branch, tag or commit on the Hub; the newest commit where left out")
-    add("--unprotected", help="Hub id or folder of the model before protection; what the claim names where left out")
-    add("--restricted", help="restricted domain: Hub id or folder of a data set")
-    add("--original", help="original domain: Hub id or folder of a data set")
-    add_domain_options(parser)
-    add_attack_options(parser)
-    add("--examples", type=int, help="the adversary's examples, stratified; as many as the claim's where left out")
-    add("--output_dir", default="audit", help="audit.json, audit.md, attacks and their report; a second run goes on")
-    return parser
+from sophon_hf.attacks.suite import process_state
+from sophon_hf.auditing.audit import audit
+from sophon_hf.cli.loading import columns, load_half, load_split, protected_model
 
 
-def main(arguments: list[str]) -> None:
-    """Audit as the arguments say, print the verdicts, and exit with what they come to."""
-    options = _parser().parse_args(arguments)
-    restricted = (None, None) if options.restricted is None else load_restricted(options, options.restricted)
-    original = (None, None) if options.original is None else load_original(options, options.original)
-    audit = audit_model(
-        options.model,
-        options.output_dir,
+def run(options: argparse.Namespace) -> None:
+    """Audit as the options say, print the verdicts, and exit with what they come to."""
+    folder = Path(options.output_dir) / "audit"
+    found = audit(
+        protected_model(options),
+        folder,
         revision=options.revision,
-        unprotected=options.unprotected,
-        restricted_dataset=restricted[0],
-        eval_dataset=restricted[1],
-        original_dataset=original[0],
-        original_eval_dataset=original[1],
+        unprotected=options.model,
+        restricted_dataset=load_half(options, defender=False),
+        eval_dataset=load_split(options, "restricted", test=True),
+        original_dataset=load_split(options, "original"),
+        original_eval_dataset=load_split(options, "original", test=True),
         sweep=options.sweep,
         seeds=options.seeds,
         epochs=options.epochs,
@@ -54,6 +30,7 @@ def main(arguments: list[str]) -> None:
         input_columns=columns(options, "input"),
         label_columns=columns(options, "label"),
     )
-    print(audit.to_text())
-    print(f"\nThe whole audit: {options.output_dir}/audit.md")
-    sys.exit(audit.exit_code)
+    if process_state().is_main_process:
+        print(found.to_text())
+        print(f"\nThe whole audit: {folder}/audit.md")
+    sys.exit(found.exit_code)

@@ -15,16 +15,16 @@ import torch
 from sophon_hf.attacks.report import write_report
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.suite import AttackSuite
-from sophon_hf.data.batches import Stream
-from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.data.domain import build_domain
 from sophon_hf.data.labels import split_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
-from sophon_hf.finetuning.loop import FineTuning
+from sophon_hf.finetuning.loop import pretrain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.models.loading import load_model
+from sophon_hf.models.toy import small_classifier
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
-from sophon_hf.tasks.base import Task, infer_task
+from sophon_hf.tasks.base import infer_task
 
 MARK = ".sophon-demo"
 ADVERSARY_EXAMPLES, ADVERSARY_EPOCHS, ADVERSARY_SEEDS = 20, 20, 10
@@ -67,32 +67,6 @@ _PROTECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-def small_classifier(num_labels: int = 10) -> torch.nn.Module:
-    """Return a small ResNet of transformers for 32x32 grey images, not trained yet."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1]}
-    return ResNetForImageClassification(
-        ResNetConfig(num_channels=1, layer_type="basic", num_labels=num_labels, **sizes)
-    )
-
-
-def pretrain(
-    model: torch.nn.Module, task: Task, domain: Domain, steps: int = 400, seed: int = 0, learning_rate: float = 3e-3
-) -> None:
-    """Train a model in place with the fine-tuning engine, as its publisher would before protecting it."""
-    from tqdm.auto import tqdm
-
-    strategy = FineTuningStrategy(learning_rate=learning_rate, schedule="cosine", warmup_ratio=0.1, batch_size=64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        batches = Stream(domain, task.collate, seed).batches(strategy.batch_size)
-        structure = task.structure(model, next(batches))
-        training = FineTuning(model, task, strategy, batches, steps, structure=structure)
-        for _ in tqdm(training, total=steps, desc="pre-training"):
-            pass
 
 
 def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.0) -> dict[str, Any]:

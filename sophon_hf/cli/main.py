@@ -1,89 +1,40 @@
-"""`sophon-hf`: protect a model, attack it, report, or see the demo.
-
-Libraries are imported only by the command that needs them.
-"""
+"""`sophon-hf`: read what a command is told, then import the libraries that it needs, and run it."""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import os
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
 
-USAGE = """usage: sophon-hf COMMAND ...
+from sophon_hf import __version__
+from sophon_hf.cli.options import COMMANDS, read_options
+from sophon_hf.utils import hint
+
+USAGE = f"""usage: sophon-hf COMMAND [CONFIG.yaml] [--flag value ...]
 
 Protect pre-trained models against fine-tuning in a restricted domain, and measure what the protection is worth.
 
 commands:
-  protect [CONFIG.yaml] [--field value ...]   run Algorithm 1 on a model (`protect --help` explains the fields)
-  attack  --protected ... --original ...      find the strongest attack of a sweep (`sophon-hf attack --help`)
-  report  DIR                                 tell again what a finished sweep found
-  publish DIR user/name [--report DIR]        upload a protected model to the Hub, with card and sophon.json
-  audit   MODEL [--restricted ... --original ...]   find out whether what a published model claims is true
-  demo    [--output_dir DIR]                  pre-train, protect, attack and report on data that ships with a dependency
+{chr(10).join(f"  {name:8} {line}" for name, line in COMMANDS.items())}
 
-`--traceback` anywhere shows where an error came from.
-On several processes: accelerate launch -m sophon_hf.cli protect CONFIG.yaml
+`sophon-hf COMMAND --help` explains the flags. A YAML file may hold them for all commands; flags win.
+`--traceback` anywhere shows where an error came from; `--version` shows the version.
+In several processes: sophon-hf protect CONFIG.yaml --accelerate_config two_gpus
 """
 
 
-def _protect(arguments: list[str]) -> None:
-    from sophon_hf.cli.protect import main as protect
-
-    protect(arguments)
-
-
-def _attack(arguments: list[str]) -> None:
-    from sophon_hf.cli.attack import main as attack
-
-    attack(arguments)
-
-
-def _report(arguments: list[str]) -> None:
-    from sophon_hf.cli.attack import report
-
-    report(arguments)
-
-
-def _audit(arguments: list[str]) -> None:
-    from sophon_hf.cli.audit import main as audit
-
-    audit(arguments)
-
-
-def _publish(arguments: list[str]) -> None:
-    from sophon_hf.cli.publish import main as publish
-
-    publish(arguments)
-
-
-def _demo(arguments: list[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="sophon-hf demo", description="Pre-train, protect, attack, report.")
-    parser.add_argument(
-        "--output_dir", default="demo-output", help="gets model, attacks and report; an earlier demo makes room"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of both protections")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="of iterations and adversary's seeds; 0.1 for a glance"
-    )
-    options = parser.parse_args(arguments)
-    from sophon_hf.cli.demo import run
-
-    run(options.output_dir, options.seed, options.scale)
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "protect": _protect,
-    "attack": _attack,
-    "report": _report,
-    "publish": _publish,
-    "audit": _audit,
-    "demo": _demo,
-}
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `sophon-hf`."""
+    """Run `sophon-hf` with these arguments, or with those of the process.
+
+    Raises:
+        SystemExit: With 2 and one line where something could not be carried out; with 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -91,24 +42,87 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         return
     if arguments[0] == "--version":
-        from sophon_hf import __version__
-
         print(__version__)
         return
-    if arguments[0] not in COMMANDS:
-        from sophon_hf.utils import hint
-
-        sys.exit(f"sophon-hf has no command {arguments[0]!r}." + hint(arguments[0], COMMANDS, f"\n{USAGE}"))
-    # An audit ends in 1 where a claim is not true, so nothing else of it may.
-    auditing = arguments[0] == "audit"
-    expected = (Exception,) if auditing else (ValueError, TypeError, OSError)
+    command, options = arguments[0], argparse.Namespace()
+    if command not in COMMANDS:
+        _end(f"sophon-hf has no command {command!r}." + hint(command, COMMANDS, f"\n{USAGE}"))
     try:
-        COMMANDS[arguments[0]](arguments[1:])
-    except expected as error:
-        if traceback:
+        options = read_options(command, arguments[1:])
+        if getattr(options, "accelerate_config", None):
+            _launch(options.accelerate_config, arguments)
+        else:
+            _run(command, options)
+    except KeyboardInterrupt:
+        if _rank() == 0 and getattr(options, "accelerate_config", None) != "":
+            print(f"\nsophon-hf {command}: interrupted. {_how_to_go_on(command, options)}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # What torch raises, which must not be imported before it is needed.
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        # An audit ends in 1 where a claim is not true, so nothing else of it may.
+        foreseen = (
+            out_of_memory or command == "audit" or isinstance(error, (ValueError, TypeError, OSError, ImportError))
+        )
+        if traceback or not foreseen:
             raise
-        message = f"sophon-hf {arguments[0]}: {error}"
-        if not auditing:
-            sys.exit(message)
-        print(message, file=sys.stderr)
-        sys.exit(2)
+        if _rank():
+            time.sleep(2)  # Where all processes fail alike, the first one says why, and the launcher ends the others.
+        advice = " Take smaller batches." if out_of_memory else ""
+        _end(f"sophon-hf {command}: {' '.join(str(error).split())}{advice}")
+
+
+def _run(command: str, options: argparse.Namespace) -> None:
+    if _rank():
+        # What the first process warns of holds for all.
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    module = import_module(f"sophon_hf.cli.{command}")
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # A bar for each file that is read or written.
+    if command == "demo":
+        module.run(**vars(options))
+    else:
+        module.run(options)
+
+
+def _end(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    ended = SystemExit(message)
+    ended.code = 2
+    raise ended
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _how_to_go_on(command: str, options: argparse.Namespace) -> str:
+    if command in ("attack", "audit"):
+        return "The same command goes on: finished attacks are kept."
+    if command == "protect" and any(Path(options.output_dir).glob("checkpoint-*")):
+        return "The same command with --resume goes on from the last checkpoint."
+    return "The same command starts again: nothing was saved yet." if command == "protect" else "Start it again."
+
+
+def _launch(config: str, arguments: list[str]) -> None:
+    """Run the command in the processes that a configuration of accelerate asks for."""
+    import yaml
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # The process has said why it failed.
+    if (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("use_cpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate starts several processes on CPUs as if on GPUs.
+    # The last of two flags counts: these processes must not launch others.
+    command = ["--config_file", config, "-m", "sophon_hf.cli", *arguments, "--accelerate_config="]
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        code = next(iter(error.failures.values())).exitcode
+        sys.exit(code if code > 0 else 1)

@@ -1,85 +1,334 @@
-"""The options with which `attack` and `audit` are told of their data, and the data."""
+"""What a command is told: by a configuration file, which all commands share, and by flags, which win.
+
+Nothing here imports torch, so that help and typing errors answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-import datasets
+import yaml
 
-from sophon_hf.data.labels import select_classes, split_domain
-from sophon_hf.data.loading import load_domain
+from sophon_hf.attacks.sweeps import SWEEPS
+from sophon_hf.cli.fields import sophon_fields, training_fields
+from sophon_hf.protection.presets import PRESETS
+from sophon_hf.utils import hint
 
-
-def add_domain_options(parser: argparse.ArgumentParser) -> None:
-    """Splits, classes and columns of both domains."""
-    add = parser.add_argument
-    add("--restricted_split", default="train", help="its split that the adversary trains on")
-    add("--test_split", default="test", help="its split that results are reported on")
-    add("--restricted_classes", nargs="+", help="keep these classes, numbered in this order, as for protection")
-    add("--original_split", default="train", help="its split for attacks that warm up on it")
-    add("--original_test_split", default="test", help="its split that intactness is measured on")
-    for name in ("original", "restricted"):
-        add(f"--{name}_input", help=f"input column of the {name} domain, where it is not clear")
-        add(f"--{name}_label", help=f"label column of the {name} domain, where it is not clear")
-    add("--original_classes", nargs="+", help="keep these classes of it, numbered in this order, as for protection")
-    add(
-        "--whole",
-        action="store_true",
-        help="train on the whole split, not on the adversary's half of `sophon-hf protect`",
-    )
-
-
-def add_attack_options(parser: argparse.ArgumentParser) -> None:
-    """The adversary's budget."""
-    from sophon_hf.attacks.sweeps import SWEEPS
-
-    add = parser.add_argument
-    add("--sweep", default="strong", help=f"{', '.join(SWEEPS)}, or a JSON or YAML file with strategies")
-    add(
-        "--epochs",
-        type=float,
-        help="of an ordinary attack; one that sets its steps keeps them. Left out: the sweep's own, in an audit the "
-        "claim's",
-    )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of every attack")
+COMMANDS = {
+    "protect": "run Algorithm 1 on a model",
+    "attack": "find the strongest attack of a sweep on a protected model",
+    "report": "tell again what a finished sweep found",
+    "publish": "upload a protected model to the Hub, with its card and sophon.json",
+    "audit": "find out whether what a published model claims is true",
+    "demo": "pre-train, protect, attack and report, on data that ships with the dependencies",
+}
+_EPILOGS = {
+    "protect": "All fields of transformers.TrainingArguments (seed, bf16, report_to, ...) are flags and keys too.",
+    "publish": "Log in first: `hf auth login`. Configuration, safetensors, processor, README.md, sophon.json and plots "
+    "leave the machine, nothing else.",
+    "audit": "Without data it checks form, hashes, and whether the claim agrees with itself; with data, its figures "
+    "too. Exits with 0 where everything that could be checked was reproduced, with 1 where something is weaker than "
+    "claimed or tampered with, and with 2 where the audit could not be carried out.",
+}
+# What a word without a flag stands for; where there are fewer words than names, the last names.
+_WORDS = {"report": ["output_dir"], "publish": ["output_dir", "repo_id"], "audit": ["protected"]}
+_CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "accelerate_configs").glob("*.yaml"))}
 
 
-def columns(
-    options: argparse.Namespace, kind: str, names: tuple[str, ...] = ("original", "restricted")
-) -> dict[str, str | None]:
-    """The `input` or `label` columns of the named domains."""
-    return {name: getattr(options, f"{name}_{kind}") for name in names}
+def _sweep(text: str) -> str:
+    if text in SWEEPS or Path(text).is_file():
+        return text
+    if Path(text).suffix in (".json", ".yaml", ".yml"):
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    choices = f" There are {', '.join(SWEEPS)}, or give a .json or .yaml file"
+    raise argparse.ArgumentTypeError(f"There is no sweep {text!r}.{hint(text, SWEEPS, choices)}")
 
 
-def load_restricted(options: argparse.Namespace, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """What the adversary trains on, and the test split."""
-    training, test = (
-        _load(source, split, options.restricted_classes, options.restricted_label)
-        for split in (options.restricted_split, options.test_split)
-    )
-    if not options.whole:
-        _, training = split_domain(training, column=options.restricted_label)
-    return training, test
+def _accelerate_config(text: str) -> str:
+    # The processes that are launched get an empty one, so that they do not launch others.
+    if not text or text in _CONFIGS or Path(text).is_file():
+        return str(_CONFIGS.get(text, text))
+    choices = f" There are {', '.join(_CONFIGS)}, or give a file"
+    raise argparse.ArgumentTypeError(f"There is no configuration {text!r}.{hint(text, _CONFIGS, choices)}")
 
 
-def load_original(options: argparse.Namespace, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """What attacks may warm up on, and the test split."""
-    training, test = (
-        _load(source, split, options.original_classes, options.original_label)
-        for split in (options.original_split, options.original_test_split)
-    )
-    return training, test
+@dataclass(frozen=True)
+class _Flag:
+    """A word that commands are told, with one meaning in all of them.
+
+    Attributes:
+        commands: Which take it.
+        help: What it is.
+        kind: A type as an annotation has it, or a function that reads it.
+        default: Where nobody names it.
+        required: The commands that cannot do without.
+        choices: Its values, where there are few.
+    """
+
+    commands: str
+    help: str
+    kind: str | Callable[[str], str] = "str"
+    default: Any = None
+    required: str = ""
+    choices: Sequence[str] | None = None
 
 
-def load_benign(options: argparse.Namespace, source: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """An allowed task: what is trained on, and the test split."""
-    training, test = (
-        _load(source, split, options.benign_classes, options.benign_label)
-        for split in (options.benign_split, options.benign_test_split)
-    )
-    return training, test
+_FLAGS = {
+    "model": _Flag(
+        "protect attack audit",
+        "the model before protection: Hub id or folder (an audit takes the claim's where left out)",
+        required="protect attack",
+    ),
+    "protected": _Flag("attack audit", "the protected model: Hub id or folder; output_dir where left out"),
+    "output_dir": _Flag(
+        "protect attack report publish audit",
+        "folder of the protected model; attacks/ and audit/ in it are what these commands find",
+        default="sophon-output",
+    ),
+    "original": _Flag("protect attack audit", "original domain: Hub id or folder of a data set", required="protect"),
+    "restricted": _Flag(
+        "protect attack audit", "restricted domain: Hub id or folder of a data set", required="protect attack"
+    ),
+    "benign": _Flag("attack", "an allowed task (Hub id or folder): what the protection costs an honest user"),
+    **{
+        name: flag
+        for domain, commands in (
+            ("original", "protect attack audit"),
+            ("restricted", "protect attack audit"),
+            ("benign", "attack"),
+        )
+        for name, flag in {
+            f"{domain}_split": _Flag(commands, f"split of --{domain} to learn from", default="train"),
+            f"{domain}_test_split": _Flag(
+                commands.replace("protect ", ""), f"split of --{domain} to report on", default="test"
+            ),
+            f"{domain}_classes": _Flag(commands, f"keep these classes of --{domain}, in this order", "list[str]"),
+            f"{domain}_input": _Flag(commands, f"input column of --{domain}, where it is not clear"),
+            f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
+        }.items()
+    },
+    "adversary_half": _Flag(
+        "protect attack audit",
+        "split the restricted domain in halves (seeded, stratified): protect takes one, attack and audit the other; "
+        "false: all of it",
+        "bool",
+        True,
+    ),
+    "preset": _Flag("protect", "defaults of the hyper-parameters", default="paper", choices=tuple(PRESETS)),
+    "resume": _Flag("protect", "go on from the last complete checkpoint in output_dir", "bool", False),
+    "sweep": _Flag("attack audit", f"{', '.join(SWEEPS)}, or a JSON or YAML file of strategies", _sweep, "strong"),
+    "epochs": _Flag(
+        "attack audit",
+        "length of an ordinary attack; one that sets its steps keeps them (left out: the sweep's own, in an audit the "
+        "claim's)",
+        "float",
+    ),
+    "seeds": _Flag("attack audit", "seeds of every attack", "list[int]", [0, 1, 2]),
+    "examples": _Flag(
+        "attack audit",
+        "the adversary's examples, stratified (left out: all, in an audit as many as the claim's)",
+        "int",
+    ),
+    "measured_every": _Flag("attack", "measure every so many steps, not at epochs 0, 1, 5, ... 20", "int"),
+    "accelerate_config": _Flag(
+        "protect attack audit",
+        f"run in several processes: {', '.join(_CONFIGS)}, or a file that `accelerate config` wrote",
+        _accelerate_config,
+    ),
+    "dry_run": _Flag("attack", "tell what would be done, and do nothing", "bool", False),
+    "repo_id": _Flag("publish", "user/name on the Hub; made where it does not exist", required="publish"),
+    "report": _Flag("publish", "folder of the attacks that card and sophon.json tell; output_dir/attacks if it exists"),
+    "private": _Flag("publish", "make a new repository private", "bool", False),
+    "revision": _Flag(
+        "publish audit", "branch on the Hub, for an audit also tag or commit (left out: main, its newest commit)"
+    ),
+}
+_DEMO_FLAGS = {
+    "output_dir": _Flag("demo", "gets models, attacks and report; an earlier demo makes room", default="demo-output"),
+    "seed": _Flag("demo", "seed of both protections", "int", 0),
+    "scale": _Flag("demo", "factor of iterations and of the adversary's seeds; 0.1 for a glance", "float", 1.0),
+}
 
 
-def _load(source: str, split: str, classes: list[str] | None, label: str | None) -> datasets.Dataset:
-    dataset = load_domain(source, split)
-    return select_classes(dataset, classes, label) if classes else dataset
+def read_options(command: str, arguments: list[str]) -> argparse.Namespace:
+    """Return what a command was told; fields of `SophonConfig` are there only where they were named.
+
+    Args:
+        command: Its name.
+        arguments: What follows it: a configuration file, if any, other words, and flags.
+
+    Raises:
+        ValueError: An unknown name (the closest one is named), a wrong or a missing value, or a broken file.
+        FileNotFoundError: There is no such file.
+        SystemExit: After `--help`.
+    """
+    parser = _Parser(command)
+    flags, words = parser.read_flags(arguments)
+    file = parser.read_file(words.pop(0)) if words and words[0].endswith((".yaml", ".yml")) else {}
+    names = _WORDS.get(command, [])
+    if len(words) > len(names):
+        parser.error(f"{words[len(names)]!r} belongs to no flag (a configuration file ends in .yaml or .yml)")
+    named = dict(zip(names[len(names) - len(words) :], words, strict=True))
+    options = {**parser.defaults, **file, **named, **flags}
+    if missing := [f"--{name}" for name in parser.required if options[name] is None]:
+        parser.error(f"the following are required, as flags or in a configuration file: {', '.join(missing)}")
+    return argparse.Namespace(**options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """The flags of a command."""
+
+    def __init__(self, command: str):
+        words = ["user/name" if name == "repo_id" else "DIR" for name in _WORDS.get(command, [])]
+        what = COMMANDS[command]
+        super().__init__(
+            prog=f"sophon-hf {command}",
+            usage=" ".join(["%(prog)s [CONFIG.yaml]", *(f"[{word}]" for word in words), "[--flag value ...]"]),
+            description=f"{what[0].upper()}{what[1:]}. A YAML file, which comes first, may hold any flag as a key, and "
+            "may be the same file for all commands. Flags win.",
+            epilog=_EPILOGS.get(command),
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        flags = _DEMO_FLAGS if command == "demo" else {n: f for n, f in _FLAGS.items() if command in f.commands.split()}
+        self.defaults = {name: flag.default for name, flag in flags.items()}
+        self.required = [name for name, flag in flags.items() if command in flag.required.split()]
+        self.nullable = {name for name, flag in flags.items() if flag.default is None}
+        for name, flag in flags.items():
+            self._add(name, flag.kind, flag.default, flag.help, flag.choices)
+        if command == "protect":
+            self._add_config(set(flags))
+
+    def _add_config(self, known: set[str]) -> None:
+        theirs, own = training_fields(), sophon_fields()
+        for name, field in {**own, **{n: f for n, f in theirs.items() if n not in own}}.items():
+            if field.nullable:
+                self.nullable.add(name)
+            if name in known:
+                continue
+            # Among a hundred fields of the Trainer SOPHON's would not be found.
+            text = field.metadata.get("help", "") if name in own else argparse.SUPPRESS
+            choices = [c for f in (field, theirs.get(name)) if f is not None and (c := f.metadata.get("choices"))]
+            self._add(name, field.kind, field.default, text, choices[0] if choices else None)
+
+    def _add(
+        self, name: str, kind: str | Callable[[str], str], default: Any, text: str, choices: Sequence[str] | None
+    ) -> None:
+        """Add a flag, and for a switch that is on also the one that turns it off."""
+        how: dict[str, Any]
+        if kind == "bool":
+            how = {"type": _truth, "nargs": "?", "const": True}
+        elif kind in ("list[str]", "list[int]"):
+            how = {"type": int if kind == "list[int]" else str, "nargs": "+"}
+        elif choices:
+            how = {"type": str, "choices": choices}
+        else:
+            how = {
+                "type": {"int": int, "float": float, "str": str}.get(kind, _json_or_text)
+                if isinstance(kind, str)
+                else kind
+            }
+        if text is not argparse.SUPPRESS:
+            shown = "" if default is None else f" (default: {default})"
+            text = f"{text.rstrip('.')}{shown}".replace("%", "%%")
+        metavar = None if choices else "VALUE"
+        self.add_argument(f"--{name}", help=text, metavar=metavar, **how)
+        if kind == "bool" and default is True:
+            self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave it to `main` how a mistake is told."""
+        end = "" if message.endswith(("?", ".")) else "."
+        raise ValueError(f"{message}{end} `{self.prog} --help` explains the flags.")
+
+    def read_flags(self, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return what flags say, and the words that belong to none."""
+        normal = []
+        for argument in arguments:
+            if argument.startswith("--"):
+                name, equals, value = argument[2:].partition("=")
+                name = name.replace("-", "_")
+                known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+                if name not in known:
+                    close = hint(name, known).replace("'", "'--", 1)
+                    self.error(f"There is no flag '--{name}'.{close}")
+                argument = f"--{name}{equals}{value}"
+            normal.append(argument)
+        options, words = self.parse_known_args(normal)
+        if flags := [word for word in words if word.startswith("-")]:
+            self.error(f"There is no flag {flags[0]!r}")
+        return vars(options), words
+
+    def read_file(self, path: str) -> dict[str, Any]:
+        """Return what a configuration file says to this command, after the checks that a flag goes through."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no file {path!r}.")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold fields (`model: ...`), not a {type(values).__name__}.")
+        actions = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
+        options: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                if name not in actions:
+                    _check_known(str(name))
+                elif value is None:
+                    if name not in self.nullable:
+                        raise ValueError("it cannot be null; leave it out for its default")
+                    options[name] = None
+                else:
+                    options |= self.read_flags([f"--{name}", *_as_texts(actions[name], value)])[0]
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from error
+        return options
+
+
+def _check_known(name: str) -> None:
+    """Refuse a key that belongs to no command; one of another command's is left to it."""
+    known = {*_FLAGS, *_DEMO_FLAGS, *sophon_fields(), *training_fields()}
+    if name not in known:
+        raise ValueError(f"no command has such a key.{hint(name, known)}")
+
+
+def _as_texts(action: argparse.Action, value: Any) -> list[str]:
+    """Return a value of a file as the arguments of its flag."""
+    texts = []
+    for item in value if isinstance(value, list) and action.nargs == "+" else [value]:
+        if isinstance(item, (dict, list)):
+            if action.type is not _json_or_text:
+                raise ValueError(f"it takes {'a list of values' if action.nargs == '+' else 'one value'}, not {item!r}")
+            item = json.dumps(item)
+        elif isinstance(item, bool):
+            if item is False and "no" in (action.choices or ()):
+                item = "no"
+            elif action.type is str:
+                raise ValueError("YAML reads an unquoted yes, no, on or off as a truth value: put it in quotes")
+            item = str(item).lower()
+        texts.append(str(item))
+    return texts
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1", "t", "y"):
+        return True
+    if text.lower() in ("false", "no", "0", "f", "n"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _json_or_text(text: str) -> Any:
+    """Read JSON where it is a list, a mapping or a truth value; anything else is a text, such as a file's name."""
+    if text.lstrip()[:1] not in ("{", "[") and text not in ("true", "false"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
 
-from sophon_hf.data.batches import Batch
+from sophon_hf.data.batches import Batch, Stream
+from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.adapters import add_adapter
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.optimizers import make_optimizer, make_scheduler
@@ -243,3 +245,26 @@ def _select_parameters(
     if not chosen:
         raise ValueError(f"The strategy '{strategy.name}' finds no parameter of {type(model).__name__} to update.")
     return chosen
+
+
+def pretrain(
+    model: nn.Module, task: Task, domain: Domain, steps: int = 400, seed: int = 0, learning_rate: float = 3e-3
+) -> None:
+    """Train a model in place, as its publisher would before protecting it.
+
+    Args:
+        model: Not trained yet.
+        task: What it learns.
+        domain: What from.
+        steps: Optimizer steps, of 64 examples each.
+        seed: Decides the order of the examples, and dropout.
+        learning_rate: Adam's, after a warm-up of a tenth of the steps; it falls along a cosine.
+    """
+    strategy = FineTuningStrategy(learning_rate=learning_rate, schedule="cosine", warmup_ratio=0.1, batch_size=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batches = Stream(domain, task.collate, seed).batches(strategy.batch_size)
+        structure = task.structure(model, next(batches))
+        training = FineTuning(model, task, strategy, batches, steps, structure=structure)
+        for _ in tqdm(training, total=steps, desc="pre-training"):
+            pass

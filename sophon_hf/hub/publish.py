@@ -146,14 +146,15 @@ def with_report(folder: Path, claim: Claim, report: str | os.PathLike) -> tuple[
     Args:
         folder: What the model is saved in.
         claim: Its claim.
-        report: The folder of results.json, or the report inside it.
+        report: `output_dir` of `sophon-hf attack`, the folder of results.json in it, or the report inside that.
 
     Raises:
         FileNotFoundError: There are no results.
         ValueError: They are about another model.
     """
     report = Path(report)
-    path = next((f / "results.json" for f in (report, report.parent) if (f / "results.json").exists()), None)
+    places = (report / "attacks", report, report.parent)
+    path = next((place / "results.json" for place in places if (place / "results.json").exists()), None)
     if path is None:
         raise FileNotFoundError(f"{report} has no results.json: name the output_dir of `sophon-hf attack`.")
     results = AttackResults.load(path)

@@ -224,8 +224,8 @@ def _checkpoint_to_resume(
         if found:
             raise ValueError(
                 f"{output_dir!r} holds another run ({min(found)}). Go on with it by "
-                "train(resume_from_checkpoint=True) if it has a complete checkpoint; else empty the folder, or choose "
-                "another output_dir."
+                "train(resume_from_checkpoint=True), or --resume on the command line, if it has a complete checkpoint; "
+                "else empty the folder, or choose another output_dir."
             )
         return None
     checkpoint = _last_complete_checkpoint(output_dir) if wanted is True else os.fspath(wanted)

@@ -10,9 +10,10 @@ from torch import nn
 
 from sophon_hf import AttackSuite, FineTuningStrategy, split_domain
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.cli.demo import pretrain, small_classifier
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
+from sophon_hf.finetuning.loop import pretrain
+from sophon_hf.models.toy import small_classifier
 from sophon_hf.protection.ntl import train_ntl
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model

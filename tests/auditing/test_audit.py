@@ -114,7 +114,7 @@ def test_few_examples_of_the_original_domain_tell_nothing(truth, tmp_path):
 def test_without_the_unprotected_model_resistance_is_not_checkable(truth, tmp_path):
     audit = full_audit(truth, truth["folder"], tmp_path / "audit", unprotected=None)
     for name in ("recovered transfer", "strongest attack's accuracy"):
-        assert verdict_of(audit, name) == NOT_CHECKABLE and "--unprotected" in why_of(audit, name)
+        assert verdict_of(audit, name) == NOT_CHECKABLE and "--model" in why_of(audit, name)
     # On the claim's own data, the metric after protection needs no other model.
     assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
 
@@ -328,12 +328,12 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
         str(folder),
         "--restricted",
         parts["restricted"],
-        "--whole",
+        "--no_adversary_half",
         "--original",
         parts["original"],
         "--sweep",
         str(tmp_path / "sweep.json"),
-        "--unprotected",
+        "--model",
         str(truth["root"] / "original"),
         "--output_dir",
         str(tmp_path / "audit"),
@@ -345,8 +345,17 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
     assert "reproduced" in out and "audit.md" in out
     edit_claim(folder, attacks__recovered_transfer__value=0.01)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["audit", str(folder), "--output_dir", str(tmp_path / "audit")])
+        cli.main(["audit", str(folder), "--output_dir", str(tmp_path)])
     assert ended.value.code == 1 and "tampered" in capsys.readouterr().out
+
+
+def test_the_folder_is_audited_without_what_the_commands_left_in_it(folder, tmp_path, monkeypatch):
+    for i in range(2001):
+        (folder / "attacks" / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / "attacks" / "runs" / f"{i}.json").write_text('{"auto_map": "x"}')
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", "--output_dir", str(folder)])
+    assert ended.value.code == 0, "neither their number nor what is in them counts"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +364,7 @@ def test_the_command_audits_folders_and_exits_with_the_verdict(truth, folder, tm
         (["missing/model"], "cannot be reached"),
         (["./missing"], "not the form of a Hub id"),
         (["FOLDER", "--restricted", "./nowhere"], "no folder"),
-        (["FOLDER", "--unprotected", "./nowhere"], "There is no folder './nowhere'"),
+        (["FOLDER", "--model", "./nowhere"], "There is no folder './nowhere'"),
         (["FOLDER", "--sweep", "stron"], "There is no sweep 'stron'. Did you mean 'strong'?"),
         (["FOLDER", "--revision", "main", "--output_dir", "FILE"], "FILE"),
     ],

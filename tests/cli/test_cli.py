@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from sophon_hf import FineTuningStrategy, __version__, load_domain
 from sophon_hf.cli import main as cli
-from sophon_hf.cli.protect import read_arguments
+from sophon_hf.cli.options import COMMANDS
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.tasks.base import infer_task
@@ -32,23 +32,34 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 # Answers without libraries.
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["protct"]])
-def test_it_answers_without_importing_torch(arguments):
-    code = """
-import sys
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        (["--help"], 0, "commands:"),
+        ([], 0, "commands:"),
+        (["--version"], 0, __version__),
+        (["protct"], 2, "Did you mean 'protect'?"),
+        (["protect", "--help"], 0, "--l_NTR"),
+        (["attack", "--help"], 0, "--sweep"),
+        (["protect", *MODEL, "--alhpa", "1"], 2, "Did you mean '--alpha'?"),
+        (["protect", *MODEL, "--max_steps", "many"], 2, "invalid int value: 'many'"),
+        (["attack", *MODEL, "--sweep", "stron"], 2, "Did you mean 'strong'?"),
+        (["audit", "missing.yaml"], 2, "There is no file 'missing.yaml'"),
+    ],
+)
+def test_it_answers_without_importing_torch(arguments, code, told):
+    script = """
+import atexit, sys
+atexit.register(lambda: print(sorted({"torch", "transformers", "datasets", "numpy", "matplotlib"} & set(sys.modules))))
 from sophon_hf.cli.main import main
-try:
-    main(sys.argv[1:])
-except SystemExit as error:
-    print(error)
-print(sorted({"torch", "transformers", "datasets", "numpy", "matplotlib"} & set(sys.modules)))
+main(sys.argv[1:])
 """
-    process = run_python(code, *arguments)
-    assert process.returncode == 0, process.stderr
+    process = run_python(script, *arguments)
+    assert process.returncode == code, process.stderr
+    assert told in process.stdout + process.stderr
     assert process.stdout.splitlines()[-1] == "[]"
-    assert {"--version": __version__, "protct": "Did you mean 'protect'?"}.get(
-        (arguments or [""])[0], "commands:"
-    ) in process.stdout
+    if code and arguments[0] in COMMANDS:
+        assert len(process.stderr.splitlines()) == 1
 
 
 def test_an_unknown_command_names_the_closest():
@@ -58,88 +69,36 @@ def test_an_unknown_command_names_the_closest():
         cli.main(["zzzz"])
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
-    assert ended.value.code == 0
-    assert f"sophon-hf {command}" in capsys.readouterr().out
-    assert f"  {command} " in cli.USAGE
-
-
-@pytest.mark.parametrize("command, own", [("attack", "attacks"), ("audit", "audit")])
-def test_the_help_of_attacks_tells_the_defaults(command, own, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for default in ("strong", "[0, 1, 2]", "train", own):
-        assert f"(default: {default})" in text
-
-
-def test_the_help_of_protect_names_every_field(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["protect", "--help"])
-    text = capsys.readouterr().out
-    for name in ("--restricted_classes", "--l_FTS", "--l_NTR", "--alpha", "--strategy_space", "--resume"):
-        assert name in text
-
-
-def test_the_help_of_protect_leaves_the_trainers_fields_to_its_own_documentation(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["protect", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: sophon-hf protect [CONFIG.yaml] [--field value ...]")
-    assert "a YAML file, which comes first" in text and "transformers.TrainingArguments" in text
-    assert "--warmup_steps" not in text and "--no_adversary_half" not in text
-    options, config = read_arguments([*MODEL, "--warmup_steps", "3", "--no_adversary_half"])
-    assert config.warmup_steps == 3 and options.adversary_half is False
+def test_the_usage_names_every_command():
+    assert all(f"  {command} " in cli.USAGE for command in COMMANDS)
 
 
 # Errors.
 
 
-def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path):
-    with pytest.raises(SystemExit, match="^sophon-hf report: .*results.json does not exist"):
+def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(tmp_path)])
-    with pytest.raises(FileNotFoundError, match="results.json does not exist"):
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"sophon-hf report: {tmp_path}/attacks has no results.json")
+    with pytest.raises(FileNotFoundError, match="has no results.json"):
         cli.main(["report", str(tmp_path), "--traceback"])
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "command, arguments, message",
     [
-        ([*MODEL, "--alhpa", "1"], "no field 'alhpa'. Did you mean 'alpha'"),
-        ([*MODEL, "--restricted_clases", "a"], "Did you mean 'restricted_classes'"),
-        ([*MODEL, "stray"], "'stray' belongs to no field"),
-        ([*MODEL, "--max_steps", "many"], "--max_steps.*: invalid int value: 'many'.*--help"),
-        ([*MODEL, "--adversary_half", "perhaps"], "adversary_half"),
-        (["--model", "m"], "required: --original, --restricted"),
-        (["missing.yaml"], "missing.yaml"),
-        (["--max_steps", "2", "config.yaml"], "required: --model.*A YAML file comes first"),
-        ([*MODEL, "--max_steps", "2", "config.yaml"], "'config.yaml' belongs to no field. A YAML file comes first"),
+        ("protect", ["--fsdp", "--fsdp_config", "{}"], "fsdp shards a model over several processes"),
+        ("protect", ["--K", "0"], "K is 0, but must be a whole number"),
+        ("attack", ["--output_dir", "nowhere"], "There is no folder 'nowhere' with a protected model"),
     ],
 )
-def test_bad_arguments_of_protect(arguments, message):
-    with pytest.raises(SystemExit, match=f"(?s)^sophon-hf protect: .*{message}"):
-        cli.main(["protect", *arguments])
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("l_NRT: 3", "no field 'l_NRT'. Did you mean 'l_NTR'"),
-        ("- model", "must hold fields"),
-        ("max_steps: many", "invalid int value: 'many'"),
-        (
-            "fsdp: true\nfsdp_config: {transformer_layer_cls_to_wrap: [ViTLayer]}",
-            "fsdp shards a model over several processes",
-        ),
-    ],
-)
-def test_bad_files_of_protect(tmp_path, text, message):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=f"^sophon-hf protect: .*{message}"):
-        cli.main(["protect", str(tmp_path / "config.yaml"), *MODEL])
+def test_values_that_do_not_fit_end_in_one_line(command, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *MODEL, *arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and len(error.splitlines()) == 1
 
 
 def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_path, monkeypatch):
@@ -162,43 +121,6 @@ def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_pat
     with pytest.raises(RuntimeError, match="stop"):
         demo.run(tmp_path / "demo")
     assert not earlier.exists()
-
-
-# Files and flags.
-
-
-def test_flags_win_over_the_file(tmp_path):
-    config = {
-        "model": "from-file",
-        "original": "o",
-        "restricted": "r",
-        "restricted_classes": ["cat", "7"],
-        "alpha": 1e-3,
-        "max_steps": 7,
-        "K": 3,
-        "adversary_half": False,
-        "resume": None,
-        "learning_rate": "5e-4",
-        "strategy_space": {"learning_rates": [1e-3], "batch_sizes": [25]},
-        "output_dir": str(tmp_path),
-    }
-    path = tmp_path / "config.yml"
-    path.write_text(yaml.safe_dump(config))
-    options, args = read_arguments([str(path), "--max_steps", "9", "--model=from-flag"])
-    assert (options.model, options.original) == ("from-flag", "o")
-    assert options.restricted_classes == ["cat", "7"]
-    assert options.adversary_half is False and options.resume is False
-    assert (args.max_steps, args.K, args.alpha, args.learning_rate) == (9, 3, 1e-3, 5e-4)
-    assert args.strategy_space["learning_rates"] == [1e-3] and args.strategy_space["batch_sizes"] == [25]
-    assert read_arguments([str(path), "--adversary_half", "true"])[0].adversary_half is True
-
-
-def test_the_configuration_that_the_readme_shows_is_one(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    path = tmp_path / "config.yaml"
-    path.write_text(readme.split("```yaml\n")[1].split("```")[0])
-    options, config = read_arguments([str(path)])
-    assert options.preset == "representation" and (config.probe_depths, config.output_dir) == (2, "protected")
 
 
 # From a folder to a report.
@@ -259,38 +181,22 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_from_a_folder_to_a_report(tmp_path, config):
-    source, original, restricted, protected = (config[n] for n in ("model", "original", "restricted", "output_dir"))
-    attacks = tmp_path / "attacks"
-    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "original_classes": ["a", "b"]}))
+    source, protected = config["model"], config["output_dir"]
+    attacks = tmp_path / "protected" / "attacks"
     sweep = [{"initialization": start, "learning_rate": 0.01, "batch_size": 10} for start in ("direct", "new_head")]
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    attack = [
-        "attack",
-        "--protected",
-        protected,
-        "--original",
-        source,
-        "--restricted",
-        restricted,
-        "--original_data",
-        original,
-        "--original_classes",
-        "a",
-        "b",
-        "--sweep",
-        str(tmp_path / "sweep.json"),
-        "--epochs",
-        "1",
-        "--seeds",
-        "0",
-        "1",
-        "--output_dir",
-        str(attacks),
-    ]
+    budget = {"sweep": str(tmp_path / "sweep.json"), "epochs": 1, "seeds": [0, 1]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, **budget, "original_classes": ["a", "b"]}))
     benign = write_domain(tmp_path / "benign", (1, 5, 9), 2)
-    chain = [["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1"], [*attack, "--dry-run"]]
-    chain.append([*attack, "--benign", benign, "--benign_classes", "a", "c", "--measured_every", "2"])
-    process = run_python(CHAIN, json.dumps([*chain, ["report", str(attacks)]]))
+    allowed = ["--benign", benign, "--benign_classes", "a", "c", "--measured_every", "2"]
+    chain = [
+        ["protect", str(path), "--max_steps", "1"],
+        ["attack", str(path), "--dry-run"],
+        ["attack", str(path), *allowed],
+        ["report", str(path)],
+    ]
+    process = run_python(CHAIN, json.dumps(chain))
     assert process.returncode == 0, process.stderr[-3000:]
     protecting, plan, attacking, reporting = process.stdout.split("-" * 20 + "\n")[:4]
 
@@ -318,22 +224,13 @@ def test_from_a_folder_to_a_report(tmp_path, config):
 
 def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, config, capsys):
     (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
-    attack = [
-        "attack",
-        "--original",
-        config["model"],
-        "--restricted",
-        config["restricted"],
-        "--dry-run",
-        "--epochs",
-        "1",
-    ]
+    attack = ["attack", "--model", config["model"], "--restricted", config["restricted"], "--dry-run", "--epochs", "1"]
     attack += ["--sweep", str(tmp_path / "sweep.json"), "--seeds", "0", "--benign", config["original"]]
     cli.main([*attack, "--protected", "user/nope"])
     lines = capsys.readouterr().out.splitlines()
     # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
     assert lines[0] == f"6 runs, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
-    assert lines[2:] == [
+    assert lines[2:4] == [
         "The same attacks run on the 60 examples of the allowed task, which are counted above.",
         "'user/nope' is no folder here, and was not looked up on the Hub.",
     ]

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from sophon_hf import SophonConfig, SophonTrainer
-from sophon_hf.cli.protect import read_arguments
+from sophon_hf.cli.options import read_options
+from sophon_hf.cli.protect import build_config
 from sophon_hf.finetuning.preparations import rescale_weights
 from sophon_hf.hub.claim import Claim
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
@@ -236,17 +237,17 @@ def test_an_unknown_preset_names_the_closest():
 
 def test_the_command_line_takes_a_preset_and_flags_win_over_it(tmp_path):
     arguments = ["--model", "m", "--original", "o", "--restricted", "r"]
-    config = read_arguments([*arguments, "--preset", "representation", "--alpha", "0.01"])[1]
+    config = build_config(read_options("protect", [*arguments, "--preset", "representation", "--alpha", "0.01"]))
     assert (config.alpha, config.keep_norms) == (0.01, True)
     assert config.space.to_dict()["reinitialized_blocks"] == [0, 1, 1]
     (tmp_path / "c.yaml").write_text("preset: representation\nbeta: 0.02\n")
-    config = read_arguments([str(tmp_path / "c.yaml"), *arguments])[1]
+    config = build_config(read_options("protect", [str(tmp_path / "c.yaml"), *arguments]))
     assert (config.beta, config.K) == (0.02, PRESETS["representation"]["K"])
-    config = read_arguments([*arguments, "--preset", "representation", "--on_violation", "stop"])[1]
+    config = build_config(read_options("protect", [*arguments, "--preset", "representation", "--on_violation", "stop"]))
     assert config.on_violation == "stop"
     SophonConfig.preset("representation", l_FTS=0)  # No adversary, so none whose warm-up could not end.
-    with pytest.raises(ValueError, match="preset is 'strong'"):
-        read_arguments([*arguments, "--preset", "strong"])
+    with pytest.raises(ValueError, match="--preset: invalid choice: 'strong'"):
+        read_options("protect", [*arguments, "--preset", "strong"])
 
 
 class StatesAfterEvaluation(TrainerCallback):
