@@ -20,7 +20,7 @@ INTRODUCTION = """\
 This page lists every field of `SophonConfig` that SOPHON adds to the Trainer's arguments or sets differently. All
 fields of [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) work too, unless an error
 says why not. `SophonConfig.preset("representation", ...)` sets the values named beside the defaults. The same names
-work in the YAML file and as options of `sophon-hf protect`.
+work in the YAML file and as flags of `sophon-hf protect`.
 
 *This page is made by `python docs/make_configuration.py`.*
 """

@@ -28,7 +28,7 @@ from sophon_hf.attacks.adversary import (
 from sophon_hf.attacks.cache import run_keys
 from sophon_hf.attacks.plots import draw_denoised
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, run_attack
+from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, measured_points, run_attack
 from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
 from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
@@ -351,7 +351,7 @@ class AttackSuite:
     def plan(
         self, examples: int, models: int = 2, benign_examples: int | None = None, folds: int = 0
     ) -> dict[str, int]:
-        """Return what `run` would do at most: runs, optimizer steps and images.
+        """Return what `run` would do at most: runs, optimizer steps, images, and measurements.
 
         Args:
             examples: The adversary's training examples.
@@ -369,8 +369,10 @@ class AttackSuite:
             attacks += [(s, benign_examples) for s in [*sweep * 2, *from_scratch]]
         steps = [s.total_steps(count) for s, count in attacks]
         images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
-        fits = seeds * (1 + folds)
-        return {"runs": seeds * len(attacks), "steps": fits * sum(steps), "images": fits * sum(images)}
+        fits, measured = seeds * (1 + folds), self.measured_every or self.measured_epochs
+        measurements = seeds * sum(len(measured_points(s, count, measured)) for s, count in attacks)
+        fitted = {"steps": fits * sum(steps), "images": fits * sum(images)}
+        return {"runs": seeds * len(attacks), **fitted, "measurements": measurements}
 
 
 def _load(model: nn.Module | str) -> nn.Module:

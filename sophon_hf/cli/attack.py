@@ -10,9 +10,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from sophon_hf.attacks.adversary import num_folds
+from sophon_hf.attacks.run import EVALUATION_BATCH
 from sophon_hf.attacks.suite import AttackSuite, process_state
 from sophon_hf.cli.loading import columns, load_half, load_split, protected_model
 from sophon_hf.cli.report import tell
+from sophon_hf.cli.timing import attack_seconds, duration
+from sophon_hf.data.domain import build_domain
+from sophon_hf.models.loading import load_model, load_processor
+from sophon_hf.tasks.base import load_task
 
 _DOMAINS = ("original", "restricted", "benign")
 
@@ -31,43 +36,64 @@ def run(options: argparse.Namespace) -> None:
         input_columns=columns(options, "input", _DOMAINS),
         label_columns=columns(options, "label", _DOMAINS),
     )
-    training, benign = load_half(options, defender=False), load_split(options, "benign")
     remarks = [remark for source in (protected, options.model) if (remark := _look_for(source))]
+    training, test = load_half(options, defender=False), load_split(options, "restricted", test=True)
+    benign, benign_test = load_split(options, "benign"), load_split(options, "benign", test=True)
+    if process_state().is_main_process:
+        _tell_plan(suite, options, training, test, benign, remarks)
     if options.dry_run:
-        _print_plan(suite, options, training, benign, remarks)
         return
     results = suite.run(
         protected=protected,
         original=options.model,
         restricted_dataset=training,
-        eval_dataset=load_split(options, "restricted", test=True),
+        eval_dataset=test,
         original_dataset=load_split(options, "original"),
         original_eval_dataset=load_split(options, "original", test=True),
         benign_dataset=benign,
-        benign_eval_dataset=load_split(options, "benign", test=True),
+        benign_eval_dataset=benign_test,
     )
     if process_state().is_main_process:
         tell(results, folder / "report")
 
 
-def _print_plan(
+def _tell_plan(
     suite: AttackSuite,
     options: argparse.Namespace,
     training: datasets.Dataset,
+    test: datasets.Dataset,
     benign: datasets.Dataset | None,
     remarks: list[str],
 ) -> None:
-    count, benign_count = (
-        None if data is None else min(options.examples or len(data), len(data)) for data in (training, benign)
-    )
+    """Say what the suite would do at most and, where the original model can be loaded, how long that takes."""
+    count = min(options.examples or len(training), len(training))
+    benign_count = None if benign is None else min(options.examples or len(benign), len(benign))
     plan = suite.plan(count, benign_examples=benign_count, folds=num_folds(len(training)))
-    print(f"{plan['runs']} runs, {plan['steps']:,} optimizer steps, {plan['images']:,} images:")
-    for strategy in suite.strategies:
+    print(f"{plan['runs']} runs, {plan['steps']:,} optimizer steps, {plan['images']:,} images")
+    for strategy in suite.strategies if options.dry_run else ():
         print(f"  {strategy.name}: {strategy.total_steps(count)} steps a run")
     if benign_count is not None:
         print(f"The same attacks run on the {benign_count} examples of the allowed task, which are counted above.")
     for remark in remarks:
         print(remark)
+    state = process_state()
+    try:
+        model = load_model(options.model).to(state.device)
+        task = load_task(options.model, model)
+        domain = build_domain(
+            training.select(range(min(len(training), EVALUATION_BATCH))),
+            task.inputs(model),
+            load_processor(options.model, model),
+            name="restricted",
+            input_column=options.restricted_input,
+            label=options.restricted_label,
+        )
+        sizes = [min(strategy.batch_size, len(domain)) for strategy in suite.strategies]
+        seconds = attack_seconds(model, task, domain, (min(sizes), max(sizes)), plan, len(test))
+    except OSError as error:
+        print(f"How long that takes was not measured: {' '.join(str(error).split())}")
+        return
+    print(f"In all {duration(seconds / state.num_processes)}; what is finished already is not computed again.")
 
 
 def _look_for(model: str) -> str | None:

@@ -209,6 +209,7 @@ def _table(results: AttackResults) -> str:
         cells = "".join(f"{'failed':>16}" if value is None else f"{value:16.1%}" for value in values)
         lines.append(f"{strategy.name.split(', all')[0]:21}{f'Adam {strategy.learning_rate:g}':13}{cells}")
     scratch, score = results.best("scratch"), results.recovered_transfer()
+    assert scratch is not None
     lines += [
         f"{'best training from scratch':34}" + "".join(f"{scratch.mean:16.1%}" for _ in columns),
         "",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sophon_hf import __version__
+from sophon_hf.cli.doctor import explain_misfit
 from sophon_hf.cli.options import COMMANDS, read_options
 from sophon_hf.utils import hint
 
@@ -60,23 +61,25 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         # What torch raises, which must not be imported before it is needed.
         out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        misfit = explain_misfit(error)
+        foreseen = out_of_memory or misfit or isinstance(error, (ValueError, TypeError, OSError, ImportError))
         # An audit ends in 1 where a claim is not true, so nothing else of it may.
-        foreseen = (
-            out_of_memory or command == "audit" or isinstance(error, (ValueError, TypeError, OSError, ImportError))
-        )
-        if traceback or not foreseen:
+        if traceback or not (foreseen or command == "audit"):
             raise
         if _rank():
             time.sleep(2)  # Where all processes fail alike, the first one says why, and the launcher ends the others.
         advice = " Take smaller batches." if out_of_memory else ""
-        _end(f"sophon-hf {command}: {' '.join(str(error).split())}{advice}")
+        _end(f"sophon-hf {command}: {misfit or ' '.join(str(error).split())}{advice}")
 
 
 def _run(command: str, options: argparse.Namespace) -> None:
+    # DDP advises on an argument that the Trainer sets.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if _rank():
-        # What the first process warns of holds for all.
+        # What the first process warns of, and how far it is, holds for all.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     module = import_module(f"sophon_hf.cli.{command}")
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "tell again what a finished sweep found",
     "publish": "upload a protected model to the Hub, with its card and sophon.json",
     "audit": "find out whether what a published model claims is true",
+    "doctor": "check versions and devices, and whether the libraries work together",
     "demo": "pre-train, protect, attack and report, on data that ships with the dependencies",
 }
 _EPILOGS = {
@@ -140,7 +141,7 @@ _FLAGS = {
         f"run in several processes: {', '.join(_CONFIGS)}, or a file that `accelerate config` wrote",
         _accelerate_config,
     ),
-    "dry_run": _Flag("attack", "tell what would be done, and do nothing", "bool", False),
+    "dry_run": _Flag("protect attack", "tell what would be done and how long it takes, and do nothing", "bool", False),
     "repo_id": _Flag("publish", "user/name on the Hub; made where it does not exist", required="publish"),
     "report": _Flag("publish", "folder of the attacks that card and sophon.json tell; output_dir/attacks if it exists"),
     "private": _Flag("publish", "make a new repository private", "bool", False),
@@ -214,10 +215,17 @@ class _Parser(argparse.ArgumentParser):
             # Among a hundred fields of the Trainer SOPHON's would not be found.
             text = field.metadata.get("help", "") if name in own else argparse.SUPPRESS
             choices = [c for f in (field, theirs.get(name)) if f is not None and (c := f.metadata.get("choices"))]
-            self._add(name, field.kind, field.default, text, choices[0] if choices else None)
+            more = {key: field.metadata[key] for key in ("nargs", "const") if key in field.metadata}
+            self._add(name, field.kind, field.default, text, choices[0] if choices else None, **more)
 
     def _add(
-        self, name: str, kind: str | Callable[[str], str], default: Any, text: str, choices: Sequence[str] | None
+        self,
+        name: str,
+        kind: str | Callable[[str], str],
+        default: Any,
+        text: str,
+        choices: Sequence[str] | None,
+        **more: Any,
     ) -> None:
         """Add a flag, and for a switch that is on also the one that turns it off."""
         how: dict[str, Any]
@@ -227,17 +235,15 @@ class _Parser(argparse.ArgumentParser):
             how = {"type": int if kind == "list[int]" else str, "nargs": "+"}
         elif choices:
             how = {"type": str, "choices": choices}
+        elif isinstance(kind, str):
+            how = {"type": {"int": int, "float": float, "str": str}.get(kind, _json_or_text)}
         else:
-            how = {
-                "type": {"int": int, "float": float, "str": str}.get(kind, _json_or_text)
-                if isinstance(kind, str)
-                else kind
-            }
+            how = {"type": kind}
         if text is not argparse.SUPPRESS:
             shown = "" if default is None else f" (default: {default})"
             text = f"{text.rstrip('.')}{shown}".replace("%", "%%")
         metavar = None if choices else "VALUE"
-        self.add_argument(f"--{name}", help=text, metavar=metavar, **how)
+        self.add_argument(f"--{name}", help=text, metavar=metavar, **{**how, **more})
         if kind == "bool" and default is True:
             self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
@@ -280,6 +286,9 @@ class _Parser(argparse.ArgumentParser):
             try:
                 if name not in actions:
                     _check_known(str(name))
+                elif isinstance(value, bool) and actions[name].const is True:
+                    # A switch, which may also take a text.
+                    options[name] = value if value or actions[name].type is _truth else None
                 elif value is None:
                     if name not in self.nullable:
                         raise ValueError("it cannot be null; leave it out for its default")

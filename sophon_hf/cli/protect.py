@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 
 from sophon_hf.cli.loading import columns, load_half, load_split
+from sophon_hf.cli.timing import DryRunEnd, TellTime
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
 
@@ -19,6 +21,18 @@ def build_config(options: argparse.Namespace) -> SophonConfig:
 
 def run(options: argparse.Namespace) -> None:
     """Protect as the options say, and leave the protected model in `output_dir`."""
+    if not options.dry_run:
+        _protect(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        nothing = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "push_to_hub": False}
+        try:
+            _protect(argparse.Namespace(**{**vars(options), **nothing, "resume": False}))
+        except DryRunEnd:
+            return
+
+
+def _protect(options: argparse.Namespace) -> None:
     config = build_config(options)
     trainer = SophonTrainer(
         options.model,
@@ -27,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         config,
         input_columns=columns(options, "input"),
         label_columns=columns(options, "label"),
+        callbacks=[TellTime(options.dry_run)],
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
     if config.save_strategy == "no":

@@ -1,8 +1,11 @@
-"""The command line: it answers at once, merges files and flags, and leads from a folder to a report."""
+"""The command line: it answers at once, and leads from a folder to a report."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +102,28 @@ def test_values_that_do_not_fit_end_in_one_line(command, arguments, message, tmp
         cli.main([command, *MODEL, *arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_a_torchvision_that_does_not_fit_torch_ends_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    process = subprocess.run([sys.executable, "-m", "sophon_hf.cli", "protect", *MODEL], capture_output=True, text=True)
+    message = rf"sophon-hf protect: torchvision 0.1 does not fit torch {torch.__version__}. .*: pip install .*\n"
+    assert process.returncode == 2 and re.fullmatch(message.replace("+", r"\+"), process.stderr)
+    process = subprocess.run([sys.executable, "-m", "sophon_hf.cli", "doctor"], capture_output=True, text=True)
+    assert process.returncode == 1 and "torchvision   BROKEN: torchvision 0.1 does not fit torch" in process.stdout
+
+
+def test_the_doctor_finds_this_environment_healthy(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and lines[0].startswith(f"sophon_hf     {__version__}")
+    assert lines[1].startswith(f"torch         {torch.__version__} on CPU")
+    assert lines[-1] == "Hub           not asked: HF_HUB_OFFLINE is set"
 
 
 def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_path, monkeypatch):
@@ -205,7 +230,7 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
 
     # Half of 60 images is the adversary's; two models and scratch, two seeds, and five folds beside each run.
-    assert plan.splitlines()[0] == "10 runs, 180 optimizer steps, 1,800 images:"
+    assert plan.splitlines()[0] == "10 runs, 180 optimizer steps, 1,800 images"
     assert plan.count("3 steps a run") == 2
 
     assert "# Recovered transfer: " in attacking
@@ -218,25 +243,65 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert set(results["benign"]) == {"protected", "original", "scratch", "difference"}
     assert len(list((attacks / "benign" / "runs").iterdir())) == 10
     assert "Benign fine-tunability, protected minus original: " in attacking
-    assert reporting == attacking, "the report tells again what was found"
+    assert reporting and attacking.endswith(reporting), "the report tells again what was found"
     assert (attacks / "report" / "index.html").exists()
 
 
-def test_a_dry_run_counts_the_allowed_task_and_looks_for_the_models(tmp_path, config, capsys):
+def test_a_dry_run_tells_the_cost_and_looks_for_the_models(tmp_path, config, capsys):
     (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
     attack = ["attack", "--model", config["model"], "--restricted", config["restricted"], "--dry-run", "--epochs", "1"]
     attack += ["--sweep", str(tmp_path / "sweep.json"), "--seeds", "0", "--benign", config["original"]]
     cli.main([*attack, "--protected", "user/nope"])
     lines = capsys.readouterr().out.splitlines()
     # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
-    assert lines[0] == f"6 runs, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images:"
+    assert lines[0] == f"6 runs, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images"
     assert lines[2:4] == [
         "The same attacks run on the 60 examples of the allowed task, which are counted above.",
         "'user/nope' is no folder here, and was not looked up on the Hub.",
     ]
+    assert re.fullmatch(r"In all about [\d.e+]+ (s|min); what is finished already is not computed again.", lines[4])
     for model, message in (("./nope", "There is no folder './nope'"), (str(tmp_path), "no model is saved there")):
         with pytest.raises(SystemExit, match=message):
             cli.main([*attack, "--protected", model])
+
+
+def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, config, capsys):
+    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "max_steps": 1000, "save_strategy": "steps"}))
+    before = sorted(tmp_path.rglob("*"))
+    cli.main(["protect", str(tmp_path / "protect.yaml"), "--dry_run"])
+    out = capsys.readouterr().out
+    assert re.search(r"^Iteration 2 of 1000: about \S+ (s|min|h) left", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_processes_protect_and_say_each_thing_once(tmp_path, config):
+    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "accelerate_config": "cpu_two_processes"}))
+    command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("Protected model (not evaluated) saved in ") == 1
+    assert process.stderr.count("No AutoImageProcessor is saved with") == 1
+    assert "find_unused_parameters" not in process.stderr and "NOT in distributed mode" not in process.stderr
+    assert ResNetForImageClassification.from_pretrained(config["output_dir"])
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    message = rf"sophon-hf protect: '{config['output_dir']}' holds another run .*--resume on the command line, .*"
+    assert again.returncode == 2
+    assert [bool(re.fullmatch(message, line)) for line in again.stderr.splitlines() if "sophon-hf" in line] == [True]
+    assert "Traceback" not in again.stderr
+
+
+def test_an_interrupted_protection_says_how_to_go_on(tmp_path, config):
+    config |= {"max_steps": 100_000, "save_strategy": "steps", "save_steps": 1}
+    (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("Iteration 2 of 100000: about ")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in error
+    last = "sophon-hf protect: interrupted. The same command with --resume goes on from the last checkpoint."
+    assert error.splitlines()[-1] == last
 
 
 def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys, caplog):
