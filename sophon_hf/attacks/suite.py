@@ -370,9 +370,9 @@ class AttackSuite:
         steps = [s.total_steps(count) for s, count in attacks]
         images = [n * min(s.batch_size, count) for n, (s, count) in zip(steps, attacks, strict=True)]
         fits, measured = seeds * (1 + folds), self.measured_every or self.measured_epochs
-        measurements = seeds * sum(len(measured_points(s, count, measured)) for s, count in attacks)
-        fitted = {"steps": fits * sum(steps), "images": fits * sum(images)}
-        return {"runs": seeds * len(attacks), **fitted, "measurements": measurements}
+        points = seeds * sum(len(measured_points(s, count, measured)) for s, count in attacks)
+        plan = {"steps": fits * sum(steps), "images": fits * sum(images), "measurements": points}
+        return {"runs": seeds * len(attacks), **plan}
 
 
 def _load(model: nn.Module | str) -> nn.Module:

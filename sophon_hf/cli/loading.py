@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
+import evaluate
 
 from sophon_hf.data.labels import select_classes, split_domain
 from sophon_hf.data.loading import load_domain
+from sophon_hf.tasks import metrics
+from sophon_hf.tasks.metrics import Metric
 
 
 def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> datasets.Dataset | None:
@@ -47,6 +50,22 @@ def protected_model(options: argparse.Namespace) -> str:
             "folder), or by --output_dir, where `sophon-hf protect` saved it."
         )
     return options.output_dir if options.protected is None else options.protected
+
+
+def load_metric(options: argparse.Namespace) -> str | Metric | None:
+    """Load the metric that `--metric` names: one of the package's own, or a module of `evaluate`, with its arguments.
+
+    Raises:
+        ValueError: It is not one name with its arguments.
+        FileNotFoundError: There is no such module.
+    """
+    named = options.metric
+    if named is None or named in ("accuracy", "mse"):
+        return named
+    name, arguments = next(iter(named.items())) if isinstance(named, dict) and len(named) == 1 else (named, {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"--metric is {named!r}: give a name, or one with arguments: {{f1: {{average: macro}}}}.")
+    return metrics.load_metric(evaluate.load(name), compute_kwargs=arguments)
 
 
 def columns(

@@ -120,6 +120,12 @@ _FLAGS = {
         "bool",
         True,
     ),
+    "metric": _Flag(
+        "protect attack audit",
+        "accuracy, mse (left out: the task's own), or a module of `evaluate`, also with arguments, as in "
+        "{f1: {average: macro}}",
+        "dict | str",
+    ),
     "preset": _Flag("protect", "defaults of the hyper-parameters", default="paper", choices=tuple(PRESETS)),
     "resume": _Flag("protect", "go on from the last complete checkpoint in output_dir", "bool", False),
     "sweep": _Flag("attack audit", f"{', '.join(SWEEPS)}, or a JSON or YAML file of strategies", _sweep, "strong"),

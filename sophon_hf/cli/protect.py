@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import tempfile
 
-from sophon_hf.cli.loading import columns, load_half, load_split
+from sophon_hf.cli.loading import columns, load_half, load_metric, load_split
 from sophon_hf.cli.timing import DryRunEnd, TellTime
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
@@ -39,6 +39,7 @@ def _protect(options: argparse.Namespace) -> None:
         load_half(options, defender=True),
         load_split(options, "original"),
         config,
+        metric=load_metric(options),
         input_columns=columns(options, "input"),
         label_columns=columns(options, "label"),
         callbacks=[TellTime(options.dry_run)],

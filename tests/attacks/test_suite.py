@@ -214,6 +214,7 @@ def test_the_plan_counts_what_a_run_does(tmp_path, data, computed, models):
         "runs": len(results.runs),
         "steps": 6 * sum(steps),
         "images": 6 * sum(s * min(c.strategy.batch_size, 60) for s, c in zip(steps, results.runs)),
+        "measurements": sum(len(c.curve.step) for c in results.runs),
     }
     assert len(computed()) == len(results.runs)
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from sophon_hf import SophonConfig
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep
 from sophon_hf.cli.fields import sophon_fields, training_fields
+from sophon_hf.cli.loading import load_metric
 from sophon_hf.cli.options import COMMANDS, read_options
 from sophon_hf.cli.protect import build_config
 
@@ -128,6 +129,38 @@ def test_the_configuration_that_the_readme_shows_is_one(tmp_path):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweeps_are_known_by_their_names(name):
     assert read_options("attack", [*MODEL, "--sweep", name]).sweep == name and load_sweep(name)
+
+
+# A metric.
+
+
+METRIC = """
+import datasets
+import evaluate
+
+class Share(evaluate.Metric):
+    def _info(self):
+        columns = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=datasets.Features(columns)
+        )
+
+    def _compute(self, predictions, references, of=1):
+        return {"share": of * sum(p == r for p, r in zip(predictions, references)) / len(predictions)}
+"""
+
+
+def test_a_metric_is_a_name_or_a_module_with_its_arguments(tmp_path):
+    module = tmp_path / "share" / "share.py"
+    module.parent.mkdir()
+    module.write_text(METRIC)
+    options = read_options("protect", [*MODEL, "--metric", "mse"])
+    assert load_metric(options) == "mse" and load_metric(read_options("audit", [])) is None
+    metric = load_metric(read_options("attack", [write(tmp_path, metric={str(module): {"of": 100}}), *MODEL]))
+    assert (metric.name, metric.greater_is_better) == ("share", True)
+    assert metric.compute({"predictions": [0, 1], "references": [0, 0]}) == 50
+    with pytest.raises(ValueError, match="--metric is .*: give a name, or one with arguments"):
+        load_metric(read_options("attack", [*MODEL, "--metric", '{"a": {}, "b": {}}']))
 
 
 # Mistakes.
