@@ -72,7 +72,23 @@ def main(arguments: list[str] | None = None) -> None:
         _end(f"sophon-hf {command}: {misfit or ' '.join(str(error).split())}{advice}")
 
 
+class _Once(logging.Filter):
+    """Drop what was said before: the estimate of the time warns of what the work itself warns of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.said
+        self.said.add(message)
+        return new
+
+
 def _run(command: str, options: argparse.Namespace) -> None:
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(_Once())
     # DDP advises on an argument that the Trainer sets.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if _rank():

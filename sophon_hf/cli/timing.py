@@ -53,11 +53,11 @@ class TellTime(TrainerCallback):
         # The first iteration also warms up caches.
         if self.seen != min(2, state.max_steps) or not state.is_world_process_zero:
             return
-        iteration, left = time.monotonic() - self.last, state.max_steps - state.global_step
-        evaluations = 0 if args.eval_strategy == "no" else left // max(1, int(state.eval_steps))
-        total = iteration * left + self.evaluation * evaluations
+        iteration, count = time.monotonic() - self.last, state.max_steps - state.global_step + self.seen
+        evaluations = 0 if args.eval_strategy == "no" else 1 + count // max(1, int(state.eval_steps))
+        total = iteration * count + self.evaluation * evaluations
         each = f"an iteration {iteration:.2g} s, an evaluation {self.evaluation:.2g} s"
-        tqdm.write(f"Iteration {state.global_step} of {state.max_steps}: {duration(total)} left ({each}).")
+        tqdm.write(f"Iterations to do: {count}, {duration(total)} in all ({each}).")
         if self.dry_run:
             raise DryRunEnd
 

@@ -29,7 +29,7 @@ MODEL = ["--model", "m", "--original", "o", "--restricted", "r"]
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=1200)
 
 
 # Answers without libraries.
@@ -270,21 +270,21 @@ def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, co
     before = sorted(tmp_path.rglob("*"))
     cli.main(["protect", str(tmp_path / "protect.yaml"), "--dry_run"])
     out = capsys.readouterr().out
-    assert re.search(r"^Iteration 2 of 1000: about \S+ (s|min|h) left", out)
+    assert re.search(r"^Iterations to do: 1000, about \S+ (s|min|h) in all ", out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_processes_protect_and_say_each_thing_once(tmp_path, config):
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "accelerate_config": "cpu_two_processes"}))
     command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("Protected model (not evaluated) saved in ") == 1
     assert process.stderr.count("No AutoImageProcessor is saved with") == 1
     assert "find_unused_parameters" not in process.stderr and "NOT in distributed mode" not in process.stderr
     assert ResNetForImageClassification.from_pretrained(config["output_dir"])
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     message = rf"sophon-hf protect: '{config['output_dir']}' holds another run .*--resume on the command line, .*"
     assert again.returncode == 2
     assert [bool(re.fullmatch(message, line)) for line in again.stderr.splitlines() if "sophon-hf" in line] == [True]
@@ -296,9 +296,9 @@ def test_an_interrupted_protection_says_how_to_go_on(tmp_path, config):
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("Iteration 2 of 100000: about ")
+    assert process.stdout.readline().startswith("Iterations to do: 100000, about ")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=1200)
     assert process.returncode == 130 and "Traceback" not in error
     last = "sophon-hf protect: interrupted. The same command with --resume goes on from the last checkpoint."
     assert error.splitlines()[-1] == last
