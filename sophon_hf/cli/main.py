@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         if traceback or not (foreseen or command == "audit"):
             raise
         if _rank():
-            time.sleep(2)  # Where all processes fail alike, the first one says why, and the launcher ends the others.
+            time.sleep(30)  # Where all processes fail alike, the first one says why, and the launcher ends the others.
         advice = " Take smaller batches." if out_of_memory else ""
         _end(f"sophon-hf {command}: {misfit or ' '.join(str(error).split())}{advice}")
 

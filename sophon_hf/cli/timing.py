@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -58,6 +59,7 @@ class TellTime(TrainerCallback):
         total = iteration * count + self.evaluation * evaluations
         each = f"an iteration {iteration:.2g} s, an evaluation {self.evaluation:.2g} s"
         tqdm.write(f"Iterations to do: {count}, {duration(total)} in all ({each}).")
+        sys.stdout.flush()  # Who reads a file or a pipe waits for it.
         if self.dry_run:
             raise DryRunEnd
 
