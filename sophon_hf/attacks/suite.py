@@ -155,7 +155,7 @@ class AttackSuite:
         if taken := {"protected", "original", "scratch", UNTRAINED} & set(baselines or {}):
             raise ValueError(f"baselines has {sorted(taken)}, which are names of the suite's own: give others.")
         given = {"protected": protected, "original": original, **(baselines or {})}
-        models = {name: _load(model) for name, model in given.items()}
+        models = {name: load_model(model).to(process_state().device) for name, model in given.items()}
         for name, model in models.items():
             refuse_half_precision(model, name)
         check_same_architecture(models)
@@ -373,10 +373,6 @@ class AttackSuite:
         points = seeds * sum(len(measured_points(s, count, measured)) for s, count in attacks)
         plan = {"steps": fits * sum(steps), "images": fits * sum(images), "measurements": points}
         return {"runs": seeds * len(attacks), **plan}
-
-
-def _load(model: nn.Module | str) -> nn.Module:
-    return load_model(model).to(process_state().device)
 
 
 def _name(model: nn.Module | str) -> str:

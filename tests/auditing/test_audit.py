@@ -363,7 +363,7 @@ def test_the_folder_is_audited_without_what_the_commands_left_in_it(folder, tmp_
     [
         (["missing/model"], "cannot be reached"),
         (["./missing"], "not the form of a Hub id"),
-        (["FOLDER", "--restricted", "./nowhere"], "no folder"),
+        (["FOLDER", "--restricted", "./nowhere"], "no file or folder"),
         (["FOLDER", "--model", "./nowhere"], "There is no folder './nowhere'"),
         (["FOLDER", "--sweep", "stron"], "There is no sweep 'stron'. Did you mean 'strong'?"),
         (["FOLDER", "--revision", "main", "--output_dir", "FILE"], "FILE"),

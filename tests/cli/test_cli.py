@@ -253,8 +253,8 @@ def test_a_dry_run_tells_the_cost_and_looks_for_the_models(tmp_path, config, cap
     attack += ["--sweep", str(tmp_path / "sweep.json"), "--seeds", "0", "--benign", config["original"]]
     cli.main([*attack, "--protected", "user/nope"])
     lines = capsys.readouterr().out.splitlines()
-    # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each.
-    assert lines[0] == f"6 runs, {3 * (3 + 6)} optimizer steps, {3 * (30 + 60)} images"
+    # Thirty examples of the adversary's and sixty of the allowed task; two models and scratch on each, and five folds.
+    assert lines[0] == f"6 runs, {6 * 3 * (3 + 6)} optimizer steps, {6 * 3 * (30 + 60):,} images"
     assert lines[2:4] == [
         "The same attacks run on the 60 examples of the allowed task, which are counted above.",
         "'user/nope' is no folder here, and was not looked up on the Hub.",
