@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
 from sophon_hf.attacks.suite import AttackSuite, process_state
-from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, protected_model
+from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, protected_model
 from sophon_hf.cli.report import tell
 from sophon_hf.cli.timing import attack_seconds, duration
 from sophon_hf.data.domain import build_domain
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> None:
         measured_every=options.measured_every,
         examples=options.examples,
         metric=load_metric(options),
-        input_columns=columns(options, "input", _DOMAINS),
-        label_columns=columns(options, "label", _DOMAINS),
+        input_columns=input_columns(options, _DOMAINS),
+        label_columns=label_columns(options, _DOMAINS),
     )
     remarks = [remark for source in (protected, options.model) if (remark := _look_for(source))]
     training, test = load_half(options, defender=False), load_split(options, "restricted", test=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sophon_hf.attacks.suite import process_state
 from sophon_hf.auditing.audit import audit
-from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, protected_model
+from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, protected_model
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         examples=options.examples,
         metric=load_metric(options),
-        input_columns=columns(options, "input"),
-        label_columns=columns(options, "label"),
+        input_columns=input_columns(options),
+        label_columns=label_columns(options),
     )
     if process_state().is_main_process:
         print(found.to_text())

@@ -9,8 +9,9 @@ from pathlib import Path
 import datasets
 import evaluate
 
-from sophon_hf.data.labels import select_classes, split_domain
-from sophon_hf.data.loading import load_domain
+from sophon_hf.data.labels import split_domain
+from sophon_hf.data.preprocessing import InputColumn
+from sophon_hf.data.splits import load_part
 from sophon_hf.tasks import metrics
 from sophon_hf.tasks.metrics import Metric
 
@@ -24,9 +25,26 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
     told = vars(options)
     if told[domain] is None:
         return None
-    dataset = load_domain(told[domain], told[f"{domain}_test_split" if test else f"{domain}_split"])
-    classes = told[f"{domain}_classes"]
-    return select_classes(dataset, classes, told[f"{domain}_label"]) if classes else dataset
+    names = [name.partition("=")[::2] for name in told[f"{domain}_classes"] or ()]
+    return load_part(
+        told[domain],
+        told[f"{domain}_split"],
+        told[f"{domain}_test_split"],
+        test=test,
+        test_share=options.test_share,
+        column=told[f"{domain}_label"],
+        skip_unreadable=options.skip_unreadable,
+        classes={old: new or old for old, new in names},
+        pixel_range=_pair(told[f"{domain}_pixel_range"], domain),
+    )
+
+
+def _pair(values: list[float] | None, domain: str) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    if len(values) != 2:
+        raise ValueError(f"{domain}_pixel_range is {values}, but takes two numbers: what is black and what is white.")
+    return values[0], values[1]
 
 
 def load_half(options: argparse.Namespace, defender: bool) -> datasets.Dataset | None:
@@ -68,8 +86,16 @@ def load_metric(options: argparse.Namespace) -> str | Metric | None:
     return metrics.load_metric(evaluate.load(name), compute_kwargs=arguments)
 
 
-def columns(
-    options: argparse.Namespace, kind: str, domains: Iterable[str] = ("original", "restricted")
+def label_columns(
+    options: argparse.Namespace, domains: Iterable[str] = ("original", "restricted")
 ) -> dict[str, str | None]:
-    """Return the "input" or the "label" column of each domain, where one is named."""
-    return {domain: getattr(options, f"{domain}_{kind}") for domain in domains}
+    """Return the label column of each domain, where one is named."""
+    return {domain: getattr(options, f"{domain}_label") for domain in domains}
+
+
+def input_columns(
+    options: argparse.Namespace, domains: Iterable[str] = ("original", "restricted")
+) -> dict[str, InputColumn]:
+    """Return the input column of each domain, where one is named; two columns of text make one input."""
+    named = {domain: getattr(options, f"{domain}_input") for domain in domains}
+    return {domain: names[0] if names and len(names) == 1 else names for domain, names in named.items()}

@@ -105,14 +105,28 @@ _FLAGS = {
         )
         for name, flag in {
             f"{domain}_split": _Flag(commands, f"split of --{domain} to learn from", default="train"),
-            f"{domain}_test_split": _Flag(
-                commands.replace("protect ", ""), f"split of --{domain} to report on", default="test"
+            f"{domain}_test_split": _Flag(commands, f"split of --{domain} to report on", default="test"),
+            f"{domain}_classes": _Flag(
+                commands, f"keep these classes of --{domain}, in this order; old=new renames one", "list[str]"
             ),
-            f"{domain}_classes": _Flag(commands, f"keep these classes of --{domain}, in this order", "list[str]"),
-            f"{domain}_input": _Flag(commands, f"input column of --{domain}, where it is not clear"),
+            f"{domain}_input": _Flag(
+                commands, f"input column of --{domain}, where it is not clear, or two columns of text", "list[str]"
+            ),
             f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
+            f"{domain}_pixel_range": _Flag(
+                commands, f"black and white in pictures of --{domain} with more than 8 bits, as 0 4095", "list[float]"
+            ),
         }.items()
     },
+    "test_share": _Flag(
+        "protect attack audit",
+        "share of a domain without a test split that is kept for tests (seeded, stratified, copies on one side)",
+        "float",
+        0.2,
+    ),
+    "skip_unreadable": _Flag(
+        "protect attack audit", "leave out pictures and sounds that cannot be read, and tell how many", "bool", False
+    ),
     "adversary_half": _Flag(
         "protect attack audit",
         "split the restricted domain in halves (seeded, stratified): protect takes one, attack and audit the other; "
@@ -155,6 +169,7 @@ _FLAGS = {
         "publish audit", "branch on the Hub, for an audit also tag or commit (left out: main, its newest commit)"
     ),
 }
+_LISTS: dict[Any, type] = {"list[str]": str, "list[int]": int, "list[float]": float}
 _DEMO_FLAGS = {
     "output_dir": _Flag("demo", "gets models, attacks and report; an earlier demo makes room", default="demo-output"),
     "seed": _Flag("demo", "seed of both protections", "int", 0),
@@ -237,8 +252,8 @@ class _Parser(argparse.ArgumentParser):
         how: dict[str, Any]
         if kind == "bool":
             how = {"type": _truth, "nargs": "?", "const": True}
-        elif kind in ("list[str]", "list[int]"):
-            how = {"type": int if kind == "list[int]" else str, "nargs": "+"}
+        elif kind in _LISTS:
+            how = {"type": _LISTS[kind], "nargs": "+"}
         elif choices:
             how = {"type": str, "choices": choices}
         elif isinstance(kind, str):

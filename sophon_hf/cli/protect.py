@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import tempfile
 
-from sophon_hf.cli.loading import columns, load_half, load_metric, load_split
+from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split
 from sophon_hf.cli.timing import DryRunEnd, TellTime
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
@@ -40,8 +40,8 @@ def _protect(options: argparse.Namespace) -> None:
         load_split(options, "original"),
         config,
         metric=load_metric(options),
-        input_columns=columns(options, "input"),
-        label_columns=columns(options, "label"),
+        input_columns=input_columns(options),
+        label_columns=label_columns(options),
         callbacks=[TellTime(options.dry_run)],
     )
     trainer.train(resume_from_checkpoint=options.resume or None)

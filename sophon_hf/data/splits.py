@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from PIL.Image import Image
 
-from sophon_hf.data.labels import label_column, split_indices
+from sophon_hf.data.labels import label_column, select_classes, split_indices
 from sophon_hf.data.loading import Source, load_domain, open_source
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def load_part(
     test_share: float = 0.2,
     seed: int = 0,
     column: str | None = None,
+    classes: Mapping[object, str] | None = None,
     **reading: Any,
 ) -> datasets.Dataset:
     """Load what is trained on, or what is reported on; a source of one split gets a test split from its examples.
@@ -41,6 +42,7 @@ def load_part(
             with all copies of a picture, sound or text on one side.
         seed: Decides which examples.
         column: The label column, where it is not found by itself.
+        classes: Which are kept, and what they are called then, as of `select_classes`; all as they are where None.
         reading: `skip_unreadable` and `pixel_range`, as of `load_domain`.
 
     Raises:
@@ -48,10 +50,18 @@ def load_part(
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}, but must lie between 0 and 1, such as 0.2.")
-    loaded = open_source(source)
-    if isinstance(loaded, Mapping) and list(loaded) != [split]:
-        return load_domain(datasets.DatasetDict(loaded), test_split if test else split, **reading)
-    dataset = load_domain(loaded[split] if isinstance(loaded, Mapping) else loaded, **reading)
+    loaded, whole = open_source(source), True
+    if isinstance(loaded, Mapping):
+        # A source of several splits has the one that is meant, by whatever name.
+        whole = list(loaded) == [split]
+        loaded = datasets.DatasetDict(loaded)
+    # By its path, messages can tell which it is.
+    named = source if isinstance(source, (str, os.PathLike)) else loaded
+    dataset = load_domain(named, test_split if test and not whole else split, **reading)
+    if classes:
+        dataset = select_classes(dataset, classes, column)
+    if not whole:
+        return dataset
     column = label_column(dataset, column)
     plain, hashes = dataset.with_format(None), []
     for row in range(len(dataset)):
