@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from PIL import ImageOps
 from safetensors.torch import load_model
 from torch import nn
 from torch.nn import functional as F
@@ -225,16 +226,16 @@ def _normalised(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset.map(normalise, batched=True, remove_columns=["image"], features=features).with_format("numpy")
 
 
-def cifar100(cache: Path, seed: int = 0) -> Pair:
-    """CIFAR-10 is original, 20 classes of CIFAR-100 restricted; the model has real weights, trained elsewhere.
+def _resnet20(cache: Path, restricted: dict[str, datasets.Dataset], seed: int) -> Pair:
+    """CIFAR-10 is original; the model is a ResNet-20 with real weights, trained elsewhere.
 
     They were trained on all training images of CIFAR-10, so the guard's data are a fifth of the test images, and
-    intactness is measured on the others.
+    intactness is measured on the others. 500 images of the adversary's choose, at most 2,000 of the test split report.
     """
     source = {n: _normalised(_load("cifar10", n)) for n in ("train", "test")}
-    restricted = {n: _normalised(_load("cifar100_20", n)) for n in ("train", "test")}
+    restricted = {n: _normalised(dataset) for n, dataset in restricted.items()}
     defender, adversary = split_domain(restricted["train"], seed=seed)
-    validation, adversary = split_domain(adversary, seed=seed, share=0.1)
+    validation, adversary = split_domain(adversary, seed=seed, share=500 / len(adversary))
     defender_validation, defender = split_domain(defender, seed=seed, share=0.1)
     original_validation, original_test = split_domain(source["test"], seed=seed, share=0.2)
     model = ResNet20(num_classes=10)
@@ -249,8 +250,40 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
         defender_validation=defender_validation,
         adversary=adversary,
         validation=validation,
-        restricted_test=restricted["test"],
+        restricted_test=_at_most(restricted["test"], 2000, seed),
     )
+
+
+def _at_most(dataset: datasets.Dataset, examples: int, seed: int) -> datasets.Dataset:
+    return split_domain(dataset, seed=seed, share=min(1.0, examples / len(dataset)))[0]
+
+
+def cifar100(cache: Path, seed: int = 0) -> Pair:
+    """20 classes of CIFAR-100 are restricted: the same kind of pictures as the original domain's."""
+    return _resnet20(cache, {n: _load("cifar100_20", n) for n in ("train", "test")}, seed)
+
+
+def digits(cache: Path, seed: int = 0) -> Pair:
+    """Digits of MNIST are restricted; fashion_mnist is allowed. Both are padded to 32x32 and have three equal channels."""
+
+    def padded(dataset: datasets.Dataset) -> datasets.Dataset:
+        return dataset.map(lambda row: {"image": ImageOps.expand(row["image"].convert("RGB"), 2)})
+
+    pair = _resnet20(cache, {n: padded(_load("mnist", n)) for n in ("train", "test")}, seed)
+    pair.allowed, pair.allowed_test = (
+        _normalised(padded(_at_most(_load("fashion_mnist", n), size, seed)))
+        for n, size in (("train", 500), ("test", 2000))
+    )
+    return pair
+
+
+def ages(cache: Path, seed: int = 0) -> Pair:
+    """Five age groups of faces are restricted, at 32x32: a private attribute, as in the paper's motive."""
+
+    def reduced(dataset: datasets.Dataset) -> datasets.Dataset:
+        return dataset.map(lambda row: {"image": row["image"].convert("RGB").resize((32, 32))})
+
+    return _resnet20(cache, {n: reduced(_load("face_ages", n)) for n in ("train", "test")}, seed)
 
 
 def faces(cache: Path, seed: int = 0) -> Pair:

@@ -25,6 +25,7 @@ from condition_number import ConditionNumber
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
 from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.sweeps import load_sweep
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.saving import load_weights
@@ -33,6 +34,7 @@ from sophon_hf.protection.ntl import train_ntl
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.utils import write_atomically
 
+PAIRS = ("digits", "ages", "animals", "vehicles", "cifar100", "imagenet", "faces")
 SETTINGS = {**PRESETS, **BASELINES}
 MODELS = ("protected", "original", "ntl", "scratch", "untrained")
 RESULTS = Path(__file__).parent / "results"
@@ -130,13 +132,14 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="animals", choices=["animals", "vehicles", "cifar100", "imagenet", "faces"])
+    parser.add_argument("--pair", default="animals", choices=PAIRS)
     parser.add_argument("--name", default="paper", help="what the record calls this protection")
     parser.add_argument("--config", default="{}", help="further fields of SophonConfig, as JSON")
     parser.add_argument("--preset", default="paper", choices=SETTINGS, help="of SophonConfig, or a baseline")
     parser.add_argument("--iterations", type=int, help="the preset's by default")
     parser.add_argument("--tolerance", type=float, help="the preset's by default")
     parser.add_argument("--sweep", default="strong", help="its name, or a file such as benchmarks/faces.yaml")
+    parser.add_argument("--batch_size", type=int, help="of every attack; the sweep's by default")
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
@@ -162,8 +165,11 @@ def main() -> None:
     baselines = {"ntl": ntl(pair, options.work, options)} if with_ntl else {}
     adversary = pair.adversary_dataset(options.examples or None)
     allowed = {"benign_dataset": pair.allowed, "benign_eval_dataset": pair.allowed_test} if options.benign else {}
+    strategies = load_sweep(options.sweep)
+    if options.batch_size:
+        strategies = [strategy.with_changes(batch_size=options.batch_size) for strategy in strategies]
     start = time.time()
-    results = AttackSuite(options.sweep, options.work / "attacks", seeds=options.seeds).run(
+    results = AttackSuite(strategies, options.work / "attacks", seeds=options.seeds).run(
         protected=protected,
         original=pair.model,
         restricted_dataset=adversary,

@@ -1,8 +1,8 @@
 """What an informed adversary does to a protected model before fine-tuning it.
 
 An attacker can carry out all preparations; it warms up for `_WARM_UP_STEPS`, and distills for `DISTILLATION_STEPS`. A
-simulated adversary can only warm up (`SIMULATED_PREPARATIONS` in `sophon_hf.finetuning.strategy` says why), and does so
-for half of its updates, since it has far fewer; both train as `FineTuningStrategy.warm_up` says.
+simulated adversary carries out `SIMULATED_PREPARATIONS`, and warms up for half of its updates, since it has far fewer;
+both train as `FineTuningStrategy.warm_up` says.
 """
 
 from __future__ import annotations

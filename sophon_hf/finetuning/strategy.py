@@ -30,9 +30,9 @@ _NUMBERS = {
 }
 PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up", "distill")
 _AUGMENTATIONS = ("flips_and_crops",)
-# Only an attacker carries out the others: a warm-up consists of optimizer steps, as a simulation does, while the others
-# change the weights in one stroke.
-SIMULATED_PREPARATIONS = (None, "warm_up")
+# What a defender simulates, too. Statistics are those of the adversary's batches in every simulation, and kept norms
+# leave nothing to re-scale, so batch_norm and rescale would change nothing; a distillation takes far longer than a simulation.
+SIMULATED_PREPARATIONS = (None, "shrink_and_perturb", "warm_up")
 
 
 class NotApplicableError(ValueError):
@@ -257,8 +257,9 @@ class StrategySpace:
         batch_sizes: Examples a step, of R_i and of T_i.
         weight_decays: Weight decays.
         schedules: Over an adversary's updates: K, or the horizon of one that lives on, from a warm-up's end on.
-        preparations: Of None and "warm_up", with which an adversary makes the first half of its updates on original
-            data.
+        preparations: Of None, "shrink_and_perturb", and "warm_up", with which an adversary makes the first half of its
+            updates on original data.
+        examples: How many examples an adversary has, stratified; None for all of the defender's.
     """
 
     initializations: tuple[str, ...] = ("direct", "new_head")
@@ -270,6 +271,7 @@ class StrategySpace:
     weight_decays: tuple[float, ...] = (0.0,)
     schedules: tuple[str, ...] = ("constant",)
     preparations: tuple[str | None, ...] = (None,)
+    examples: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -286,7 +288,8 @@ class StrategySpace:
         for preparation in self.preparations:
             if preparation not in SIMULATED_PREPARATIONS:
                 raise ValueError(
-                    f"preparations has {preparation!r}, but only 'warm_up' (or null, for none) can be simulated."
+                    f"preparations has {preparation!r}, but only 'shrink_and_perturb' and 'warm_up' (or null, for "
+                    "none) can be simulated."
                 )
         for name, values in (
             ("initialization", self.initializations),
@@ -299,6 +302,9 @@ class StrategySpace:
         ):
             for value in values:
                 FineTuningStrategy().with_changes(**{name: value})
+        for count in self.examples:
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise ValueError(f"examples has {count!r}, but must hold whole numbers of at least 1, or null for all.")
         for blocks in self.reinitialized_blocks:
             FineTuningStrategy(initialization="new_head", reinitialized_blocks=blocks)
 
@@ -318,6 +324,10 @@ class StrategySpace:
             schedule=draw(self.schedules),
             preparation=draw(self.preparations),
         )
+
+    def sample_examples(self, seed: int) -> int | None:
+        """Draw how many examples an adversary has; None is all."""
+        return random.Random(seed).choice(self.examples)
 
     def without_original_head(self) -> StrategySpace:
         """Return the strategies that bring their own head, for labels that the model's head has no outputs for.

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from sophon_hf.attacks.checks import FailedCheck, check, void_reason
@@ -60,8 +60,10 @@ class Protection:
         iteration: Whose state this is.
         original_before: The original metric before protection, where measured.
         original_after: The same of this state.
-        simulated_before: What the guard's simulated adversaries reached in the restricted domain before protection.
+        simulated_examples: How many restricted examples the guard's simulated adversaries had.
+        simulated_before: What the strongest of them reached in the restricted domain before protection.
         simulated_after: The same of this state.
+        simulated_scratch: The same from scratch.
         rollbacks: How often the last good state was put back.
         dropped: Suppression gradients that were not finite and therefore not applied.
     """
@@ -70,8 +72,10 @@ class Protection:
     iteration: NonNegativeInt
     original_before: float | None
     original_after: float | None
+    simulated_examples: PositiveInt
     simulated_before: float | None
     simulated_after: float | None
+    simulated_scratch: float | None
     rollbacks: NonNegativeInt
     dropped: NonNegativeInt
 

@@ -169,7 +169,7 @@ class Run:
             state_hash=hash_state(model),
             metric=self.task.metric,
             greater_is_better=self.task.greater_is_better,
-            protection=_protection_of(self.guard.state, iteration, in_progress),
+            protection=_protection_of(self.guard.state, self.args.simulated_examples, iteration, in_progress),
             compute=self._compute(iteration, sharded),
             attacks=None,
         )
@@ -179,10 +179,11 @@ class Run:
         # A step is a pass for the adversary's update, and one for the suppression loss where its weight is not 0.
         rows = self.args.step_weights
         passes = sum(last_evaluated(row) + sum(weight != 0 for weight in row) for row in rows)
-        return Compute(round(self.seconds(), 1), iterations, iterations * self.args.l_FTS * processes * passes)
+        suppressed = min(iterations, self.args.suppressed_steps)
+        return Compute(round(self.seconds(), 1), iterations, suppressed * self.args.l_FTS * processes * passes)
 
 
-def _protection_of(state: GuardState, iteration: int, in_progress: bool) -> Protection:
+def _protection_of(state: GuardState, examples: int, iteration: int, in_progress: bool) -> Protection:
     after = simulated = None
     if in_progress:
         status = "in progress"
@@ -197,8 +198,10 @@ def _protection_of(state: GuardState, iteration: int, in_progress: bool) -> Prot
         iteration=iteration,
         original_before=finite_or_none(state.start),
         original_after=finite_or_none(after),
+        simulated_examples=examples,
         simulated_before=finite_or_none(state.start_simulated),
         simulated_after=finite_or_none(simulated),
+        simulated_scratch=finite_or_none(state.scratch),
         rollbacks=state.rollbacks,
         dropped=state.dropped,
     )

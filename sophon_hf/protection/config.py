@@ -101,6 +101,27 @@ class SophonConfig(TrainingArguments):
             "0: every one starts anew, as published. Each holds about three copies of the model."
         },
     )
+    preconditioning: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight c of the reinforcement gradient's second moment in the suppression step, alpha m / "
+            "sqrt(v + c w): parameters that the original domain minds move less; 0: Adam, as published."
+        },
+    )
+    recovery_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the iterations, at the end, that are reinforcement alone: alpha is zero there, and the "
+            "original metric comes back."
+        },
+    )
+    simulated_examples: int = field(
+        default=50,
+        metadata={
+            "help": "How many restricted examples the guard's fixed adversaries have. Choose what a real adversary "
+            "would have; with all data, a protected and an unprotected model can look alike."
+        },
+    )
     horizon: int = field(
         default=128, metadata={"help": "Updates after which a persistent adversary is replaced by a new one."}
     )
@@ -189,6 +210,7 @@ class SophonConfig(TrainingArguments):
             "probe_depths": 0,
             "num_persistent": 0,
             "horizon": 1,
+            "simulated_examples": 1,
             "per_device_train_batch_size": 1,
         }
         whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -199,9 +221,16 @@ class SophonConfig(TrainingArguments):
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "max_grad_norm", "distillation"):
+        for name in ("mu", "tolerance", "max_grad_norm", "distillation", "preconditioning"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
+        if not _is_number(self.recovery_ratio) or not 0 <= self.recovery_ratio < 1:
+            raise ValueError(f"recovery_ratio is {self.recovery_ratio!r}, but must be a number from 0 to below 1.")
+        if self.preconditioning and not str(getattr(self.optim, "value", self.optim)).startswith("adam"):
+            raise ValueError(
+                f"preconditioning needs the second moment that beta's optimizer keeps, and optim {self.optim!r} keeps "
+                "none: use an Adam, or leave preconditioning 0."
+            )
         if self.num_persistent and self.second_order:
             raise ValueError("The exact gradient does not reach through earlier iterations: leave `num_persistent` 0.")
         if self.num_persistent and self.num_persistent < self.N * self.l_FTS:
@@ -217,9 +246,10 @@ class SophonConfig(TrainingArguments):
             self.strategy_space = self.strategy_space.to_dict()
         elif self.strategy_space is not None:
             self.strategy_space = StrategySpace.from_dict(_from_json(self.strategy_space, "strategy_space")).to_dict()
-        if self.second_order and "warm_up" in self.space.preparations:
+        if self.second_order and any(self.space.preparations):
             raise ValueError(
-                "The exact gradient does not reach through a warm-up: leave `second_order` off, or 'warm_up' out."
+                "The exact gradient does not reach through preparations: leave `second_order` off, or 'warm_up' and "
+                "'shrink_and_perturb' out."
             )
 
         if "warm_up" in self.space.preparations:
@@ -317,6 +347,11 @@ class SophonConfig(TrainingArguments):
     def space(self) -> StrategySpace:
         """Phi."""
         return StrategySpace() if self.strategy_space is None else StrategySpace.from_dict(self.strategy_space)
+
+    @property
+    def suppressed_steps(self) -> int:
+        """How many iterations have suppression loops; the others, at the end, are reinforcement alone."""
+        return max(1, round((1 - self.recovery_ratio) * self.max_steps))
 
     @property
     def step_weights(self) -> list[list[float]]:

@@ -21,6 +21,8 @@ _LEAST_RISE = 0.03
 # By how many tolerances more the original metric may fall while alpha adapts, and the share of the iterations by which
 # this slack is gone: what is left then is there for the original metric to come back.
 _SLACK, _SLACK_ENDS = 6.0, 0.7
+# How far alpha may rise above its own schedule, where the original metric does not mind.
+_MOST = 16.0
 
 
 @dataclass
@@ -30,6 +32,7 @@ class GuardState:
     Attributes:
         start: The original metric before protection.
         start_simulated: The simulated metric in the restricted domain before protection.
+        scratch: What the same adversaries reach from scratch.
         best_step: Iteration of the best state, or None where no suppressed state was inside the tolerance yet.
         best_score: Its simulated metric in the restricted domain.
         least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
@@ -42,10 +45,12 @@ class GuardState:
         alpha_scale: What alpha's schedule is multiplied by.
         seen: Iteration of the last evaluation.
         last: Iteration and original metric of the last two evaluations, the later one last.
+        latest: The simulated metric of the last one.
     """
 
     start: float | None = None
     start_simulated: float | None = None
+    scratch: float | None = None
     best_step: int | None = None
     best_score: float | None = None
     least_score: float | None = None
@@ -58,6 +63,7 @@ class GuardState:
     alpha_scale: float = 1.0
     seen: int | None = None
     last: tuple[tuple[int, float], ...] = ()
+    latest: float | None = None
 
 
 class Guard(TrainerCallback):
@@ -70,6 +76,7 @@ class Guard(TrainerCallback):
         greater_is_better: Which of the two the original metric is.
         metric: Its name.
         error: What the simulated metric may be off by; smaller differences are ties.
+        examples: How many the simulated adversaries have.
         own_loss: Whether the reinforcement loss protects by itself, without a suppression loop.
         on_violation: One of "halve_alpha", "continue", "stop", "adapt_alpha".
         on_change: Called with True after the last good state was put back, and with False where only alpha changed.
@@ -83,12 +90,19 @@ class Guard(TrainerCallback):
         *,
         metric: str = "accuracy",
         error: float = 0.0,
+        examples: int = 50,
         own_loss: bool = False,
         on_violation: str = "halve_alpha",
         on_change: Callable[[bool], None] = lambda rolled_back: None,
     ):
         self.model, self.tolerance, self.greater_is_better, self.metric = model, tolerance, greater_is_better, metric
-        self.error, self.own_loss, self.on_violation, self.on_change = error, own_loss, on_violation, on_change
+        self.error, self.examples, self.own_loss, self.on_violation, self.on_change = (
+            error,
+            examples,
+            own_loss,
+            on_violation,
+            on_change,
+        )
         self.begin()
 
     def begin(self) -> None:
@@ -146,7 +160,7 @@ class Guard(TrainerCallback):
             self._scale_alpha(1 / 4)
         elif self.stays_beyond(_SLACK * max(0.0, 1 - step / end)) and not self.comes_back(end):
             self._scale_alpha(1 / 2)
-        elif inside and self.state.alpha_scale < 1:
+        elif inside and self.state.alpha_scale < (_MOST if step < end else 1) and not self.settled:
             self._scale_alpha(2)
         else:
             return
@@ -204,7 +218,7 @@ class Guard(TrainerCallback):
             )
         if self.state.start is None:
             self.state.start, self.state.start_simulated = original, simulated
-        self.state.last = (*self.state.last[-1:], (step, original))
+        self.state.last, self.state.latest = (*self.state.last[-1:], (step, original)), simulated
         if not self.within(original):
             return False
         if step == 0:
@@ -214,6 +228,12 @@ class Guard(TrainerCallback):
             self.best = self.good
             self.state.best_step, self.state.best_score, self.state.best_original = step, simulated, original
         return True
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last simulated adversaries recover nothing any more: more suppression gains nothing."""
+        transfer = None if self.state.latest is None else self.recovered_transfer(self.state.latest)
+        return transfer is not None and transfer <= 0
 
     @property
     def suppressed(self) -> bool:
@@ -228,6 +248,17 @@ class Guard(TrainerCallback):
         least = simulated if self.state.least_score is None else self.state.least_score
         self.state.least_score = sign * min(sign * least, sign * simulated)
         return sign * (simulated - self.state.least_score) <= self.error
+
+    def recovered_transfer(self, simulated: float) -> float | None:
+        """Return the simulated recovered transfer: 1 at the start, 0 where the adversary is as good from scratch.
+
+        None where pre-training is worth less than three errors to the simulated adversaries: there is no yardstick.
+        """
+        scratch = self.state.scratch
+        start = simulated if self.state.start_simulated is None else self.state.start_simulated
+        if scratch is None or (1 if self.greater_is_better else -1) * (start - scratch) <= 3 * self.error:
+            return None
+        return (simulated - scratch) / (start - scratch)
 
     # ---- What it puts back ----
 
@@ -245,16 +276,14 @@ class Guard(TrainerCallback):
         if self.best is not None:
             self._put_back(self.best)
             logger.info(
-                "The protected model is the state of iteration %s: original %s %.4f (start %.4f), simulated %.4f (%s).",
-                *(state.best_step, self.metric, state.best_original, state.start, state.best_score),
-                f"start {state.start_simulated}",
+                "The protected model is the state of iteration %s: original %s %.4f (start %.4f). %s",
+                *(state.best_step, self.metric, state.best_original, state.start, self.simulated),
             )
             if not self.weakens_adversaries:
                 logger.warning(
-                    "Hardly anything is suppressed: simulated adversaries reach %.4f in the restricted domain, and "
-                    "%.4f before protection. Raise alpha or max_steps, or allow more tolerance, and attack the model "
-                    "before you publish it.",
-                    *(state.best_score, state.start_simulated),
+                    "Hardly anything is suppressed. %s Raise alpha or max_steps, or allow more tolerance, and attack "
+                    "the model before you publish it.",
+                    self.simulated,
                 )
         elif state.start is None:
             logger.warning(
@@ -275,6 +304,22 @@ class Guard(TrainerCallback):
         sign = 1 if self.greater_is_better else -1
         least = self.error if self.greater_is_better else _LEAST_RISE * self.state.start_simulated
         return sign * (self.state.start_simulated - self.state.best_score) > least
+
+    @property
+    def simulated(self) -> str:
+        """What the simulated adversaries make of the best state, in words."""
+        state, transfer = (
+            self.state,
+            None if self.state.best_score is None else self.recovered_transfer(self.state.best_score),
+        )
+        reached = (
+            f"Simulated adversaries with {self.examples} examples reach {state.best_score:.4f} in the restricted domain "
+            f"(before protection {state.start_simulated:.4f}, from scratch {state.scratch:.4f})"
+        )
+        if transfer is None:
+            return f"{reached}, where pre-training is worth too little to them to tell what they recover."
+        error = self.error / abs(state.start_simulated - state.scratch)
+        return f"{reached}: they recover {transfer:.0%} of the transfer, give or take {2 * error:.0%}."
 
     @property
     def failure(self) -> str:

@@ -15,9 +15,13 @@ from sophon_hf.protection.guard import Guard
 class SuppressionOptimizer(torch.optim.Adam):
     """Adam with the rate alpha, which follows the Trainer's schedule, multiplied by the guard's scale.
 
+    With `preconditioning` c the step is alpha m / (sqrt(v + c w) + epsilon): m and v are the suppression gradient's
+    moments, w is the reinforcement gradient's second moment, as beta's optimizer keeps it. A parameter moves less where
+    the original domain minds more, and all move less when little is left to suppress.
+
     Args:
         model: Unwrapped.
-        args: alpha, the schedule and Adam's other settings.
+        args: alpha, the schedule, `preconditioning`, and Adam's other settings.
         guard: Whose scale it is.
 
     Attributes:
@@ -25,17 +29,18 @@ class SuppressionOptimizer(torch.optim.Adam):
     """
 
     def __init__(self, model: nn.Module, args: SophonConfig, guard: Guard):
+        self.preconditioning = args.preconditioning
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(list(self.named.values()), args.alpha, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
             self,
             num_warmup_steps=args.get_warmup_steps(args.max_steps),
-            num_training_steps=args.max_steps,
+            num_training_steps=args.suppressed_steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
         self.scheduler.lr_lambdas = [
-            lambda step, schedule=schedule: guard.state.alpha_scale * schedule(step)
+            lambda step, schedule=schedule: guard.state.alpha_scale * schedule(step) * (step < args.suppressed_steps)
             for schedule in self.scheduler.lr_lambdas
         ]
 
@@ -44,11 +49,19 @@ class SuppressionOptimizer(torch.optim.Adam):
         """alpha as it is now."""
         return self.param_groups[0]["lr"]
 
-    def apply(self, gradient: dict[str, Tensor]) -> None:
-        """Step along a gradient, by parameter name."""
+    @torch.no_grad()
+    def apply(self, gradient: dict[str, Tensor], reinforcement: torch.optim.Optimizer) -> None:
+        """Step along a gradient, by parameter name; `reinforcement` is beta's optimizer over the same parameters."""
         for name, parameter in self.named.items():
             parameter.grad = gradient.get(name)
+        known = reinforcement.state if self.preconditioning else {}
+        slowed = [p for p in self.named.values() if p.grad is not None and "exp_avg_sq" in known.get(p, ())]
+        before = [local(p).clone() for p in slowed]
         self.step()
+        for parameter, old in zip(slowed, before, strict=True):
+            v, w = (_second_moment(optimizer, parameter) for optimizer in (self, reinforcement))
+            share = v.div(v + self.preconditioning * w).sqrt_().nan_to_num_(0.0)  # 0 / 0 where neither has a gradient.
+            local(parameter).sub_(old).mul_(share).add_(old)
         self.zero_grad()
 
     def rescale(self) -> None:
@@ -56,6 +69,11 @@ class SuppressionOptimizer(torch.optim.Adam):
         scheduler = self.scheduler
         for group, alpha, schedule in zip(self.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = alpha * schedule(scheduler.last_epoch)
+
+
+def _second_moment(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    state, beta = optimizer.state[parameter], optimizer.param_groups[0]["betas"][1]
+    return local(state["exp_avg_sq"]) / (1 - beta ** float(state["step"]))
 
 
 @torch.no_grad()

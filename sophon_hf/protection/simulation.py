@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch, Stream, epoch_order
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import Stored
 from sophon_hf.finetuning.loop import FineTuning, Update
+from sophon_hf.finetuning.preparations import shrink_and_perturb
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.tasks.base import Task
@@ -20,6 +21,25 @@ _HELD_OUT_SHARE = 0.1
 
 # Starts a fine-tuning of the live model by a strategy, on a stream, for so many updates.
 _Begin = Callable[[FineTuningStrategy, Stream, int], FineTuning]
+
+
+def stratified(order: Tensor, labels: Tensor | None, examples: int | None) -> Tensor:
+    """Return the first rows of an order that hold `examples`, with as many of every class as can be.
+
+    Args:
+        order: Shape (n,), int64: rows of a domain.
+        labels: Shape (domain,), int64; None where there are no classes.
+        examples: How many rows to keep; all where None.
+    """
+    if examples is None or examples >= len(order):
+        return order
+    if labels is None:
+        return order[:examples]
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = torch.bincount(labels[by_class])
+    number = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    # The first of every class, then the second of every class, and so on.
+    return by_class[number.argsort(stable=True)[:examples]]
 
 
 def held_out_examples(examples: int) -> int:
@@ -43,6 +63,7 @@ class SimulatedAdversary:
         updates: Its horizon, in optimizer steps.
         original: The original domain, for a strategy that warms up: half of the updates are made on it.
         held_out: Measure it on this domain in place of T_i.
+        examples: How many R_i holds, stratified; all that are not in T_i where None.
 
     Attributes:
         R: R_i, what it trains on.
@@ -64,12 +85,14 @@ class SimulatedAdversary:
         updates: int,
         original: Domain | None = None,
         held_out: Domain | None = None,
+        examples: int | None = None,
     ):
         if len(domain) < 2:
             raise ValueError("The restricted domain has one example only: R_i and T_i need at least one each.")
         order, count = epoch_order(len(domain), seed, 0), held_out_examples(len(domain))
         self.strategy, self.seed, self.updates = strategy, seed, updates
-        self.R = Stream(domain, task.collate, derive_seed(seed, "R"), order[count:])
+        rows = stratified(order[count:], domain.labels, examples)
+        self.R = Stream(domain, task.collate, derive_seed(seed, "R"), rows)
         if held_out is None:
             self.T = Stream(domain, task.collate, derive_seed(seed, "T"), order[:count])
         else:
@@ -97,6 +120,8 @@ class SimulatedAdversary:
             begin: Starts a fine-tuning; called at the first step, and after a warm-up.
         """
         if self.fine_tuning is None:
+            if self.strategy.preparation == "shrink_and_perturb":
+                shrink_and_perturb(model, self.seed)
             self._life = self._live(begin)
         else:
             self._put_back(model)
@@ -191,7 +216,8 @@ class Adversaries:
 
     def _adversary(self, seed: int, updates: int) -> SimulatedAdversary:
         strategy = self.space.sample(derive_seed(seed, "strategy"))
-        return SimulatedAdversary(self.restricted, self.task, strategy, seed, updates, self.original)
+        examples = self.space.sample_examples(derive_seed(seed, "examples"))
+        return SimulatedAdversary(self.restricted, self.task, strategy, seed, updates, self.original, examples=examples)
 
     def _in_turn(self, place: int, seed: int) -> SimulatedAdversary:
         adversary = self._persistent.get(place)

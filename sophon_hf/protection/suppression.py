@@ -15,7 +15,7 @@ from sophon_hf.data.batches import Batch, Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
-from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.models.sharding import gradients, local, share
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.protection.probes import Probes
@@ -25,8 +25,9 @@ from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.utils import derive_seed, set_seed
 
 _MEASURED_EXAMPLES = 1000
-# The guard's fixed adversaries.
-FIXED_RATE, FIXED_BATCH = 1e-3, 50
+# The guard's fixed adversaries learn for so many epochs in two batches each, as far as these limits go.
+_EPOCHS, _BATCH, _UPDATES = 20, 50, 100
+_RATES = {"direct": 1e-3, "new_head": 3e-3, "scratch": 3e-3}
 
 
 @dataclass
@@ -174,27 +175,37 @@ class Suppression:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def simulated_metric(
-        self, space: StrategySpace, restricted: Domain, held_out: Domain, steps: int, seed: int, batch_size: int
+        self, starts: Sequence[str], restricted: Domain, held_out: Domain, examples: int, seed: int, batch_size: int
     ) -> float:
-        """Return the mean metric on held-out restricted data of one fixed adversary for each initialization of Phi.
+        """Return the metric that the strongest of some fixed few-shot adversaries reaches on held-out restricted data.
 
         Args:
-            space: Phi.
-            restricted: What the adversaries train on.
+            starts: The adversaries' initializations; "scratch" is the yardstick.
+            restricted: What the adversaries have `examples` of.
             held_out: What they are measured on.
-            steps: Updates of each.
+            examples: How many.
             seed: The same adversaries for the same seed.
             batch_size: Examples that are measured at a time.
         """
-        values = []
-        for number, start in enumerate(dict.fromkeys(space.initializations)):
-            strategy = FineTuningStrategy(initialization=start, learning_rate=FIXED_RATE, batch_size=FIXED_BATCH)
-            own_seed = derive_seed(seed, "probe", number)
-            adversary = SimulatedAdversary(restricted, self.task, strategy, own_seed, steps, held_out=held_out)
-            scores = {name: part.tolist() for name, part in self.measure(adversary, batch_size).items()}
-            values.append(self.task.compute_metric(scores))
+        found = []
+        for start in starts:
+            batch = min(_BATCH, math.ceil(examples / 2))
+            strategy = FineTuningStrategy(start, learning_rate=_RATES[start], batch_size=batch)
+            updates = min(_UPDATES, strategy.step_of_epoch(_EPOCHS, examples))
+            # Every start has the same examples, so that differences are those of the starts.
+            adversary = SimulatedAdversary(
+                restricted,
+                self.task,
+                strategy,
+                derive_seed(seed, "fixed"),
+                updates,
+                held_out=held_out,
+                examples=examples,
+            )
+            scores = {name: values.tolist() for name, values in self.measure(adversary, batch_size).items()}
+            found.append(self.task.compute_metric(scores))
         # One process decides for all: a kernel that is not deterministic must not make them choose differently.
-        return broadcast_object_list([sum(values) / len(values)])[0]
+        return broadcast_object_list([max(found) if self.task.greater_is_better else min(found)])[0]
 
     def evaluate(
         self, model: Callable, adversary: SimulatedAdversary, head: bool = True
@@ -262,10 +273,6 @@ def add_gradients(sums: list[Tensor], gradients: Sequence[Tensor | None], weight
         torch._foreach_add_([local(s) for s, _ in pairs], [local(g) for _, g in pairs], alpha=weight)
 
 
-def simulated_error(task: Task, held_out: Domain, space: StrategySpace) -> float:
-    """Return a bound on the standard error of `simulated_metric`; 0 for an MSE, whose spread is unknown.
-
-    Its adversaries share examples; the bound takes them for different ones.
-    """
-    examples = min(len(held_out), _MEASURED_EXAMPLES) * len(set(space.initializations))
-    return 0.5 / math.sqrt(examples) if task.greater_is_better else 0.0
+def simulated_error(task: Task, held_out: Domain) -> float:
+    """Return a bound on the standard error of `simulated_metric`; 0 for an MSE, whose spread is unknown."""
+    return 0.5 / math.sqrt(min(len(held_out), _MEASURED_EXAMPLES)) if task.greater_is_better else 0.0

@@ -112,6 +112,7 @@ class SophonTrainer(Trainer):
             args.tolerance,
             self.task.greater_is_better,
             metric=self.task.metric,
+            examples=args.simulated_examples,
             own_loss=reinforcement_loss is not None,
             on_violation=args.on_violation,
             on_change=self._follow_guard,
@@ -140,7 +141,7 @@ class SophonTrainer(Trainer):
         self.guard.model = self.model
         restricted, original = self.domains["restricted"], self.domains["original"]
         self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
-        self.guard.error = simulated_error(self.task, self.domains["eval_restricted"], self.space)
+        self.guard.error = simulated_error(self.task, self.domains["eval_restricted"])
         loss, depths = checks.choose_loss(self.task, args.suppression_loss), args.probe_depths
         probes = Probes(self.model, self.structure, depths, restricted.num_classes, loss) if depths else None
         self.suppression = (SecondOrderSuppression if args.second_order else Suppression)(
@@ -182,18 +183,18 @@ class SophonTrainer(Trainer):
             model.set_requires_gradient_sync(True)  # type: ignore[operator]
         if self._micro_step == 0:
             # Fine-tuning suppression (lines 3 to 15): theta <- Adam(theta, alpha, gradient of L_FTS).
-            for loop in range(args.l_FTS):
+            for loop in range(args.l_FTS if step < args.suppressed_steps else 0):
                 adversaries = self.adversaries.draw(step, loop)  # phi_i from Phi, R_i and T_i from A; i = 1..N
                 suppressed = self.suppression(adversaries, args.step_weights)  # sum over i, and over k = 1..K
                 norm, suppressed.loss = average_and_clip(suppressed.gradient, suppressed.loss, *clip)
                 if torch.isfinite(norm):
-                    self.suppression_optimizer.apply(suppressed.gradient)
+                    self.suppression_optimizer.apply(suppressed.gradient, self.optimizer)
                     self.guard.state.applied += 1
                 else:
                     self.guard.state.dropped += 1
                     logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
                 self.step_log.add_suppression(suppressed, norm)
-            if args.l_FTS:
+            if args.l_FTS and step < args.suppressed_steps:
                 self.suppression_optimizer.scheduler.step()
             # Normal training reinforcement (lines 16 to 21): theta <- Adam(theta, beta, gradient of mu L_beta on O).
             for loop in range(args.l_NTR - 1):
@@ -282,10 +283,13 @@ class SophonTrainer(Trainer):
         found = evaluate_domains(task, self.model, domains, self.outputs, args, self.accelerator.autocast)
         if self.is_in_train and eval_dataset is None:
             known = (self.domains["restricted"], self.domains["eval_restricted"])
-            steps = args.horizon if args.num_persistent else args.K
-            found[f"restricted_simulated_{task.metric}"] = self.suppression.simulated_metric(
-                self.space, *known, steps, args.seed, args.per_device_eval_batch_size
-            )
+            fixed = (*known, args.simulated_examples, args.seed, args.per_device_eval_batch_size)
+            if self.guard.state.scratch is None:
+                self.guard.state.scratch = self.suppression.simulated_metric(["scratch"], *fixed)
+            simulated = self.suppression.simulated_metric(dict.fromkeys(self.space.initializations), *fixed)
+            found[f"restricted_simulated_{task.metric}"] = simulated
+            if (recovered := self.guard.recovered_transfer(simulated)) is not None:
+                found["restricted_simulated_recovered_transfer"] = recovered
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(dict(metrics))

@@ -217,7 +217,7 @@ def test_a_space_survives_json_as_values_and_as_a_string():
         ("batch_sizes", (50, 0), "batch_size is 0"),
         ("schedules", ("step",), "schedule is 'step'"),
         ("reinitialized_blocks", (0, -1), "reinitialized_blocks is -1"),
-        ("preparations", ("rescale",), "preparations has 'rescale', but only 'warm_up'"),
+        ("preparations", ("rescale",), "preparations has 'rescale', but only 'shrink_and_perturb'"),
     ),
 )
 def test_a_space_is_checked_when_it_is_made(field, values, message):

@@ -114,7 +114,7 @@ def make_claim(folder: Path, model: torch.nn.Module, results: AttackResults | No
         "state_hash": hash_state(model),
         "metric": "accuracy",
         "greater_is_better": True,
-        "protection": Protection("protected", 1, 0.9, 0.9, 0.8, 0.5, 0, 0),
+        "protection": Protection("protected", 1, 0.9, 0.9, 50, 0.8, 0.5, 0.4, 0, 0),
         "compute": Compute(1.0, 1, 1),
         "attacks": None if results is None else AttackReport.from_results(results),
     }
