@@ -264,7 +264,7 @@ def cifar100(cache: Path, seed: int = 0) -> Pair:
 
 
 def digits(cache: Path, seed: int = 0) -> Pair:
-    """Digits of MNIST are restricted; fashion_mnist is allowed. Both are padded to 32x32 and have three equal channels."""
+    """Digits of MNIST are restricted, fashion_mnist is allowed; both padded to 32x32, with three equal channels."""
 
     def padded(dataset: datasets.Dataset) -> datasets.Dataset:
         return dataset.map(lambda row: {"image": ImageOps.expand(row["image"].convert("RGB"), 2)})

@@ -20,7 +20,7 @@ _ROUNDING = 1e-9  # So that an accuracy exactly at the tolerance is inside it.
 _LEAST_RISE = 0.03
 # By how many tolerances more the original metric may fall while alpha adapts, and the share of the iterations by which
 # this slack is gone: what is left then is there for the original metric to come back.
-_SLACK, _SLACK_ENDS = 6.0, 0.7
+_SLACK, _SLACK_ENDS = 5.0, 0.6
 # How far alpha may rise above its own schedule, where the original metric does not mind.
 _MOST = 16.0
 
@@ -150,9 +150,10 @@ class Guard(TrainerCallback):
     def _adapt_alpha(self, step: int, max_steps: int, original: float, inside: bool) -> None:
         """Let alpha follow what of lambda and its slack is left.
 
-        Halve it where the original metric stays beyond them and will not be back when the slack ends, and double it
-        back inside the tolerance. Where the original domain is lost nothing comes back in time: put the last good state
-        back, and quarter alpha.
+        Halve it where the original metric stays beyond them and will not be back when the slack ends. Double it inside
+        the tolerance while simulated adversaries still recover something: beyond its own schedule only before the slack
+        ends, so that one alpha fits models that mind much and little. Where the original domain is lost nothing comes
+        back in time: put the last good state back, and quarter alpha.
         """
         end = _SLACK_ENDS * max_steps
         if self.lost(original, _SLACK):
@@ -160,7 +161,7 @@ class Guard(TrainerCallback):
             self._scale_alpha(1 / 4)
         elif self.stays_beyond(_SLACK * max(0.0, 1 - step / end)) and not self.comes_back(end):
             self._scale_alpha(1 / 2)
-        elif inside and self.state.alpha_scale < (_MOST if step < end else 1) and not self.settled:
+        elif step > 0 and inside and self.state.alpha_scale < (_MOST if step < end else 1) and not self.settled:
             self._scale_alpha(2)
         else:
             return
@@ -308,13 +309,13 @@ class Guard(TrainerCallback):
     @property
     def simulated(self) -> str:
         """What the simulated adversaries make of the best state, in words."""
-        state, transfer = (
-            self.state,
-            None if self.state.best_score is None else self.recovered_transfer(self.state.best_score),
-        )
+        state = self.state
+        if state.best_score is None or state.start_simulated is None or state.scratch is None:
+            return "What simulated adversaries recover was not measured."
+        transfer = self.recovered_transfer(state.best_score)
         reached = (
-            f"Simulated adversaries with {self.examples} examples reach {state.best_score:.4f} in the restricted domain "
-            f"(before protection {state.start_simulated:.4f}, from scratch {state.scratch:.4f})"
+            f"Simulated adversaries with {self.examples} examples reach {state.best_score:.4f} in the restricted "
+            f"domain (before protection {state.start_simulated:.4f}, from scratch {state.scratch:.4f})"
         )
         if transfer is None:
             return f"{reached}, where pre-training is worth too little to them to tell what they recover."

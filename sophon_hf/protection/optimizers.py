@@ -40,7 +40,7 @@ class SuppressionOptimizer(torch.optim.Adam):
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
         self.scheduler.lr_lambdas = [
-            lambda step, schedule=schedule: guard.state.alpha_scale * schedule(step) * (step < args.suppressed_steps)
+            lambda step, schedule=schedule: guard.state.alpha_scale * schedule(step)
             for schedule in self.scheduler.lr_lambdas
         ]
 

@@ -178,12 +178,13 @@ class SophonTrainer(Trainer):
         """Carry out one iteration of Algorithm 1; the Trainer applies the last reinforcement loop's gradient."""
         args, step = self.args, self.state.global_step
         clip = (self.model, self.accelerator, args.max_grad_norm)
+        suppression_loops = args.l_FTS if step < args.suppressed_steps else 0
         if is_sharded(self.model):
             # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
             model.set_requires_gradient_sync(True)  # type: ignore[operator]
         if self._micro_step == 0:
             # Fine-tuning suppression (lines 3 to 15): theta <- Adam(theta, alpha, gradient of L_FTS).
-            for loop in range(args.l_FTS if step < args.suppressed_steps else 0):
+            for loop in range(suppression_loops):
                 adversaries = self.adversaries.draw(step, loop)  # phi_i from Phi, R_i and T_i from A; i = 1..N
                 suppressed = self.suppression(adversaries, args.step_weights)  # sum over i, and over k = 1..K
                 norm, suppressed.loss = average_and_clip(suppressed.gradient, suppressed.loss, *clip)
@@ -194,7 +195,7 @@ class SophonTrainer(Trainer):
                     self.guard.state.dropped += 1
                     logger.warning("Iteration %d: the suppression gradient is not finite and is dropped.", step)
                 self.step_log.add_suppression(suppressed, norm)
-            if args.l_FTS and step < args.suppressed_steps:
+            if suppression_loops:
                 self.suppression_optimizer.scheduler.step()
             # Normal training reinforcement (lines 16 to 21): theta <- Adam(theta, beta, gradient of mu L_beta on O).
             for loop in range(args.l_NTR - 1):
@@ -298,7 +299,8 @@ class SophonTrainer(Trainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log, and add what the loops since the last entry showed."""
         if "loss" in logs and self.step_log:
-            own = {"alpha": self.suppression_optimizer.rate, "dropped_suppression_gradients": self.guard.state.dropped}
+            alpha = self.suppression_optimizer.rate if self.state.global_step <= self.args.suppressed_steps else 0.0
+            own = {"alpha": alpha, "dropped_suppression_gradients": self.guard.state.dropped}
             logs = {**logs, **self.step_log.collect(), **own}
         super().log(logs, start_time)
 
