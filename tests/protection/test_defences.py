@@ -33,9 +33,19 @@ from sophon_hf.protection.reinforcement import mix_second_half
     ("fields", "message"),
     [
         ({"num_persistent": 2, "second_order": True}, "leave `num_persistent` 0"),
-        ({"second_order": True, "strategy_space": {"preparations": ["warm_up"]}}, "through a warm-up"),
+        ({"second_order": True, "strategy_space": {"preparations": ["warm_up"]}}, "through preparations"),
+        ({"second_order": True, "strategy_space": {"preparations": ["shrink_and_perturb"]}}, "through preparations"),
+        ({"recovery_ratio": 1.0}, "recovery_ratio is 1.0"),
+        ({"simulated_examples": 0}, "simulated_examples is 0"),
+        ({"preconditioning": -1.0}, "preconditioning is -1.0"),
+        ({"preconditioning": 1.0, "optim": "sgd"}, "optim .*sgd.* keeps none"),
+        ({"strategy_space": {"examples": [0]}}, "examples has 0"),
         ({"strategy_space": {"preparations": [None, "warm_up"]}}, "there are none: set `probe_depths`"),
-        ({**PRESETS["representation"], "save_steps": 20}, "save_steps is 20: persistent .* after 10 updates"),
+        (
+            {"probe_depths": 1, "num_persistent": 4, "horizon": 64, "K": 2, "max_steps": 1200, "save_steps": 20}
+            | {"strategy_space": {"preparations": [None, "warm_up"]}},
+            "save_steps is 20: persistent .* after 10 updates",
+        ),
         ({"num_persistent": 1, "N": 2}, "num_persistent is 1, but an iteration simulates N x l_FTS = 2"),
         ({"num_persistent": -1}, "num_persistent is -1"),
         ({"horizon": 0}, "horizon is 0"),
