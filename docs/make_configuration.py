@@ -27,7 +27,7 @@ work in the YAML file and as flags of `sophon-hf protect`.
 # Which fields stand together, and when to change each: advice that a one-line help has no room for.
 SECTIONS = {
     "Algorithm 1": {
-        "max_steps": "Raise it while `eval_restricted_simulated_accuracy` still falls.",
+        "max_steps": "Raise it while `eval_restricted_simulated_recovered_transfer` still falls.",
         "alpha": "Lower it where the original domain suffers; raise it where little is suppressed.",
         "beta": "Raise it where the original metric does not recover between suppression steps.",
         "K": "Lower it to save time: cost is linear in K.",
@@ -53,6 +53,9 @@ SECTIONS = {
     "Beyond the paper": {
         "probe_depths": "Use 2 for classifiers with blocks, 1 for models without.",
         "num_persistent": "Set it (with a small K) to simulate long fine-tuning at the cost of few updates.",
+        "preconditioning": "Raise it where the original domain suffers; an adversary may then have less far to go.",
+        "recovery_ratio": "Raise it where the original metric has not come back at the end.",
+        "simulated_examples": "Set it to what a real adversary would have.",
         "horizon": "Raise it against adversaries who train longer; checkpoints must lie further apart.",
         "distillation": "Set it where the original domain must stay close to the unprotected model.",
         "mixup": "Leave it off for tokens.",
