@@ -31,7 +31,8 @@ _NUMBERS = {
 PREPARATIONS = ("batch_norm", "rescale", "shrink_and_perturb", "warm_up", "distill")
 _AUGMENTATIONS = ("flips_and_crops",)
 # What a defender simulates, too. Statistics are those of the adversary's batches in every simulation, and kept norms
-# leave nothing to re-scale, so batch_norm and rescale would change nothing; a distillation takes far longer than a simulation.
+# leave nothing to re-scale, so batch_norm and rescale would change nothing; a distillation is far longer than a
+# simulation.
 SIMULATED_PREPARATIONS = (None, "shrink_and_perturb", "warm_up")
 
 

@@ -72,7 +72,7 @@ def update_card(folder: str | os.PathLike, claim: Claim, repo_id: str, original:
 
 def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict[str, Any] | None = None) -> ModelCard:
     """Return the card of the model in `folder`, with license, base model and further metadata from `known`."""
-    folder, report, scores = Path(folder), claim.attacks, claim.scores
+    folder, report, scores, space = Path(folder), claim.attacks, claim.scores, claim.method.strategy_space
     found = {model: scores.best(model) for model in dict.fromkeys(attack.model for attack in scores.attacks)}
     training = None if report is None else report.data.get("training")
     template = _environment().get_template("card.md.jinja")
@@ -87,7 +87,7 @@ def make_card(folder: str | os.PathLike, claim: Claim, repo_id: str, known: dict
         # One that did not come to an end has tried nothing.
         tried=sum(a.model == "protected" and a.applicable and bool(a.seeds) for a in scores.attacks),
         examples="an unknown number of examples" if training is None else f"{training.examples} training examples",
-        space=vars(claim.method.strategy_space),
+        space=vars(space) | {"examples": ["all" if count is None else count for count in space.examples]},
         curves=_CURVES if report is not None and (folder / _CURVES).exists() else None,
         library=_library(folder),
         # A backbone has no task, and its architecture is named by its configuration.

@@ -106,7 +106,7 @@ def test_a_strategy_space_is_told_in_words(saved):
     folder, claim, _ = saved
     method = replace(claim.method, strategy_space=StrategySpace(preparations=(None, "warm_up")))
     text = body(make_card(folder, replace(claim, method=method), "alice/model"))
-    assert "initializations direct, new head;" in text and "preparations none, warm up." in text
+    assert "initializations direct, new head;" in text and "preparations none, warm up; examples all." in text
 
 
 def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
