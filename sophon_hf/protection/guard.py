@@ -255,9 +255,10 @@ class Guard(TrainerCallback):
 
         None where pre-training is worth less than three errors to the simulated adversaries: there is no yardstick.
         """
-        scratch = self.state.scratch
         start = simulated if self.state.start_simulated is None else self.state.start_simulated
-        if scratch is None or (1 if self.greater_is_better else -1) * (start - scratch) <= 3 * self.error:
+        scratch = math.nan if self.state.scratch is None else self.state.scratch
+        transfer = start - scratch if self.greater_is_better else scratch - start
+        if not transfer > 3 * self.error:
             return None
         return (simulated - scratch) / (start - scratch)
 

@@ -15,9 +15,10 @@ from sophon_hf.data.batches import Batch, Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
-from sophon_hf.finetuning.strategy import FineTuningStrategy
+from sophon_hf.finetuning.strategy import FineTuningStrategy, NotApplicableError
 from sophon_hf.models.sharding import gradients, local, share
 from sophon_hf.models.structure import ModelStructure
+from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.probes import Probes
 from sophon_hf.protection.simulation import SimulatedAdversary
 from sophon_hf.tasks.base import Task
@@ -174,21 +175,20 @@ class Suppression:
                     parts.append(self.task.scores(*self._predict(self.model, batch, batch_statistics=False)))
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def simulated_metric(
-        self, starts: Sequence[str], restricted: Domain, held_out: Domain, examples: int, seed: int, batch_size: int
-    ) -> float:
+    def simulated_metric(self, starts: set[str], restricted: Domain, held_out: Domain, args: SophonConfig) -> float:
         """Return the metric that the strongest of some fixed few-shot adversaries reaches on held-out restricted data.
 
         Args:
             starts: The adversaries' initializations; "scratch" is the yardstick.
-            restricted: What the adversaries have `examples` of.
+            restricted: What the adversaries have `simulated_examples` of.
             held_out: What they are measured on.
-            examples: How many.
-            seed: The same adversaries for the same seed.
-            batch_size: Examples that are measured at a time.
+            args: `simulated_examples`, the seed, and how many examples are measured at a time.
+
+        Returns:
+            NaN where no model can be newly initialised from this one's parts.
         """
-        found = []
-        for start in starts:
+        found, examples = [], args.simulated_examples
+        for start in sorted(starts):
             batch = min(_BATCH, math.ceil(examples / 2))
             strategy = FineTuningStrategy(start, learning_rate=_RATES[start], batch_size=batch)
             updates = min(_UPDATES, strategy.step_of_epoch(_EPOCHS, examples))
@@ -197,13 +197,16 @@ class Suppression:
                 restricted,
                 self.task,
                 strategy,
-                derive_seed(seed, "fixed"),
+                derive_seed(args.seed, "fixed"),
                 updates,
                 held_out=held_out,
                 examples=examples,
             )
-            scores = {name: values.tolist() for name, values in self.measure(adversary, batch_size).items()}
-            found.append(self.task.compute_metric(scores))
+            try:
+                measured = self.measure(adversary, args.per_device_eval_batch_size)
+            except NotApplicableError:
+                return math.nan
+            found.append(self.task.compute_metric({name: values.tolist() for name, values in measured.items()}))
         # One process decides for all: a kernel that is not deterministic must not make them choose differently.
         return broadcast_object_list([max(found) if self.task.greater_is_better else min(found)])[0]
 

@@ -140,7 +140,8 @@ class SophonTrainer(Trainer):
             unprotected = None if unprotected is None else shard(unprotected, self.accelerator)
         self.guard.model = self.model
         restricted, original = self.domains["restricted"], self.domains["original"]
-        self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
+        with self.accelerator.autocast():
+            self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
         self.guard.error = simulated_error(self.task, self.domains["eval_restricted"])
         loss, depths = checks.choose_loss(self.task, args.suppression_loss), args.probe_depths
         probes = Probes(self.model, self.structure, depths, restricted.num_classes, loss) if depths else None
@@ -176,8 +177,7 @@ class SophonTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         """Carry out one iteration of Algorithm 1; the Trainer applies the last reinforcement loop's gradient."""
-        args, step = self.args, self.state.global_step
-        clip = (self.model, self.accelerator, args.max_grad_norm)
+        args, step, clip = self.args, self.state.global_step, (self.model, self.accelerator, self.args.max_grad_norm)
         suppression_loops = args.l_FTS if step < args.suppressed_steps else 0
         if is_sharded(self.model):
             # Also before the last micro-batch of an accumulation: gradients that wait for it would be whole ones.
@@ -274,8 +274,8 @@ class SophonTrainer(Trainer):
 
         Returns:
             `eval_original_*` and `eval_restricted_*`: metric and loss, which is NaN where the head lacks an output for
-            a label; while training also `*_restricted_simulated_*`, what fixed simulated adversaries (Adam 1e-3, own
-            head and new head; K steps, or the horizon of those that live on) reach.
+            a label; while training also `*_restricted_simulated_*`: what the stronger of two fixed adversaries with
+            `simulated_examples` examples reaches, with the own head and a new one, and what it recovers.
         """
         args, task, domains = self.args, self.task, self.eval_dataset
         if eval_dataset is not None:
@@ -283,14 +283,13 @@ class SophonTrainer(Trainer):
             domains = as_domains(eval_dataset, self.domains, needs, self.processing_class, self._input_columns)
         found = evaluate_domains(task, self.model, domains, self.outputs, args, self.accelerator.autocast)
         if self.is_in_train and eval_dataset is None:
-            known = (self.domains["restricted"], self.domains["eval_restricted"])
-            fixed = (*known, args.simulated_examples, args.seed, args.per_device_eval_batch_size)
-            if self.guard.state.scratch is None:
-                self.guard.state.scratch = self.suppression.simulated_metric(["scratch"], *fixed)
-            simulated = self.suppression.simulated_metric(dict.fromkeys(self.space.initializations), *fixed)
+            known, guard = (self.domains["restricted"], self.domains["eval_restricted"], args), self.guard
+            if guard.state.scratch is None:
+                guard.state.scratch = self.suppression.simulated_metric({"scratch"}, *known)
+            simulated = self.suppression.simulated_metric(set(self.space.initializations), *known)
             found[f"restricted_simulated_{task.metric}"] = simulated
-            if (recovered := self.guard.recovered_transfer(simulated)) is not None:
-                found["restricted_simulated_recovered_transfer"] = recovered
+            if guard.recovered_transfer(simulated) is not None:
+                found["restricted_simulated_recovered_transfer"] = guard.recovered_transfer(simulated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(dict(metrics))
@@ -299,9 +298,8 @@ class SophonTrainer(Trainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log, and add what the loops since the last entry showed."""
         if "loss" in logs and self.step_log:
-            alpha = self.suppression_optimizer.rate if self.state.global_step <= self.args.suppressed_steps else 0.0
-            own = {"alpha": alpha, "dropped_suppression_gradients": self.guard.state.dropped}
-            logs = {**logs, **self.step_log.collect(), **own}
+            logs |= self.step_log.collect() | {"dropped_suppression_gradients": self.guard.state.dropped}
+            logs["alpha"] = self.suppression_optimizer.rate * (self.state.global_step <= self.args.suppressed_steps)
         super().log(logs, start_time)
 
     # ---- Running, saving and resuming ----
