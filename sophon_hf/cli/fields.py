@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ class Field(NamedTuple):
     metadata: dict[str, Any]
 
 
+@functools.cache
 def sophon_fields() -> dict[str, Field]:
     """Return the fields that `SophonConfig` adds to `TrainingArguments` or sets differently."""
     return _read_fields(_parse(_PROTECTION / "config.py"), "SophonConfig")
 
 
+@functools.cache
 def training_fields() -> dict[str, Field]:
     """Return the fields of `TrainingArguments`; one that is an enumeration has its values as "choices"."""
     transformers = importlib.util.find_spec("transformers")
