@@ -19,8 +19,8 @@ INTRODUCTION = """\
 
 This page lists every field of `SophonConfig` that SOPHON adds to the Trainer's arguments or sets differently. All
 fields of [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) work too, unless an error
-says why not. `SophonConfig.preset("representation", ...)` sets the values named beside the defaults. The same names
-work in the YAML file and as flags of `sophon-hf protect`.
+says why not. `SophonConfig.preset("representation", ...)` sets the values named beside the defaults. Italics say when
+to change a field. The same names work in the YAML file and as flags of `sophon-hf protect`.
 
 *This page is made by `python docs/make_configuration.py`.*
 """
@@ -100,7 +100,7 @@ def make_page() -> str:
             preset = "" if value is None else f"; preset: {'its own' if isinstance(value, dict) else f'`{value}`'}"
             default = ast.literal_eval(described[name]["default"])
             help_text = ast.literal_eval(described[name]["metadata"])["help"].rstrip(".")
-            entry = f"**`{name}`** (default: `{default}`{preset}). {help_text}. *When to change:* {advice}"
+            entry = f"**`{name}`** (default: `{default}`{preset}). {help_text}. *{advice}*"
             entries.append(textwrap.fill(entry, 120, break_long_words=False, break_on_hyphens=False))
     return "\n\n".join([INTRODUCTION.rstrip(), *entries]) + "\n"
 

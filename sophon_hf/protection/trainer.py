@@ -288,8 +288,8 @@ class SophonTrainer(Trainer):
                 guard.state.scratch = self.suppression.simulated_metric({"scratch"}, *known)
             simulated = self.suppression.simulated_metric(set(self.space.initializations), *known)
             found[f"restricted_simulated_{task.metric}"] = simulated
-            if guard.recovered_transfer(simulated) is not None:
-                found["restricted_simulated_recovered_transfer"] = guard.recovered_transfer(simulated)
+            if (recovered := guard.recovered_transfer(simulated)) is not None:
+                found["restricted_simulated_recovered_transfer"] = recovered
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(dict(metrics))
