@@ -15,6 +15,7 @@ from sophon_hf.cli.fields import sophon_fields, training_fields
 from sophon_hf.cli.loading import load_metric
 from sophon_hf.cli.options import COMMANDS, read_options
 from sophon_hf.cli.protect import build_config
+from sophon_hf.protection.presets import PRESETS
 
 MODEL = ["--model", "m", "--original", "o", "--restricted", "r"]
 
@@ -93,7 +94,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = write(tmp_path, model="from-file", original="o", restricted="r", preset="representation", max_steps=7, K=3)
     options = read_options("protect", [path, "--max_steps", "9", "--model=from-flag"])
     config = build_config(options)
-    assert (options.model, config.max_steps, config.K, config.beta) == ("from-flag", 9, 3, 2e-3)
+    preset = PRESETS["representation"]["l_NTR"]
+    assert (options.model, config.max_steps, config.K, config.l_NTR) == ("from-flag", 9, 3, preset)
+    assert preset != SophonConfig(output_dir=str(tmp_path)).l_NTR
 
 
 def test_null_means_none_and_wins_over_the_preset(tmp_path):
