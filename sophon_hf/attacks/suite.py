@@ -53,7 +53,7 @@ class AttackSuite:
     Args:
         sweep: The name of a sweep, a file of strategies, or these themselves; "search" goes on by Optuna.
         output_dir: Each finished run is a file there, so a second run computes what is missing only.
-        trials: How many strategies the sweep "search" tries on each model.
+        trials: How many strategies the sweep "search" tries on each model; 40 where None.
         seeds: Seeds of every attack.
         epochs: Length of an ordinary attack, in passes over the adversary's data; a strategy that is longer than the
             usual 20 keeps its proportion, and one that sets its `steps` keeps them. The strategies' own where None.
@@ -78,7 +78,7 @@ class AttackSuite:
         sweep: str | Path | Sequence[FineTuningStrategy] = "strong",
         output_dir: str | Path = "attacks",
         *,
-        trials: int = TRIALS,
+        trials: int | None = None,
         seeds: Sequence[int] = (0, 1, 2),
         epochs: float | None = None,
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
@@ -105,8 +105,11 @@ class AttackSuite:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         refuse_two_metrics(task, metric)
         strategies = list(dict.fromkeys(strategies))
-        self.trials = trials if str(sweep) == "search" else 0
-        if self.trials and trials <= len(strategies):
+        searches = str(sweep) == "search"
+        if trials is not None and not searches:
+            raise ValueError(f'trials is {trials}, but only the sweep "search" has trials: leave it out.')
+        self.trials = (TRIALS if trials is None else trials) if searches else 0
+        if searches and self.trials <= len(strategies):
             raise ValueError(f"trials is {trials}, but a search begins with {len(strategies)} strategies: give more.")
         self.epochs = USUAL_EPOCHS if epochs is None else epochs
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"

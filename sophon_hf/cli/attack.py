@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
     suite = AttackSuite(
         options.sweep,
         folder,
+        trials=options.trials,
         seeds=options.seeds,
         epochs=options.epochs,
         measured_every=options.measured_every,

@@ -155,6 +155,7 @@ _FLAGS = {
         "the adversary's examples, stratified (left out: all, in an audit as many as the claim's)",
         "int",
     ),
+    "trials": _Flag("attack", "how many strategies the sweep search tries on each model (left out: 40)", "int"),
     "measured_every": _Flag("attack", "measure every so many steps, not at epochs 0, 1, 5, ... 20", "int"),
     "accelerate_config": _Flag(
         "protect attack audit",

@@ -85,9 +85,15 @@ def test_every_model_gets_the_same_trials_and_a_second_run_computes_nothing(tmp_
     assert load_sweep(tmp_path / "best-protected.yaml") == [results.best("protected").strategy]
 
 
-def test_too_few_trials_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="trials is 4, but a search begins with 4 strategies"):
-        AttackSuite("search", tmp_path, trials=4)
+@pytest.mark.parametrize("trials", [0, 4])
+def test_too_few_trials_are_refused(tmp_path, trials):
+    with pytest.raises(ValueError, match=f"trials is {trials}, but a search begins with 4 strategies"):
+        AttackSuite("search", tmp_path, trials=trials)
+
+
+def test_trials_of_a_sweep_that_does_not_search_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='trials is 40, but only the sweep "search" has trials'):
+        AttackSuite("strong", tmp_path, trials=40)
 
 
 def test_the_plan_counts_trials(tmp_path):

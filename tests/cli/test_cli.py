@@ -265,6 +265,18 @@ def test_a_dry_run_tells_the_cost_and_looks_for_the_models(tmp_path, config, cap
             cli.main([*attack, "--protected", model])
 
 
+def test_trials_are_those_of_a_search(config, capsys):
+    def plan(sweep: str, trials: str) -> int:
+        attack = ["attack", "--model", config["model"], "--restricted", config["restricted"], "--dry-run"]
+        cli.main([*attack, "--protected", "user/nope", "--sweep", sweep, "--seeds", "0", "--trials", trials])
+        return int(capsys.readouterr().out.split()[0].replace(",", ""))
+
+    # Each trial more is a run on the protected model, the original one and from scratch.
+    assert plan("search", "16") - plan("search", "10") == 6 * 3
+    with pytest.raises(SystemExit, match='trials is 10, but only the sweep "search" has trials'):
+        plan("strong", "10")
+
+
 def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, config, capsys):
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "max_steps": 1000, "save_strategy": "steps"}))
     before = sorted(tmp_path.rglob("*"))
