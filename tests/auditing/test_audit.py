@@ -218,7 +218,7 @@ def test_a_claim_of_ones_own_metric_is_judged_by_that_metric(truth, tmp_path):
             models["after"],
             None,
             metric="f1_macro",
-            protection=Protection("protected", 1, before, stated, 0.8, 0.5, 0, 0),
+            protection=Protection("protected", 1, before, stated, 50, 0.8, 0.5, 0.4, 0, 0),
             data={"eval_original": fingerprint_domain(domain)},
         )
         audit = audit_model(
