@@ -56,6 +56,7 @@ _PROTECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "max_steps": 60,
             "K": 20,
+            "simulated_examples": ADVERSARY_EXAMPLES,
             "l_NTR": 4,
             "alpha": 1e-3,
             "beta": 1e-3,
@@ -84,6 +85,8 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     letters = _data()[0]
     torch.manual_seed(0)
     original = small_classifier()
+    names = letters["train"].features["label"].names
+    original.config.id2label, original.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     task = infer_task(original)
     pretrain(original, task, build_domain(letters["train"], task.inputs(original), name="original"))
     original.save_pretrained(output_dir / "original")
