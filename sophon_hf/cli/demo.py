@@ -35,8 +35,8 @@ SWEEP = [
     for rate in (3e-4, 1e-3, 3e-3)
 ]
 
-# Both are sized for a model of 0.02 M parameters and a minute of one core. The preset is as it stands, but for simulated
-# adversaries with as few examples as the real ones have.
+# Both are sized for a model of 0.02 M parameters and a minute of one core. The preset is as it stands, but for fewer
+# iterations, and simulated adversaries with as few examples as the real ones have.
 _PROTECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "representation": (
         "representation",
