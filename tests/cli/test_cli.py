@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -307,7 +308,10 @@ def test_an_interrupted_protection_says_how_to_go_on(tmp_path, config):
     config |= {"max_steps": 100_000, "save_strategy": "steps", "save_steps": 1}
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell in the background lets its children ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heed)
     assert process.stdout.readline().startswith("Iterations to do: 100000, about ")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=1200)
