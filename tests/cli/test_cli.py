@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageFont
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from sophon_hf import FineTuningStrategy, __version__, load_domain
@@ -130,10 +130,10 @@ def test_the_doctor_finds_this_environment_healthy(capsys):
 def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_path, monkeypatch):
     from sophon_hf.cli import demo
 
-    def stop():
+    def stop(*_):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(demo, "printed_letters", stop)
+    monkeypatch.setattr(ImageFont, "truetype", stop)  # The first letter cannot be drawn.
     mine, earlier = tmp_path / "mine" / "protected" / "model", tmp_path / "demo" / "protected" / "model"
     mine.parent.mkdir(parents=True)
     mine.touch()

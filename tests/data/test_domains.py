@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -241,9 +242,11 @@ def test_batches_on_the_fly_are_those_in_memory(dataset, needs, processing):
 
 
 def test_memory_limit_counts_bytes():
-    # 20 rows of 3 float32 and 1 int64.
-    assert build_domain(points(), POINTS, memory_limit=20 * (3 * 4 + 8))._tensors is not None
-    assert build_domain(points(), POINTS, memory_limit=20 * (3 * 4 + 8) - 1)._tensors is None
+    # 20 rows of 3 float32 and 1 int64. What is kept in memory is checked at once, the rest when it is read.
+    dataset = points().map(lambda row, index: {"x": [math.nan] * 3} if index == 19 else row, with_indices=True)
+    with pytest.raises(ValueError, match="the first at row 19"):
+        build_domain(dataset, POINTS, memory_limit=20 * (3 * 4 + 8))
+    assert len(build_domain(dataset, POINTS, memory_limit=20 * (3 * 4 + 8) - 1)) == 20
 
 
 @pytest.mark.parametrize("memory_limit", [2**20, 0])

@@ -6,100 +6,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
-from classifiers import protect, same_tensors, settings
+from classifiers import protect, same_tensors
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
     SD3Transformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
-from labelled_data import images
+from pipelines import captioned, save_pipeline
 
-from sophon_hf import AttackSuite, DiffusionTask, FineTuningStrategy, SophonTrainer
-from sophon_hf.hub.publish import _is_published
+from sophon_hf import DiffusionTask
 from sophon_hf.models.loading import load_model
 from sophon_hf.tasks.base import infer_task, load_task
 from sophon_hf.tasks.latents import encode_captions
 
 DIRECT = {"strategy_space": {"batch_sizes": [8], "initializations": ["direct"], "learning_rates": [1e-3]}}
-WORDS = ["red", "blue", "green"]
-
-
-def save_pipeline(folder, prediction_type: str = "epsilon"):
-    torch.manual_seed(0)
-    symbols = sorted(set("".join(WORDS)))
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    tokenizer.model_max_length = 8
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
-    config = transformers.CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=8, **sizes, **ends)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=transformers.CLIPTextModel(config),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return pipeline
-
-
-def captioned(seed: int, count: int = 24) -> datasets.Dataset:
-    data = images(seed, count)
-    return data.add_column("text", [WORDS[(i + seed) % 3] for i in range(count)])
-
-
-def test_a_pipeline_is_protected_attacked_and_saved_as_a_whole(tmp_path):
-    before = save_pipeline(tmp_path / "before", "v_prediction")
-    data = [encode_captions(tmp_path / "before", captioned(seed)) for seed in (1, 2)]
-    trainer = SophonTrainer(str(tmp_path / "before"), *data, settings(tmp_path / "after", **DIRECT))
-    assert isinstance(trainer.model, UNet2DConditionModel)
-    assert trainer.task.noise_scheduler.config.prediction_type == "v_prediction", "the pipeline's own"
-    trainer.train()
-    after = StableDiffusionPipeline.from_pretrained(tmp_path / "after", safety_checker=None)
-    assert same_tensors(trainer.model, after.unet) and not same_tensors(before.unet, after.unet)
-    assert same_tensors(before.vae, after.vae) and same_tensors(before.text_encoder, after.text_encoder)
-    assert type(after.scheduler) is PNDMScheduler, "the sampler stays"
-    picture = after("red", num_inference_steps=2, output_type="np", height=16, width=16).images[0]
-    assert np.isfinite(picture).all()
-    assert same_tensors(load_model(tmp_path / "after"), after.unet)
-    published = {p.relative_to(tmp_path / "after").as_posix() for p in (tmp_path / "after").rglob("*") if p.is_file()}
-    needed = {"model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors", "sophon.json"}
-    assert needed <= {name for name in published if _is_published(name)}
-    assert str(tmp_path) not in (tmp_path / "after" / "model_index.json").read_text()
-
-    suite = AttackSuite([FineTuningStrategy(epochs=1, batch_size=8)], tmp_path / "attacks", seeds=[0])
-    results = suite.run(
-        protected=str(tmp_path / "after"),
-        original=str(tmp_path / "before"),
-        restricted_dataset=data[0],
-        eval_dataset=encode_captions(tmp_path / "before", captioned(7, 12)),
-    )
-    assert not any(run.failed for run in results.runs) and results.metric == "mse"
 
 
 def test_captions_are_encoded_as_the_pipeline_does(tmp_path):
