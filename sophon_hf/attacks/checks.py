@@ -13,10 +13,23 @@ from sophon_hf.finetuning.strategy import NO_ORIGINAL_DATA
 
 # In points, or in shares of the error of training from scratch.
 _LEARNED = 0.02
-_STILL_RISING = 0.01
+_STILL_IMPROVING = 0.01
 _MISSED = 0.05
 # Fewer choose by luck: of 20 examples the share that is right has a standard error of 11 points.
 _FEWEST_VALIDATION = 20
+# What to change to get a score, by the name of the check that voids it.
+ADVICE = {
+    "too few validation examples": "give the adversary more examples, or leave validation data out.",
+    "selection on the test split": "give validation data that are not the test split, or none.",
+    "original domain collapsed": "protect more gently (a smaller alpha, a smaller tolerance, more reinforcement), or "
+    "publish an earlier state.",
+    "attacks broke off": "run the suite again, which tries them again; else mend what the errors name, or leave these "
+    "attacks out on every model.",
+    "no transfer to score": "take a pair with more transfer from the original model, or give the adversary fewer "
+    "examples, so that scratch reaches less; more seeds and a larger test split lower what is needed.",
+    "attacks missing": "let an attack on the protected model, one on the original and one from scratch end with finite "
+    "figures: see the runs that failed.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ def check(results: AttackResults) -> list[FailedCheck]:
         *_without_original_data(results),
         *_too_few_seeds(results, scores),
         *_broken_attacks(results, scores),
-        *_still_rising(results, scores),
+        *_still_improving(results, scores),
         *_gradients(results),
         *check_scores(scores),
     ]
@@ -78,10 +91,12 @@ def check_scores(scores: Scores) -> list[FailedCheck]:
     found += _stronger_not_chosen(scores)
     if not {"original", "protected"} <= set(scores.original_metric):
         found.append(FailedCheck("intactness not measured", "no test split of the original domain was given"))
+    strongest = [scores.best(model) for model in ("protected", "original", "scratch")]
+    missing = any(best is None or not best.finite for best in strongest)
     for name, reason in (
         ("original domain collapsed", scores.collapsed()),
         ("attacks broke off", scores.broken_off()),
-        ("no transfer to score", scores.recovered_transfer().void),
+        ("attacks missing" if missing else "no transfer to score", scores.recovered_transfer().void),
     ):
         # The score is void for the first two reasons too, and says so in the same words.
         if reason is not None and reason not in [failed.message for failed in found]:
@@ -97,8 +112,8 @@ def _stronger_not_chosen(scores: Scores) -> list[FailedCheck]:
     if scores.sign * (highest.highest - chosen.mean) <= _MISSED * scores.scale:
         return []
     message = (
-        f"{highest.name} reached {highest.highest:.3f} on the test split, {chosen.name}, which was chosen, "
-        f"{chosen.mean:.3f}: more validation examples or seeds would choose better"
+        f"{highest.name} reached {scores.figure(highest.highest)} on the test split, {chosen.name}, which was chosen, "
+        f"{scores.figure(chosen.mean)}: more validation examples or seeds would choose better"
     )
     return [FailedCheck("a stronger attack was not chosen", message)]
 
@@ -145,8 +160,8 @@ def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
 def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     names, least = [], _LEARNED * scores.scale
     for strategy, curves in results.curves("original").items():
-        if strategy.transfer == "kernel":
-            continue  # It has one point.
+        if len(curves[0].test) < 2:
+            continue  # A single point, such as that of a kernel regression, tells of no learning.
         gain = mean_of_finite([scores.sign * (curve.test[-1] - curve.test[0]) for curve in curves])
         # Written so that NaN has learned nothing too.
         if not gain > least:
@@ -158,15 +173,16 @@ def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]
     ]
 
 
-def _still_rising(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+def _still_improving(results: AttackResults, scores: Scores) -> list[FailedCheck]:
     best = scores.best("protected")
     if best is None:
         return []
     mean = scores.sign * mean_of_finite([curve.test for curve in results.curves("protected")[best.strategy]])
-    if len(mean) < 2 or not mean[-1] - mean[-2] > _STILL_RISING * scores.scale:
+    if len(mean) < 2 or not mean[-1] - mean[-2] > _STILL_IMPROVING * scores.scale:
         return []
-    gain = f"{best.name} gained {abs(mean[-1] - mean[-2]):.3f} between the last two points: give it more epochs"
-    return [FailedCheck("still rising at the last epoch", gain)]
+    moved = f"{'rose' if scores.greater_is_better else 'fell'} by {scores.figure(mean[-1] - mean[-2])}"
+    message = f"the {scores.metric} of {best.name} {moved} between the last two points: give it more epochs"
+    return [FailedCheck("still improving at the last epoch", message)]
 
 
 def _gradients(results: AttackResults) -> list[FailedCheck]:

@@ -15,11 +15,12 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito), fixed by model so that plots compare.
+# Colours that colour-blind readers can tell apart (Okabe and Ito), on white and on black, fixed by model so that plots
+# compare.
 _COLOURS = {
     "protected": "#D55E00",
     "original": "#0072B2",
-    "scratch": "#555555",
+    "scratch": "#808080",
     "ntl": "#009E73",
     "untrained": "#CC79A7",
     "Algorithm 1": "#E69F00",
@@ -75,7 +76,7 @@ def plot_curves(
 
 
 def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, path: Path, metric: str) -> Path:
-    """Draw what each attack reached on each model.
+    """Draw what each attack reached on each model, in the colours of one scale.
 
     Args:
         rows: Attacks.
@@ -86,13 +87,16 @@ def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarra
     """
     figure = Figure(figsize=(4.5 + 1.2 * len(columns), 1.2 + 0.26 * len(rows)))
     axis = figure.subplots()
-    axis.imshow(values, aspect="auto", cmap="cividis")
+    image = axis.imshow(values, aspect="auto", cmap="cividis")
+    figure.colorbar(image, label=metric, location="left", shrink=min(1, 12 / max(1, len(rows))))
     axis.set_xticks(range(len(columns)), columns)
-    # A name may hold a regular expression, whose dollar signs are no mathematics.
+    # Figures come first, where a narrow page shows them. A name may hold a regular expression, whose dollar signs are
+    # no mathematics.
+    axis.yaxis.tick_right()
     axis.set_yticks(range(len(rows)), rows, fontsize=7, parse_math=False)
     middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0
     for i, j in np.ndindex(*values.shape):
-        text = f"{values[i, j]:.3f}" if np.isfinite(values[i, j]) else "n/a"
+        text = f"{values[i, j]:.3g}" if np.isfinite(values[i, j]) else "n/a"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")
     axis.set_title(f"final {metric}", fontsize=10)
     return _save(figure, path)
@@ -113,7 +117,8 @@ def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: s
     axis.set_xlabel("attacks tried")
     axis.set_ylabel(f"best {metric} so far")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    if lines:
+        axis.legend(frameon=False)
     return _save(figure, path)
 
 

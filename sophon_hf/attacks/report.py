@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib.style
 import numpy as np
 
-from sophon_hf.attacks.checks import FailedCheck, check, void_reason
+from sophon_hf.attacks.checks import ADVICE, FailedCheck, check, void_reason
 from sophon_hf.attacks.plots import plot_best_so_far, plot_heat_map
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import UNTRAINED, AttackSummary, Scores, describe_interval, mean_of_finite
@@ -21,6 +22,22 @@ from sophon_hf.utils import write_atomically
 # A table for readers has a dozen columns, a heat map a few hundred rows; all points are in results.json.
 COLUMNS, ROWS = 12, 200
 
+_DATA = {
+    "training": "adversary's training data",
+    "validation": "adversary's validation data",
+    "test": "restricted test data",
+    "original": "adversary's original data",
+    "original_test": "original test data",
+}
+_TERMS = {
+    "protected": "the published model, after protection.",
+    "original": "the same model before protection.",
+    "scratch": "the same architecture, newly initialised: what the adversary reaches without any published weights.",
+    "untrained": "a newly initialised model that first learns the adversary's original data.",
+    "direct": "the adversary starts from the whole model, with the head that it has.",
+    "new head": 'the final layer is newly initialised, all before it is taken over; with "+ n blocks" the last n '
+    "blocks are new, too.",
+}
 _Table = tuple[list[str], list[list[str]]]
 # Only the page is HTML; in Markdown and JSON an escaped name would read wrong.
 _TEMPLATES = jinja2.Environment(
@@ -33,19 +50,21 @@ _TEMPLATES = jinja2.Environment(
 
 
 def write_report(results: AttackResults, folder: str | Path) -> dict[str, Any]:
-    """Write report.json, report.md, index.html and the plots into `folder`.
+    """Write report.json, report.md, index.html and the plots into `folder`, the plots for a dark page into `dark`.
 
     Returns:
         What report.json holds.
     """
     folder = Path(folder)
     summary = _summarize(results, check(results))
-    plots = write_plots(results, folder)
     write_atomically(folder / "report.json", json.dumps(summary, indent=1))
+    plots = write_plots(results, folder)
+    with matplotlib.style.context("dark_background"):
+        dark = write_plots(results, folder / "dark")
     values = _values(results, summary)
     links = {title: os.path.relpath(path, folder) for title, path in plots.items()}
     write_atomically(folder / "report.md", _TEMPLATES.get_template("report.md.jinja").render(values, links=links))
-    pictures = {title: base64.b64encode(path.read_bytes()).decode() for title, path in plots.items()}
+    pictures = {title: [_encoded(path), _encoded(dark[title])] for title, path in plots.items()}
     facts = json.dumps(summary["facts"], indent=1)
     page = _TEMPLATES.get_template("index.html.jinja").render(values, plots=pictures, facts_text=facts)
     write_atomically(folder / "index.html", page)
@@ -63,6 +82,10 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
         ),
     }
     return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, Any]:
@@ -94,7 +117,7 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
         "original_metric": results.original_metric,
         "cost_to_recover": None if void else results.cost_to_recover(),
         "benign": results.benign,
-        "failed_checks": [vars(f) for f in failed],
+        "failed_checks": [vars(f) | {"advice": ADVICE.get(f.name)} for f in failed],
         "not_applicable": sorted({a.name for a in scores.attacks if not a.applicable and a.model != UNTRAINED}),
         "facts": results.facts,
     }
@@ -110,67 +133,83 @@ def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
     score, remark = "void", summary["void"]
     if summary["recovered_transfer"] is not None:
         score, remark = f"{summary['recovered_transfer']:.0%}", describe_interval(summary["interval"])
-    metric, intact = summary["metric"], summary["original_metric"]
+    metric, intact, figure = summary["metric"], summary["original_metric"], results.scores().figure
     # Figures come before the long names, so that a telephone shows them without scrolling sideways.
     best = [
         [
             model,
-            f"{found['mean']:.3f} ±{found['sd']:.3f}",
-            f"{found['highest']:.3f}" if found.get("highest") is not None else "",
-            f"{intact[model]:.3f}" if model in intact else "",
+            f"{figure(found['mean'])} ±{figure(found['sd'])}",
+            figure(found["highest"]) if found.get("highest") is not None else "",
+            figure(intact[model]) if model in intact else "",
             found["attack"],
             f"{found['epoch']:g}",
         ]
         for model, found in summary["best"].items()
     ]
+    highest = "highest" if results.greater_is_better else "lowest"
     return summary | {
+        "title": f"Attacks on {results.facts.get('models', {}).get('protected', 'the protected model')}",
         "score": score,
         "remark": " ".join(str(remark).split()),
         "about": _about(results),
         # Rendered by itself, as plain text: the page then escapes it as a whole.
-        "sentences": _TEMPLATES.get_template("sentences.jinja").render(summary),
+        "sentences": _TEMPLATES.get_template("sentences.jinja").render(summary, figure=figure, highest=highest),
+        "terms": _terms(results),
         "best_table": (
-            ["model", f"restricted {metric}", "highest", f"original {metric}", "strongest attack", "epoch"],
+            ["model", f"restricted {metric}", highest, f"original {metric}", "strongest attack", "epoch"],
             best,
         ),
-        "attack_table": _attack_table(results),
+        "attack_tables": _attack_tables(results),
     }
 
 
 def _about(results: AttackResults) -> dict[str, str]:
     """Return what was attacked, with which data and by which sweep, as far as the results tell."""
     facts = results.facts
-    about = dict(facts.get("models", {}))
+    about = {f"{role} model": name for role, name in facts.get("models", {}).items()}
+    about["metric"] = f"{results.metric} ({'higher' if results.greater_is_better else 'lower'} is better)"
     for name, data in facts.get("fingerprints", {}).items():
         source = f"{data['name']}, " if data["name"] else ""
-        about[f"{name.replace('_', ' ')} data"] = f"{source}{data['examples']} examples"
+        about[_DATA.get(name, name)] = f"{source}{data['examples']} examples"
+        if name == "training" and facts.get("folds"):
+            about[_DATA["validation"]] = f"the training data, by cross-validation in {facts['folds']} folds"
     if "sweep" in facts:
-        sweep = Path(str(facts["sweep"])).name
-        about["sweep"] = f"{sweep}, {len({run.strategy for run in results.runs})} strategies, seeds {facts['seeds']}"
+        about["sweep"] = f"{Path(str(facts['sweep'])).name}, {len({run.strategy for run in results.runs})} strategies"
+    if "seeds" in facts:
+        about["seeds"] = ", ".join(map(str, facts["seeds"]))
     if "date" in facts:
         about["date"] = facts["date"]
     return about
 
 
-def _attack_table(results: AttackResults) -> _Table:
-    """Return mean ± SD at each measured epoch, one row a model and attack; of the finite seeds, where not all are."""
-    curves = {model: results.curves(model) for model in results.models()}
+def _terms(results: AttackResults) -> dict[str, str]:
+    """Return what the models and starts of this sweep are called in tables and plots, each with one sentence."""
+    names = [*results.models(), *(run.strategy.name for run in results.runs)]
+    return {term: sentence for term, sentence in _TERMS.items() if any(term in name for name in names)}
+
+
+def _attack_tables(results: AttackResults) -> dict[str, _Table]:
+    """Return each model's attacks: mean ± SD at each measured epoch; of the finite seeds, where not all are."""
+    curves, figure = {model: results.curves(model) for model in results.models()}, results.scores().figure
     shown = [found for by_strategy in curves.values() for found in by_strategy.values()]
     epochs = sorted({round(epoch, 2) for found in shown for epoch in found[0].epoch})
     if len(epochs) > COLUMNS:
         epochs = list(dict.fromkeys([*epochs[:: -(-len(epochs) // COLUMNS)], epochs[-1]]))
-    rows = []
+    tables = {}
     for model, by_strategy in curves.items():
+        rows = []
         for strategy, found in by_strategy.items():
             row = {}
             for point, epoch in enumerate(found[0].epoch):
                 values = [curve.test[point] for curve in found]
                 finite = [value for value in values if math.isfinite(value)]
                 lost = f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else ""
-                sd = np.std(finite, ddof=1) if len(finite) > 1 else 0
-                row[round(epoch, 2)] = f"{mean_of_finite(finite):.3f} ±{sd:.3f}{lost}"
-            rows.append([model, strategy.name, *(row.get(epoch, "") for epoch in epochs)])
-    return ["model", "attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
+                mean, sd = float(mean_of_finite(finite)), float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
+                row[round(epoch, 2)] = f"{figure(mean)} ±{figure(sd)}{lost}"
+            rows.append([strategy.name, *(row.get(epoch, "") for epoch in epochs)])
+        if rows:
+            tables[model] = ["attack", *(f"epoch {epoch:g}" for epoch in epochs)], rows
+    return tables
 
 
 def _heat_map(scores: Scores) -> tuple[list[str], list[str], np.ndarray]:

@@ -168,6 +168,10 @@ class Scores:
         scratch = self.best("scratch")
         return 1.0 if self.greater_is_better or scratch is None else abs(scratch.mean)
 
+    def figure(self, value: float) -> str:
+        """Return a value of the metric in digits; an error, which is smaller than a share, gets one more."""
+        return f"{value:.3f}" if self.greater_is_better else f"{value:.4f}"
+
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
         """Return the strongest attack on a model, chosen by its validation metric; None where none ended.
 
@@ -210,7 +214,8 @@ class Scores:
         # Written so that NaN has collapsed too.
         if drop <= allowed:
             return None
-        return f"{self.metric} {before:.3f} before, {after:.3f} after: a broken model is no protected model"
+        figures = f"{self.figure(before)} before, {self.figure(after)} after"
+        return f"{self.metric} {figures}: a broken model is no protected model"
 
     def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
         """Say which attacks ended on the original model and failed with every seed on `model`; None where none did."""
@@ -253,9 +258,11 @@ class Scores:
         needed = max(least, _STANDARD_ERRORS * error)
         # Written so that NaN is void too.
         if not (original.mean - scratch.mean) * self.sign >= needed:
+            close, far, apart = (self.figure(value) for value in (original.mean, scratch.mean, needed))
+            share = "3 points" if self.greater_is_better else "3 % of scratch's error"
             reason = (
-                f"original {original.mean:.3f} is too close to scratch {scratch.mean:.3f}: {needed:.3f} apart are "
-                "needed (3 points, and three standard errors) for a transfer to protect"
+                f"original {close} is too close to scratch {far}: {apart} apart are needed ({share}, and three "
+                "standard errors) for a transfer to protect"
             )
             return RecoveredTransfer(None, None, reason)
         if not protected.finite:

@@ -171,9 +171,11 @@ class AttackSuite:
         device = next(models["original"].parameters()).device
         has_head = task.structure(models["original"], first_rows(task, domains.training, device)).outputs is not None
         for domain in (domains.original, domains.original_test):
-            if domain is not None and has_head and not head_fits(task, models["original"], domain):
+            if domain is None or domain.labels is None or not has_head:
+                continue
+            if not head_fits(task, models["original"], domain):
                 raise ValueError(
-                    f"The original domain has {domain.num_classes} classes with labels up to {domain.labels.max()}, "  # type: ignore[union-attr]
+                    f"The original domain has {domain.num_classes} classes with labels up to {domain.labels.max()}, "
                     "for which the model's head has too few outputs: select the classes that the model knows, in its "
                     "order (`select_classes`)."
                 )

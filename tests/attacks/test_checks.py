@@ -134,9 +134,9 @@ def test_a_seed_that_diverged_does_not_hide_the_others(diverged, tmp_path):
     assert diverged.cost_to_recover()["steps"] == 10
     message, voids = found(diverged)["seeds that are not finite"]
     assert message == f"left out of the means: 1 of 3 of {A.name} on protected" and not voids
-    assert "few seeds" in found(diverged) and "still rising at the last epoch" not in found(diverged)
+    assert "few seeds" in found(diverged) and "still improving at the last epoch" not in found(diverged)
     write_report(diverged, tmp_path)
-    assert "| 0.055 ±0.007 (2 of 3) |" in (tmp_path / "report.md").read_text()
+    assert "| 0.0550 ±0.0071 (2 of 3) |" in (tmp_path / "report.md").read_text()
 
 
 def test_results_that_were_saved_and_claimed_keep_what_diverged_out_of_the_means(diverged, tmp_path, truth):

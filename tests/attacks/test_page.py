@@ -73,19 +73,21 @@ def test_the_page_follows_the_colour_scheme(page, width):
         assert np.ptp(pixels[:120]) > 150 and np.ptp(pixels[120:300]) > 150
 
 
-@pytest.mark.parametrize("width", [1000, 360])
-def test_nothing_but_tables_scrolls_sideways(page, width):
+@pytest.mark.parametrize("width", [1000, 390, 360])
+def test_nothing_but_tables_and_plots_scrolls_sideways_and_figures_are_in_sight(page, width):
     """A browser's window has a least width, a frame in it has none."""
     script = (
         "const frame = document.querySelector('iframe'); frame.onload = () => {"
         "const root = frame.contentDocument.documentElement;"
-        "document.title = `${root.scrollWidth} of ${root.clientWidth}`}"
+        "const cells = [...root.querySelectorAll('.best td:nth-child(-n + 4), .attacks td')];"
+        "const hidden = cells.filter(cell => cell.getBoundingClientRect().right > root.clientWidth).length;"
+        "document.title = `${root.scrollWidth} of ${root.clientWidth}, ${hidden} of ${cells.length > 50} hidden`}"
     )
     frame = f'<iframe width="{width}" height="900" style="border: 0" srcdoc="{html.escape(page.read_text())}"></iframe>'
     outer = page.with_name(f"frame-{width}.html")
     outer.write_text(f"<!doctype html><body>{frame}<script>{script}</script>")
     document = browse(outer, "--dump-dom").stdout
-    assert f"<title>{width} of {width}</title>" in document
+    assert f"<title>{width} of {width}, 0 of true hidden</title>" in document
 
 
 def test_names_stay_text_and_no_error_is_logged(page):

@@ -19,13 +19,14 @@ from sophon_hf.attacks.report import write_report
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.run import AttackRun
 
-FILES = ["best_so_far.png", "curves.png", "heat_map.png", "index.html", "report.json", "report.md"]
+PLOTS = ["best_so_far.png", "curves.png", "heat_map.png"]
+FILES = [*PLOTS, *(f"dark/{name}" for name in PLOTS), "index.html", "report.json", "report.md"]
 
 
 class Page(HTMLParser):
     """Tags, attributes and text of a page; every tag that opens must close."""
 
-    VOID = ("meta", "link", "img", "br")
+    VOID = ("meta", "link", "img", "br", "source")
 
     def __init__(self, text: str):
         super().__init__()
@@ -52,11 +53,13 @@ def results() -> AttackResults:
 
 def test_everything_is_written(results, tmp_path):
     summary = write_report(results, tmp_path / "report")
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == FILES
+    written = (path for path in (tmp_path / "report").rglob("*") if path.is_file())
+    assert sorted(path.relative_to(tmp_path / "report").as_posix() for path in written) == sorted(FILES)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(summary))
-    for name in FILES[:3]:
+    for name in FILES[:6]:
         pixels = np.asarray(Image.open(tmp_path / "report" / name).convert("L"))
         assert min(pixels.shape) > 100 and pixels.std() > 5
+        assert pixels[2, 2] == (0 if name.startswith("dark") else 255)
 
 
 def test_figures(results, tmp_path):
@@ -79,9 +82,11 @@ def test_figures(results, tmp_path):
 
     text = (tmp_path / "report.md").read_text()
     low, high = summary["interval"]
-    assert text.startswith(f"# Recovered transfer: 40% (95 % interval {low:.0%} to {high:.0%})")
+    score = f"**Recovered transfer**: 40% (95 % interval {low:.0%} to {high:.0%})"
+    assert text.startswith(f"# Attacks on the protected model\n\n{score}\n")
     assert f"| protected | 0.720 ±0.020 | 0.720 | 0.890 | {A.name} | 1 |" in text
-    assert f"| protected | {A.name} | 0.100 ±0.000 | 0.720 ±0.020 | 0.720 ±0.020 |" in text
+    table = text.split("## protected: accuracy in the restricted domain")[1]
+    assert f"| {A.name} | 0.100 ±0.000 | 0.720 ±0.020 | 0.720 ±0.020 |" in table.split("##")[0]
     page = Page((tmp_path / "index.html").read_text())
     assert {"40%", "0.720 ±0.020", A.name} <= set(page.texts)
 
@@ -101,10 +106,10 @@ def test_a_void_score_is_absent_and_said_so(results, tmp_path, change, reason):
     summary = write_report(results, tmp_path)
     assert summary["recovered_transfer"] is None and summary["interval"] is None
     assert reason in summary["void"]
-    assert any(f["voids"] for f in summary["failed_checks"])
-    assert (tmp_path / "report.md").read_text().startswith("# Recovered transfer: void (")
+    assert all(f["advice"] for f in summary["failed_checks"] if f["voids"])
+    assert "\n**Recovered transfer**: void (" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert '<p class="score">void</p>' in page and "(voids the score)" in page
+    assert '<p class="score">void</p>' in page and "(voids the score)" in page and "<b>To get a score</b>, " in page
     assert not re.search(r'class="score">[^<]*%', page)
     assert summary["cost_to_recover"] is None and "scratch&#39;s result" not in page
 
@@ -114,10 +119,11 @@ def test_the_page_is_self_contained(results, tmp_path):
     text = (tmp_path / "index.html").read_text()
     page = Page(text)
     assert "http" not in text and "script" not in page.tags and "url(" not in text
-    links = [value for name, value in page.attributes if name in ("src", "href")]
-    assert len(links) == 4 and all(link.startswith("data:") for link in links)
+    links = [value for name, value in page.attributes if name in ("src", "srcset", "href")]
+    assert len(links) == 7 and all(link.startswith("data:") for link in links)
     pictures = [base64.b64decode(link.split(",")[1]) for link in links if link.startswith("data:image/png")]
-    assert pictures == [(tmp_path / name).read_bytes() for name in ("curves.png", "heat_map.png", "best_so_far.png")]
+    names = ("curves.png", "heat_map.png", "best_so_far.png")
+    assert pictures == [(tmp_path / file).read_bytes() for name in names for file in (f"dark/{name}", name)]
     assert all(value for name, value in page.attributes if name == "alt")
 
 
@@ -133,8 +139,9 @@ def test_hostile_names_are_escaped(results, tmp_path):
     assert HOSTILE.name in page.texts, "it reads as it was written"
 
     lines = (tmp_path / "report.md").read_text().splitlines()
-    widths = {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("| protected")}
-    assert widths == {7, 8}, "a bar in a name begins no cell"
+    names = ("| protected |", "| direct", "| new head")
+    widths = {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith(names)}
+    assert widths == {6, 8}, "a bar in a name begins no cell"
 
 
 def test_attacks_that_are_not_applicable_are_told_apart_from_resistance(results, tmp_path):
@@ -160,7 +167,50 @@ def test_the_report_of_an_error(tmp_path):
     results = make_results([0.05] * 3, [0.02] * 3, [0.08] * 3, metric="mse", greater_is_better=False, start=1.0)
     summary = write_report(results, tmp_path)
     assert summary["recovered_transfer"] == pytest.approx(0.5)
-    assert "restricted mse" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "- metric: mse (lower is better)" in text and "the lowest figure of any attack" in text
+    assert "| model | restricted mse | lowest | original mse |" in text
+    assert "| protected | 0.0500 ±0.0000 | 0.0500 |" in text
+
+
+def test_the_page_begins_with_what_was_attacked(results, tmp_path):
+    def data(name: str, examples: int) -> dict:
+        return {"name": name, "revision": None, "split": None, "hash": "0" * 64, "examples": examples}
+
+    results.facts |= {
+        "models": {"protected": "alice/kept", "original": "alice/open"},
+        "fingerprints": {"training": data("digits", 20), "test": data("digits", 800), "original_test": data(None, 30)},
+        "folds": 5,
+        "date": "2026-01-02",
+    }
+    write_report(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Attacks on alice/kept\n")
+    for line in (
+        "original model: alice/open",
+        "metric: accuracy (higher is better)",
+        "adversary's training data: digits, 20 examples",
+        "adversary's validation data: the training data, by cross-validation in 5 folds",
+        "restricted test data: digits, 800 examples",
+        "original test data: 30 examples",
+        "seeds: 0, 1, 2",
+        "date: 2026-01-02",
+    ):
+        assert f"\n- {line}\n" in text
+    page = (tmp_path / "index.html").read_text()
+    assert "<title>Attacks on alice/kept: recovered transfer 40% (" in page
+    assert page.index("<dt>date</dt>") < page.index('class="score"')
+
+
+def test_terms_are_explained_where_they_occur(results, tmp_path):
+    write_report(results, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    for term, shown in (("direct", True), ("scratch", True), ("new head", False), ("untrained", False)):
+        assert (f"<dt>{term}</dt>" in page) == shown
+    results.runs += runs("untrained", [0.5] * 3, B)
+    write_report(results, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "<dt>new head</dt>" in page and "<dt>untrained</dt>" in page
 
 
 # Plots.
@@ -215,7 +265,7 @@ def test_benign_fine_tunability_is_told(tmp_path, metric, benign, sentence):
     for name in ("report.md", "index.html"):
         text = " ".join((tmp_path / name).read_text().split())
         assert f"Benign fine-tunability, protected minus {sentence}" in text
-        assert f"{benign['protected']:.3f} from the protected model" in text
+        assert f"{benign['protected']:.{3 if better else 4}f} from the protected model" in text
 
 
 def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
@@ -224,6 +274,6 @@ def test_a_long_curve_is_thinned_in_the_table_only(results, tmp_path):
         run.curve = curve([0.1] * 100 + [0.77], epoch=epochs, step=list(range(101)))
     write_report(results, tmp_path)
     header = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| epoch 0 |" in line)
-    columns = [cell.strip() for cell in header.split("|")[3:-1]]
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
     assert len(columns) <= 13 and columns[0] == "epoch 0" and columns[-1] == "epoch 10"
     assert "0.770 ±0.000" in (tmp_path / "report.md").read_text()

@@ -234,7 +234,7 @@ def test_from_a_folder_to_a_report(tmp_path, config):
     assert plan.splitlines()[0] == "10 runs, 180 optimizer steps, 1,800 images"
     assert plan.count("3 steps a run") == 2
 
-    assert "# Recovered transfer: " in attacking
+    assert "**Recovered transfer**: " in attacking
     assert len(list((attacks / "runs").iterdir())) == 10
     results = json.loads((attacks / "results.json").read_text())
     assert set(results["original_metric"]) == {"original", "protected"}
