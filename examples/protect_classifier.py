@@ -10,6 +10,7 @@ minutes on a CPU and without a network. For real work name a model and two data 
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.model and not (options.original and options.restricted):
         parser.error("--model needs --original and --restricted")
+    if any(Path(options.output_dir).glob("*")):
+        sys.exit(f"{options.output_dir} holds an earlier run: delete it, or choose another --output_dir.")
 
     model, original, restricted = options.model, options.original, options.restricted
     if model is None:
@@ -58,19 +61,11 @@ def main() -> None:
     )
     trainer = SophonTrainer(model, defender, original, config)
     trainer.train()
-    end(trainer, options)
-
-
-def end(trainer: SophonTrainer, options: argparse.Namespace) -> None:
-    """Say in one line what was protected, what it cost, and where it is; or that nothing was, and why."""
-    state, what = trainer.guard.state, type(trainer.model).__name__
+    state = trainer.guard.state
     if state.best_step is None:
-        sys.exit(f"{what} is NOT protected: {trainer.guard.failure}")
+        sys.exit(f"The model is NOT protected: {trainer.guard.failure}")
     if trainer.is_world_process_zero():
-        print(
-            f"Protected {what} against {options.restricted or 'handwritten digits'}: original accuracy "
-            f"{state.start:.1%} before, {state.best_original:.1%} after; saved in {options.output_dir}."
-        )
+        print(f"Original accuracy {state.start:.1%} before, {state.best_original:.1%} after: {options.output_dir}.")
 
 
 if __name__ == "__main__":

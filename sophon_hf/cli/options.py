@@ -125,7 +125,10 @@ _FLAGS = {
         0.2,
     ),
     "skip_unreadable": _Flag(
-        "protect attack audit", "leave out pictures and sounds that cannot be read, and tell how many", "bool", False
+        "protect attack audit",
+        "leave out examples that cannot be read or have no label, and tell how many",
+        "bool",
+        False,
     ),
     "adversary_half": _Flag(
         "protect attack audit",

@@ -12,13 +12,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from sophon_hf.data.loading import Source, load_domain
+from sophon_hf.data.loading import Source, is_missing_label, label_column, load_domain
 from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.utils import derive_seed
 
 logger = logging.getLogger(__name__)
 
-_LABEL_COLUMNS = ("labels", "label")
 _SHOWN = 12
 
 
@@ -53,25 +52,6 @@ class Classes:
         return np.fromiter((self.numbers[value] for value in values), dtype=np.int64, count=len(values))
 
 
-def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
-    """Return the column with the class labels: the chosen one, `labels`, `label` or the only `ClassLabel`; else None.
-
-    Raises:
-        ValueError: The chosen column does not exist, or several could be meant.
-    """
-    if chosen is not None:
-        if chosen not in dataset.column_names:
-            raise ValueError(f"There is no column {chosen!r}; the data set has {dataset.column_names}.")
-        return chosen
-    for name in _LABEL_COLUMNS:
-        if name in dataset.column_names:
-            return name
-    class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(class_labels) > 1:
-        raise ValueError(f"The data set has several label columns, {class_labels}: name the one that is meant.")
-    return class_labels[0] if class_labels else None
-
-
 def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> list[Hashable]:
     """Return all labels as the data have them: names (of a `ClassLabel` too), whole numbers, floats or booleans.
 
@@ -84,11 +64,11 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
         ValueError: Some are missing, or they are no classes.
     """
     values, where = list(dataset.with_format(None)[column]), f"Column {column!r} of the {name} domain"
-    missing = [i for i, value in enumerate(values) if value is None or value == "" or value != value]
-    if missing:
+    feature = dataset.features[column]
+    if missing := [row for row, value in enumerate(values) if is_missing_label(value, feature)]:
         raise ValueError(
             f"{len(missing)} examples have no label in column {column!r} of the {name} domain, the first at row "
-            f"{missing[0]}: label them, or drop those rows."
+            f"{missing[0]}: label them, or drop those rows, as `skip_unreadable` does."
         )
     if not values or isinstance(values[0], str):
         return values
@@ -96,11 +76,9 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
         raise ValueError(
             f"{where} holds {values[0]!r} at row 0, which is no class: a label is a name, a number, or true or false."
         )
-    distinct, feature = set(values), dataset.features[column]
-    declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if (-1 in distinct and (0 in distinct or len(distinct) == 1)) or (declared and min(distinct) < 0):
-        raise ValueError(f"{where} holds negative labels, as test sets without labels do: drop those rows.")
-    if declared:
+    distinct = set(values)
+    if isinstance(feature, datasets.ClassLabel):
+        declared = feature.names
         if max(distinct) >= len(declared):
             raise ValueError(
                 f"{where} has label {max(distinct)}, but its features name {len(declared)} classes: repair the "
@@ -195,6 +173,12 @@ def number_classes(
         present, declared = _present_and_declared(name, parts, column, first)
     lookup, nameless = _by_name(known), all(re.fullmatch(r"LABEL_\d+", label) for label in known)
     found = {value: lookup.get(str(value), lookup.get(_plain(value))) for value in present}
+    if -1 in found and found[-1] is None and (0 in found or len(found) == 1):
+        raise ValueError(
+            f"Column {column!r} of the {name} domain holds -1{' beside 0' if 0 in found else ' only'}, which often "
+            "stands for no label. List the classes that there are, with -1 or without it: `--restricted_classes` or "
+            "`--original_classes` (in Python `select_classes`)."
+        )
     numbers = {value: number for value, number in found.items() if number is not None}
     if len(numbers) == len(present):
         _tell(name, "get the model's numbers by their names", numbers, declared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ Source: TypeAlias = str | os.PathLike | datasets.Dataset | datasets.IterableData
 # What a data set of the Hub keeps of where it is from, in the form that `datasets` records downloads in.
 HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
 _STREAM_LIMIT = 100_000
+_LABEL_COLUMNS = ("labels", "label")
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _FILES: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
@@ -37,6 +39,7 @@ def load_domain(
     *,
     skip_unreadable: bool = False,
     pixel_range: tuple[float, float] | None = None,
+    label: str | None = None,
 ) -> datasets.Dataset:
     """Load one split of a domain.
 
@@ -47,9 +50,11 @@ def load_domain(
             halves, streams and resuming need random access.
         split: The split to take where there are several.
         skip_unreadable: Leave out examples with a picture or sound that is missing or cannot be decoded (in other data:
-            with an empty cell), and tell how many. Otherwise they are refused when they are read.
+            with an empty cell), or without a label where others have one, and tell how many. Otherwise they are refused
+            when they are read.
         pixel_range: What is black and what is white in pictures of more than 8 bits, such as (0, 4095). Without it,
             white is 65535 in pictures of 16 bits, and those of other depths are refused.
+        label: The label column, where it is not found by itself.
 
     Returns:
         The examples as they were stored; sounds are not decoded yet.
@@ -65,10 +70,35 @@ def load_domain(
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(loaded)}. Name one of them.")
         loaded = loaded[split]
     if skip_unreadable:
-        loaded = _readable(loaded, source)
+        loaded = _readable(loaded, source, label)
     if len(loaded) == 0:
         raise ValueError("The data set is empty: check its path, its split and any filter on it.")
     return loaded if pixel_range is None else with_pixel_range(loaded, *pixel_range)
+
+
+def label_column(dataset: datasets.Dataset, chosen: str | None = None) -> str | None:
+    """Return the column with the class labels: the chosen one, `labels`, `label` or the only `ClassLabel`; else None.
+
+    Raises:
+        ValueError: The chosen column does not exist, or several could be meant.
+    """
+    if chosen is not None:
+        if chosen not in dataset.column_names:
+            raise ValueError(f"There is no column {chosen!r}; the data set has {dataset.column_names}.")
+        return chosen
+    for name in _LABEL_COLUMNS:
+        if name in dataset.column_names:
+            return name
+    class_labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(class_labels) > 1:
+        raise ValueError(f"The data set has several label columns, {class_labels}: name the one that is meant.")
+    return class_labels[0] if class_labels else None
+
+
+def is_missing_label(value: Any, feature: Any) -> bool:
+    """Return whether a cell of a label column holds no label: it is empty, or a `ClassLabel` of -1."""
+    unlabelled = isinstance(feature, datasets.ClassLabel) and value == -1
+    return unlabelled or value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset]:
@@ -164,19 +194,27 @@ def _without_split_names(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
     return loaded
 
 
-def _readable(dataset: datasets.Dataset, source: Source) -> datasets.Dataset:
+def _readable(dataset: datasets.Dataset, source: Source, label: str | None) -> datasets.Dataset:
     media = _media_columns(dataset.features)
     plain, reasons = _undecoded(dataset.with_format(None), media), {}
+    try:
+        label = label_column(dataset, label)
+    except ValueError:
+        label = None  # A model that needs labels refuses it, and can name the domain.
+    if label is not None:
+        unlabelled = [is_missing_label(value, dataset.features[label]) for value in plain[label]]
+        if not all(unlabelled):
+            reasons = {row: f"column {label!r}: it has no label" for row, missing in enumerate(unlabelled) if missing}
     for row in range(len(dataset)):
         cells = plain[row]
-        for column in media or cells:
+        for column in media or [name for name in cells if name != label]:
             try:
                 read_cell(cells[column], dataset.features[column])
             except Exception as error:  # Pillow and soundfile raise what they like.
                 reasons[row] = f"column {column!r}: {error}"
     if not reasons:
         return dataset
-    row, reason = next(iter(reasons.items()))
+    row, reason = min(reasons.items())
     logger.warning(
         "%d of %d examples of %s cannot be read and are left out, the first at row %d, %s",
         len(reasons),

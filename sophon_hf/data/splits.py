@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 from PIL.Image import Image
 
-from sophon_hf.data.labels import label_column, select_classes, split_indices
-from sophon_hf.data.loading import Source, load_domain, open_source
+from sophon_hf.data.labels import select_classes, split_indices
+from sophon_hf.data.loading import Source, label_column, load_domain, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def load_part(
         loaded = datasets.DatasetDict(loaded)
     # By its path, messages can tell which it is.
     named = source if isinstance(source, (str, os.PathLike)) else loaded
-    dataset = load_domain(named, test_split if test and not whole else split, **reading)
+    dataset = load_domain(named, test_split if test and not whole else split, label=column, **reading)
     if classes:
         dataset = select_classes(dataset, classes, column)
     if not whole:

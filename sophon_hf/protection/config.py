@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 from sophon_hf.protection.presets import PRESETS
 
-_ON_VIOLATION = ("halve_alpha", "continue", "stop", "adapt_alpha")
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
@@ -78,14 +77,22 @@ class SophonConfig(TrainingArguments):
             "stop put the last good state back first, with both optimizers' states cleared. adapt_alpha lets the "
             "metric fall further early (7 tolerances at first, 1 from seven tenths of the iterations on), halves alpha "
             "where it stays beyond that, and doubles it back inside the tolerance; only where the original domain is "
-            "lost is a state put back. A state outside the tolerance is never the protected model."
+            "lost is a state put back. A state outside the tolerance is never the protected model.",
+            "choices": ["halve_alpha", "continue", "stop", "adapt_alpha"],
         },
     )
     suppression_loss: str | None = field(
         default=None,
         metadata={
             "help": "L_alpha: inverse_cross_entropy (the default for classifiers), kl_from_uniform, denial_of_service "
-            "(the default for diffusion), or the unstable negated_cross_entropy and negated_mse."
+            "(the default for diffusion), or the unstable negated_cross_entropy and negated_mse.",
+            "choices": [
+                "inverse_cross_entropy",
+                "kl_from_uniform",
+                "denial_of_service",
+                "negated_cross_entropy",
+                "negated_mse",
+            ],
         },
     )
     strategy_space: dict[str, Any] | str | None = field(
@@ -240,7 +247,8 @@ class SophonConfig(TrainingArguments):
             )
         if self.mixup and not self.distillation:
             raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
-        check_choice(self.on_violation, _ON_VIOLATION, "on_violation")
+        field_of = type(self).__dataclass_fields__
+        check_choice(self.on_violation, field_of["on_violation"].metadata["choices"], "on_violation")
         self.gamma = self._parse_gamma()
         if isinstance(self.strategy_space, StrategySpace):
             self.strategy_space = self.strategy_space.to_dict()

@@ -47,6 +47,8 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
         (["attack", "--help"], 0, "--sweep"),
         (["protect", *MODEL, "--alhpa", "1"], 2, "Did you mean '--alpha'?"),
         (["protect", *MODEL, "--max_steps", "many"], 2, "invalid int value: 'many'"),
+        (["protect", *MODEL, "--on_violation", "stpo"], 2, "invalid choice: 'stpo' (choose from 'halve_alpha', "),
+        (["protect", *MODEL, "--suppression_loss", "ice"], 2, "(choose from 'inverse_cross_entropy', "),
         (["attack", *MODEL, "--sweep", "stron"], 2, "Did you mean 'strong'?"),
         (["audit", "missing.yaml"], 2, "There is no file 'missing.yaml'"),
     ],

@@ -44,8 +44,6 @@ def test_labels_that_are_no_classes():
         ([0, None, 1, None], "2 examples have no label in column 'label' of the given domain, the first at row 1"),
         (["a", "", "b"], "1 examples have no label in column 'label' of the given domain, the first at row 1"),
         ([0.0, float("nan")], "1 examples have no label in column 'label' of the given domain, the first at row 1"),
-        ([0, 1, -1], "negative labels, as test sets without labels do: drop those rows"),
-        ([-1, -1], "negative labels"),
         (
             [[0, 1], [1, 0]],
             r"holds \[0, 1\] at row 0, which is no class: a label is a name, a number, or true or false",
@@ -54,9 +52,31 @@ def test_labels_that_are_no_classes():
     ):
         with pytest.raises(ValueError, match=message):
             read_labels(labels(values), "label")
-    for bad in ([0, None], [0, -1]):
-        with pytest.raises(ValueError, match="olumn 'label' of the restricted domain"):
-            build_domain(labels(bad, x=[[0.0], [1.0]]).remove_columns("row"), POINTS, name="restricted")
+    named = labels([1, -1], datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(
+        ValueError, match=r"1 examples have no label .*, the first at row 1: .*as `skip_unreadable` does"
+    ):
+        read_labels(named, "label")
+    with pytest.raises(ValueError, match="olumn 'label' of the restricted domain"):
+        build_domain(labels([0, None], x=[[0.0], [1.0]]).remove_columns("row"), POINTS, name="restricted")
+
+
+@pytest.mark.parametrize(("values", "what"), [([0, 1, -1], "-1 beside 0"), ([-1.0, -1.0], "-1 only")])
+def test_minus_one_is_a_class_or_none_as_the_user_says(values, what):
+    dataset = labels(values, x=[[0.0]] * len(values)).remove_columns("row")
+    message = (
+        f"Column 'label' of the restricted domain holds {what}, which often .*`--restricted_classes`.*select_classes"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_domain(dataset, POINTS, name="restricted")
+    classes = select_classes(dataset, sorted({int(value) for value in values}))
+    domain = build_domain(classes, POINTS, name="restricted")
+    assert domain.classes.names == tuple(str(value) for value in sorted({int(value) for value in values}))
+    assert domain.labels.tolist() == [int(value) + 1 for value in values]
+    if 1 in values:
+        assert build_domain(select_classes(dataset, [0, 1]), POINTS, name="restricted").labels.tolist() == [0, 1]
+    called = ModelInputs(("x", "labels"), "x", labelled=True, class_names=("1", "0", "-1"))
+    assert build_domain(dataset, called, name="original").labels.tolist() == [1 - int(value) for value in values]
 
 
 NAMED = ModelInputs(("x", "labels"), "x", labelled=True, class_names=("zero", "one", "two", "three"))

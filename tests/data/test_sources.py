@@ -241,6 +241,34 @@ def test_empty_cells_are_named_or_left_out():
     assert load_domain(texts, skip_unreadable=True)["text"][:] == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ([None, 1.0, float("nan"), 0.0], [1, 3]),
+        (["", "cat", None, "dog"], [1, 3]),
+        ([1, 0, 0, 1], [0, 1, 2, 3]),
+        ([None] * 4, [0, 1, 2, 3]),  # No model that needs labels takes them, and others need none.
+    ],
+    ids=["numbers", "names", "complete", "none"],
+)
+def test_examples_without_a_label_are_left_out_with_those_that_cannot_be_read(values, kept, caplog):
+    images = pictures([picture("RGB", seed=i) for i in range(4)]).remove_columns("label")
+    images = images.add_column("kind", values).add_column("row", list(range(4)))
+    assert load_domain(images, skip_unreadable=True, label="kind")["row"][:] == kept
+    message = (
+        "2 of 4 examples of the data set cannot be read and are left out, the first at row 0, column 'kind': it has"
+    )
+    assert (message in caplog.text) == (len(kept) == 2)
+    assert len(load_domain(images, skip_unreadable=True)) == 4, "another column may be empty"
+
+
+def test_a_class_label_of_minus_one_is_none(caplog):
+    texts = datasets.Dataset.from_dict({"text": ["one", "two", None], "label": [1, -1, 0]})
+    texts = texts.cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    assert load_domain(texts, skip_unreadable=True)["text"][:] == ["one"]
+    assert "2 of 3 examples of the data set cannot be read and are left out, the first at row 1" in caplog.text
+
+
 def test_a_transform_that_fails_is_named_with_its_row():
     def fragile(rows: dict) -> dict:
         if 2 in rows["number"]:
