@@ -5,8 +5,8 @@
 A sweep has `--attacks` attacks. Each has a true accuracy on a model, every seed adds noise of its own, and validation
 and test split each the noise of their size. Where the protected model is a second copy of the original one the truth is
 100 %, and where it is one more model from scratch 0 %. The excess is what choosing the best of so many attacks by the
-test split itself would add to the accuracy reported (the winner's curse); choosing by validation data adds none. The
-last line is one JSON object.
+test split itself would add to the accuracy reported (the winner's curse); choosing by validation data adds only the
+luck of seeds that both splits share. The last line is one JSON object.
 """
 
 from __future__ import annotations

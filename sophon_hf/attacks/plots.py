@@ -102,19 +102,22 @@ def plot_heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarra
     return _save(figure, path)
 
 
-def plot_best_so_far(lines: Mapping[str, Sequence[float]], path: Path, metric: str) -> Path:
-    """Draw the best attack so far against the number of attacks tried, for each model.
+def plot_best_so_far(lines: Mapping[str, np.ndarray], path: Path, metric: str) -> Path:
+    """Draw the best attack against the number of attacks tried, for each model: the mean over orders, and 5 to 95 %.
 
     Args:
-        lines: Model -> test metric of the best attack among the first 1, 2, ... (chosen on validation data).
+        lines: Model -> test metric of the best attack among the first 1, 2, ...; shape (orders, attacks).
         path: Where the PNG goes.
         metric: Its name.
     """
     figure = Figure(figsize=(6, 3.6))
     axis = figure.subplots()
-    for model, values in lines.items():
-        axis.step(range(1, len(values) + 1), values, where="post", label=model, color=_COLOURS.get(model))
-    axis.set_xlabel("attacks tried")
+    for model, reached in lines.items():
+        tried, colour = range(1, reached.shape[1] + 1), _COLOURS.get(model)
+        low, high = np.percentile(reached, (5, 95), axis=0)
+        axis.plot(tried, reached.mean(axis=0), marker="o", markersize=3, label=model, color=colour)
+        axis.fill_between(tried, low, high, alpha=0.2, color=colour, linewidth=0)
+    axis.set_xlabel("attacks tried, in any order")
     axis.set_ylabel(f"best {metric} so far")
     axis.grid(alpha=0.3)
     if lines:

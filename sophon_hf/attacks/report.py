@@ -16,7 +16,7 @@ import numpy as np
 from sophon_hf.attacks.checks import ADVICE, FailedCheck, check, void_reason
 from sophon_hf.attacks.plots import plot_best_so_far, plot_heat_map
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.score import UNTRAINED, AttackSummary, Scores, describe_interval, mean_of_finite
+from sophon_hf.attacks.score import UNTRAINED, Scores, describe_interval, mean_of_finite
 from sophon_hf.utils import write_atomically
 
 # A table for readers has a dozen columns, a heat map a few hundred rows; all points are in results.json.
@@ -78,7 +78,9 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
         "Metric while an adversary fine-tunes": results.plot(folder / "curves.png"),
         "Every attack on every model": plot_heat_map(*_heat_map(scores), folder / "heat_map.png", results.metric),
         "Best attack against number of attacks tried": plot_best_so_far(
-            _best_so_far(scores), folder / "best_so_far.png", results.metric
+            {model: scores.best_by_number(model) for model in results.models()},
+            folder / "best_so_far.png",
+            results.metric,
         ),
     }
     return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
@@ -92,7 +94,7 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
     """Return the figures of a report as plain values; the score is absent where a check voids it."""
     scores, void = results.scores(), void_reason(failed)
     transfer, of_data = scores.recovered_transfer(), scores.recovered_transfer(model=UNTRAINED)
-    best = {}
+    best: dict[str, dict[str, Any]] = {}
     for model in results.models():
         attack = scores.best(model)
         if attack is not None:
@@ -105,6 +107,12 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
             }
             if (highest := scores.highest(model)) is not None:
                 best[model] |= {"highest": highest.highest, "highest_attack": highest.name}
+            # Names of both pairs, so that they can be read without this file.
+            for name, keys, pair in (
+                ("last_quarter", ("gain", "error"), scores.last_quarter(model)),
+                ("optimism", ("chosen", "highest"), scores.optimism(model)),
+            ):
+                best[model][name] = None if pair is None else dict(zip(keys, pair, strict=True))
     return {
         "metric": results.metric,
         "greater_is_better": results.greater_is_better,
@@ -147,13 +155,14 @@ def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
         for model, found in summary["best"].items()
     ]
     highest = "highest" if results.greater_is_better else "lowest"
+    sentences = _TEMPLATES.get_template("sentences.jinja").render(summary, figure=figure, highest=highest)
     return summary | {
         "title": f"Attacks on {results.facts.get('models', {}).get('protected', 'the protected model')}",
         "score": score,
         "remark": " ".join(str(remark).split()),
         "about": _about(results),
         # Rendered by itself, as plain text: the page then escapes it as a whole.
-        "sentences": _TEMPLATES.get_template("sentences.jinja").render(summary, figure=figure, highest=highest),
+        "sentences": [line for line in sentences.splitlines() if line],
         "terms": _terms(results),
         "best_table": (
             ["model", f"restricted {metric}", highest, f"original {metric}", "strongest attack", "epoch"],
@@ -226,20 +235,3 @@ def _heat_map(scores: Scores) -> tuple[list[str], list[str], np.ndarray]:
     kept = np.sort(np.argsort(-scores.sign * values[:, 0])[:ROWS]) if models else np.array([], dtype=int)
     names = list(row)
     return [names[i] for i in kept], models, values[kept]
-
-
-def _best_so_far(scores: Scores) -> dict[str, list[float]]:
-    """Return the test metric of the best attack among the first 1, 2, ... on each model."""
-    lines: dict[str, list[float]] = {}
-    best: dict[str, AttackSummary] = {}
-    for attack in scores.attacks:
-        if not attack.seeds:
-            continue
-        strongest, validation = best.get(attack.model), attack.validation
-        if validation is not None and (
-            strongest is None or strongest.validation is None or scores.sign * (validation - strongest.validation) > 0
-        ):
-            best[attack.model] = attack
-        found = best.get(attack.model)
-        lines.setdefault(attack.model, []).append(math.nan if found is None else found.mean)
-    return lines

@@ -19,6 +19,9 @@ UNTRAINED = "untrained"
 _LEAST_TRANSFER = 0.03
 _STANDARD_ERRORS = 3.0
 _BOOTSTRAP_SAMPLES = 2000
+_ORDERS = 200
+# The last quarter of fewer attacks is one or two of them.
+_FEWEST_TRIED = 8
 # The validation figures hold their noise once already. With so much more of it, about 95 of 100 intervals hold the
 # truth (benchmarks/interval_coverage.py); with all of it, 99.
 _OTHER_CHOICE = 0.5
@@ -253,7 +256,7 @@ class Scores:
             return RecoveredTransfer(None, None, f"an attack on {model}, original or scratch is missing")
         if reason := self.collapsed(model) or self.broken_off(model, among):
             return RecoveredTransfer(None, None, reason)
-        error = np.hypot(*(np.hypot(a.standard_error, self._test_noise(a.mean)) for a in (original, scratch)))
+        error = np.hypot(self._error(original), self._error(scratch))
         least = _LEAST_TRANSFER * (1.0 if self.greater_is_better else abs(scratch.mean))
         needed = max(least, _STANDARD_ERRORS * error)
         # Written so that NaN is void too.
@@ -275,6 +278,85 @@ class Scores:
         if len(highest) == 3 and highest[1] != highest[2]:
             by_highest = (highest[0] - highest[2]) / (highest[1] - highest[2])
         return RecoveredTransfer(float(value), self._interval((protected, original, scratch), among), None, by_highest)
+
+    def best_by_number(self, model: str) -> np.ndarray:
+        """Return what the best of the first 1, 2, ... attacks reaches on the test split, chosen by validation data.
+
+        One row for each of 200 random orders, since that in which a sweep lists its attacks means nothing.
+        """
+        attacks = self._choosable(model, None)
+        weakest_first = np.argsort([self.sign * (attack.validation or 0.0) for attack in attacks], kind="stable")
+        generator = np.random.default_rng(0)
+        orders = [np.maximum.accumulate(generator.permutation(len(attacks))) for _ in range(_ORDERS)]
+        return np.array([attack.mean for attack in attacks])[weakest_first][np.array(orders, dtype=int)]
+
+    def last_quarter(self, model: str) -> tuple[float, float] | None:
+        """Tell whether more attacks would have been stronger: by how much the last quarter strengthened the best.
+
+        Returns:
+            The mean over the orders of `best_by_number`, and the standard error of the best attack's test figure; None
+            of fewer than 8 attacks, and where one seed does not tell the error of an MSE. A median over the orders
+            would not do: from half of the attacks on it is the best of all, whatever they are.
+        """
+        reached, best = self.best_by_number(model), self.best(model)
+        count = reached.shape[1]
+        if count < _FEWEST_TRIED or best is None:
+            return None
+        if not self.greater_is_better and len(best.finite) == 1:
+            return None
+        gain = self.sign * np.mean(reached[:, -1] - reached[:, count - count // 4 - 1])
+        return float(gain), self._error(best)
+
+    def optimism(self, model: str) -> tuple[float, float] | None:
+        """Return by how much the chosen and the highest figure of a model flatter the adversary: the winner's curse.
+
+        A seed that is lucky is so on both splits, and attacks are chosen that had such seeds; the highest figure was
+        chosen by the luck of the test split besides. Both are simulated, with the noise of seeds and splits added to
+        figures that are shrunk by as much, and the luck of different attacks taken for independent.
+
+        Returns:
+            The expected excess of the chosen figure over what its attack is worth, and that of the highest; None of a
+            single attack, or where no attack has two seeds.
+        """
+        attacks = self._choosable(model, None)
+        variances = [attack.sd**2 / len(attack.finite) for attack in attacks if len(attack.finite) > 1]
+        if len(attacks) < 2 or not variances:
+            return None
+        reached = self.sign * np.array([attack.mean for attack in attacks])
+        test = np.array([self._test_noise(attack.mean) for attack in attacks])
+        noise = np.mean(variances) + np.mean(test**2)
+        kept = np.sqrt(max(0.0, 1 - noise / max(np.var(reached, ddof=1), 1e-12)))
+        worth = reached.mean() + kept * (reached - reached.mean())
+        generator, size = np.random.default_rng(0), (_BOOTSTRAP_SAMPLES, len(attacks))
+        lucky = worth + np.sqrt(np.mean(variances)) * generator.normal(size=size)
+        shown = lucky + test * generator.normal(size=size)
+        chosen = (lucky + self._validation_noise(attacks) * generator.normal(size=size)).argmax(axis=1)
+        highest, rows = shown.argmax(axis=1), np.arange(_BOOTSTRAP_SAMPLES)
+        return (
+            float(np.mean(shown[rows, chosen] - worth[chosen])),
+            float(np.mean(shown[rows, highest] - worth[highest])),
+        )
+
+    def _error(self, attack: AttackSummary) -> float:
+        """Return the standard error of a test figure, by seeds and by test examples."""
+        return float(np.hypot(attack.standard_error, self._test_noise(attack.mean)))
+
+    def _choosable(self, model: str, among: set | None) -> list[AttackSummary]:
+        return [
+            attack
+            for attack in self.attacks
+            if attack.model == model
+            and attack.validation is not None
+            and attack.finite
+            and (among is None or attack.strategy in among)
+        ]
+
+    def _validation_noise(self, attacks: Sequence[AttackSummary]) -> np.ndarray:
+        """Return by how much other validation examples would change what each attack is chosen by."""
+        if not self.greater_is_better or not self.validation_examples:
+            return np.zeros(len(attacks))
+        validation = np.array([attack.validation for attack in attacks], dtype=float)
+        return np.sqrt(np.clip(validation * (1 - validation), 0, None) / self.validation_examples)
 
     def _test_noise(self, mean: float) -> float:
         """Return by how much another test split would change a mean: known for a metric that counts examples only."""
@@ -299,18 +381,9 @@ class Scores:
         Other validation examples choose other attacks, which is the larger part of the error where they are few. The
         spread of the seeds is that of all attacks, since three seeds of one tell little.
         """
-        attacks = [
-            attack
-            for attack in self.attacks
-            if attack.model == chosen.model
-            and attack.validation is not None
-            and attack.finite
-            and (among is None or attack.strategy in among)
-        ]
+        attacks = self._choosable(chosen.model, among)
         validation = np.array([attack.validation for attack in attacks], dtype=float)
-        noise = np.zeros(len(attacks))
-        if self.greater_is_better and self.validation_examples:
-            noise = np.sqrt(np.clip(validation * (1 - validation), 0, None) / self.validation_examples)
+        noise = self._validation_noise(attacks)
         tried = self.sign * (
             validation + _OTHER_CHOICE * noise * generator.normal(size=(_BOOTSTRAP_SAMPLES, len(attacks)))
         )

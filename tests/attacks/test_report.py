@@ -75,6 +75,8 @@ def test_figures(results, tmp_path):
         "seeds": 3,
         "highest": pytest.approx(0.72),
         "highest_attack": A.name,
+        "last_quarter": None,
+        "optimism": None,
     }
     assert set(summary["best"]) == {"protected", "original", "scratch"}
     assert summary["cost_to_recover"]["steps"] == 10
@@ -226,11 +228,11 @@ def test_curves_of_any_number_of_panels(tmp_path, panels):
 
 def test_other_plots_take_what_is_not_finite(tmp_path):
     nan = float("nan")
-    values = np.array([[0.1, nan], [nan, nan]])
+    values, tried = np.array([[0.1, nan], [nan, nan]]), {"protected": np.full((3, 2), 0.2), "ntl": np.empty((3, 0))}
     for path in (
         plot_heat_map(["a", "b"], ["protected", "original"], values, tmp_path / "heat.png", "accuracy"),
         plot_heat_map(["a"], ["protected"], np.array([[nan]]), tmp_path / "empty.png", "accuracy"),
-        plot_best_so_far({"protected": [nan, 0.2], "ntl": []}, tmp_path / "best.png", "accuracy"),
+        plot_best_so_far(tried, tmp_path / "best.png", "accuracy"),
         plot_stability({"ICE": [1.0, float("inf"), -5.0], "NaN": [nan, nan]}, tmp_path / "stability.png"),
     ):
         assert Image.open(path).size[0] > 100
