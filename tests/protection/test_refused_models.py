@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from classifiers import CASES, settings
+from diffusers import UNet2DModel
 from labelled_data import images, sentences, sounds, tokenizer, unet, wave_features
 from points import TinyNet, make_points
 from torch import nn
 
 from sophon_hf import AttackSuite, SophonTrainer
+from sophon_hf.protection.checks import check_loads_back
 
 BERT = next(case for case in CASES if case.family == "BertForSequenceClassification")
 RESNET = next(case for case in CASES if case.family == "ResNetForImageClassification")
@@ -72,6 +74,24 @@ def test_a_model_that_does_not_load_back_is_refused(tmp_path):
     model.classifier[1] = nn.Linear(16, 5)  # Its configuration says 3.
     with pytest.raises(ValueError, match="ResNetForImageClassification cannot be loaded back after it is saved"):
         make(model, tmp_path, images)
+
+
+@pytest.mark.parametrize("build", [RESNET.build, unet])
+def test_a_large_model_that_was_changed_is_refused_without_a_second_copy(build, tmp_path):
+    model = build()
+    one = nn.Linear(1, 1)
+    one.weight = nn.Parameter(torch.zeros(1, 1).expand(2**15, 2**14))  # Counts as 2 GiB and holds 4 bytes.
+    name = "head" if isinstance(model, UNet2DModel) else "classifier"
+    model.add_module(name, nn.Sequential(nn.Flatten(), nn.Linear(16, 3), one))
+    with pytest.raises(ValueError, match=rf"changed after it was made: .*differs \(.*{name}.2.weight"):
+        make(model, tmp_path, images)
+
+
+def test_a_large_model_as_its_configuration_makes_it_is_not_refused():
+    model = BERT.build()
+    model.config.vocab_size = 2**25 + 1
+    model.bert.embeddings.word_embeddings.weight = nn.Parameter(torch.zeros(1, 16).expand(2**25 + 1, 16))
+    check_loads_back(model)
 
 
 def test_a_step_that_fails_in_training_mode_is_tried_before_any_work(tmp_path):
