@@ -8,11 +8,13 @@ from pathlib import Path
 
 import datasets
 import evaluate
+import torch
 
 from sophon_hf.data.labels import split_domain
 from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.data.splits import load_part
 from sophon_hf.tasks import metrics
+from sophon_hf.tasks.latents import encode_captions
 from sophon_hf.tasks.metrics import Metric
 
 
@@ -26,7 +28,7 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
     if told[domain] is None:
         return None
     names = [name.partition("=")[::2] for name in told[f"{domain}_classes"] or ()]
-    return load_part(
+    dataset = load_part(
         told[domain],
         told[f"{domain}_split"],
         told[f"{domain}_test_split"],
@@ -37,6 +39,15 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
         classes={old: new or old for old, new in names},
         pixel_range=_pair(told[f"{domain}_pixel_range"], domain),
     )
+    caption = told[f"{domain}_caption"]
+    if caption is None:
+        return dataset
+    if options.model is None:
+        raise ValueError(f"{domain}_caption is {caption!r}: name by --model the pipeline that encodes captions.")
+    column = (told[f"{domain}_input"] or ["image"])[0]
+    accelerated = torch.accelerator.is_available() and not told.get("use_cpu")
+    device = torch.accelerator.current_accelerator() if accelerated else None
+    return encode_captions(options.model, dataset, image_column=column, caption_column=caption, device=device or "cpu")
 
 
 def _pair(values: list[float] | None, domain: str) -> tuple[float, float] | None:
@@ -96,6 +107,7 @@ def label_columns(
 def input_columns(
     options: argparse.Namespace, domains: Iterable[str] = ("original", "restricted")
 ) -> dict[str, InputColumn]:
-    """Return the input column of each domain, where one is named; two columns of text make one input."""
-    named = {domain: getattr(options, f"{domain}_input") for domain in domains}
+    """Return the input column of each domain, where one is named and still there; two of text make one input."""
+    told = vars(options)
+    named = {domain: None if told[f"{domain}_caption"] else told[f"{domain}_input"] for domain in domains}
     return {domain: names[0] if names and len(names) == 1 else names for domain, names in named.items()}

@@ -113,6 +113,9 @@ _FLAGS = {
                 commands, f"input column of --{domain}, where it is not clear, or two columns of text", "list[str]"
             ),
             f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
+            f"{domain}_caption": _Flag(
+                commands, f"caption column of --{domain}, for a text-to-image pipeline, whose own parts encode it"
+            ),
             f"{domain}_pixel_range": _Flag(
                 commands, f"black and white in pictures of --{domain} with more than 8 bits, as 0 4095", "list[float]"
             ),

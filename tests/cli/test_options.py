@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipelines import captioned, save_pipeline
 from transformers import TrainingArguments
 
 from sophon_hf import SophonConfig
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep
 from sophon_hf.cli.fields import sophon_fields, training_fields
-from sophon_hf.cli.loading import load_metric
+from sophon_hf.cli.loading import input_columns, load_metric, load_split
 from sophon_hf.cli.options import COMMANDS, read_options
 from sophon_hf.cli.protect import build_config
 from sophon_hf.protection.presets import PRESETS
+from sophon_hf.tasks.latents import encode_captions
 
 MODEL = ["--model", "m", "--original", "o", "--restricted", "r"]
 
@@ -164,6 +166,23 @@ def test_a_metric_is_a_name_or_a_module_with_its_arguments(tmp_path):
     assert metric.compute({"predictions": [0, 1], "references": [0, 0]}) == 50
     with pytest.raises(ValueError, match="--metric is .*: give a name, or one with arguments"):
         load_metric(read_options("attack", [*MODEL, "--metric", '{"a": {}, "b": {}}']))
+
+
+def test_captions_are_encoded_by_the_pipeline_that_is_named(tmp_path):
+    save_pipeline(tmp_path / "pipeline")
+    data = captioned(1, 5).rename_columns({"image": "picture", "text": "words"})
+    data.to_parquet(tmp_path / "pictures.parquet")
+    told = {"restricted": str(tmp_path / "pictures.parquet"), "restricted_input": ["picture"]}
+    configuration = write(tmp_path, model=str(tmp_path / "pipeline"), restricted_caption="words", **told)
+    options = read_options("attack", [configuration])
+    training, test = load_split(options, "restricted"), load_split(options, "restricted", test=True)
+    assert set(training.column_names) == {"latents", "encoder_hidden_states"} and (len(training), len(test)) == (4, 1)
+    expected = encode_captions(tmp_path / "pipeline", data, image_column="picture", caption_column="words")
+    assert test["latents"][0] in expected["latents"][:]
+    assert input_columns(options)["restricted"] is None
+    options = read_options("audit", [write(tmp_path, restricted_caption="words", **told)])
+    with pytest.raises(ValueError, match="restricted_caption is 'words': name by --model the pipeline"):
+        load_split(options, "restricted")
 
 
 # Mistakes.
