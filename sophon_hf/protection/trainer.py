@@ -60,7 +60,7 @@ class SophonTrainer(Trainer):
         processing_class: Image processor, tokenizer or feature extractor, for raw columns; saved with the model. Left
             out, it is what is saved with a model that is given by its id or folder.
         task: What is learned, where it cannot be inferred, or to name the head or the noise scheduler.
-        metric: str | EvaluationModule | Metric | None = None,
+        metric: The name of one of ours, or an `evaluate.EvaluationModule`, in place of the task's.
         input_columns: {"original": ..., "restricted": ...}: the raw input column, where it is not found by itself, or
             two columns of text.
         label_columns: The same for the label column.
@@ -171,7 +171,6 @@ class SophonTrainer(Trainer):
             self.add_callback(self.keep_norms)
         names = (self.accelerator.mixed_precision, getattr(own_loss, "__qualname__", None))
         self.run = Run(args, self.task, self.space, self.domains, self.guard, base_state, *names)
-        self.step_log, self._micro_step = StepLog(self.task), 0
 
     # ---- Algorithm 1 ----
 
