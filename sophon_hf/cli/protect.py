@@ -26,10 +26,7 @@ def run(options: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         nothing = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "push_to_hub": False}
-        try:
-            _protect(argparse.Namespace(**{**vars(options), **nothing, "resume": False}))
-        except DryRunEnd:
-            return
+        _protect(argparse.Namespace(**{**vars(options), **nothing, "resume": False}))
 
 
 def _protect(options: argparse.Namespace) -> None:
@@ -44,7 +41,12 @@ def _protect(options: argparse.Namespace) -> None:
         label_columns=label_columns(options),
         callbacks=[TellTime(options.dry_run)],
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    try:
+        trainer.train(resume_from_checkpoint=options.resume or None)
+    except DryRunEnd:
+        if trainer.is_world_process_zero():
+            print(trainer.guard.outlook)
+        return
     if config.save_strategy == "no":
         trainer.save_model()  # `save_strategy` is about checkpoints; the command is run for the model.
     state = trainer.guard.state

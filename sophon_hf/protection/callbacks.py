@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
+from sophon_hf.protection.guard import Guard
 from sophon_hf.protection.suppression import SuppressionGradient
 from sophon_hf.tasks.base import Task
 
@@ -17,13 +18,16 @@ from sophon_hf.tasks.base import Task
 class ProtectionProgress(TrainerCallback):
     """One bar over the iterations: L_FTS, the simulated adversary before and after, and the last evaluation.
 
+    Before the first one it says what to expect.
+
     Args:
         metric: The task's metric.
+        guard: Knows what to expect after its first evaluation.
         visible: Whether to draw it.
     """
 
-    def __init__(self, metric: str, visible: bool = True):
-        self.metric, self.visible = metric, visible
+    def __init__(self, metric: str, guard: Guard, visible: bool = True):
+        self.metric, self.guard, self.visible = metric, guard, visible
         self.bar = None
         self.figures: dict[str, str] = {}
 
@@ -32,6 +36,10 @@ class ProtectionProgress(TrainerCallback):
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="protecting", dynamic_ncols=True)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.bar is not None and state.global_step == 0:
+            self.bar.write(self.guard.outlook)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -175,7 +175,9 @@ class Suppression:
                     parts.append(self.task.scores(*self._predict(self.model, batch, batch_statistics=False)))
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def simulated_metric(self, starts: set[str], restricted: Domain, held_out: Domain, args: SophonConfig) -> float:
+    def simulated_metric(
+        self, starts: set[str], restricted: Domain, held_out: Domain, args: SophonConfig, blocks: int = 0
+    ) -> float:
         """Return the metric that the strongest of some fixed few-shot adversaries reaches on held-out restricted data.
 
         Args:
@@ -183,14 +185,15 @@ class Suppression:
             restricted: What the adversaries have `simulated_examples` of.
             held_out: What they are measured on.
             args: `simulated_examples`, the seed, and how many examples are measured at a time.
+            blocks: How many of the last blocks they re-initialise.
 
         Returns:
-            NaN where no model can be newly initialised from this one's parts.
+            NaN without starts, or where no model can be newly initialised from this one's parts.
         """
         found, examples = [], args.simulated_examples
         for start in sorted(starts):
             batch = min(_BATCH, math.ceil(examples / 2))
-            strategy = FineTuningStrategy(start, learning_rate=_RATES[start], batch_size=batch)
+            strategy = FineTuningStrategy(start, blocks, learning_rate=_RATES[start], batch_size=batch)
             updates = min(_UPDATES, strategy.step_of_epoch(_EPOCHS, examples))
             # Every start has the same examples, so that differences are those of the starts.
             adversary = SimulatedAdversary(
@@ -207,6 +210,8 @@ class Suppression:
             except NotApplicableError:
                 return math.nan
             found.append(self.task.compute_metric({name: values.tolist() for name, values in measured.items()}))
+        if not found:
+            return math.nan
         # One process decides for all: a kernel that is not deterministic must not make them choose differently.
         return broadcast_object_list([max(found) if self.task.greater_is_better else min(found)])[0]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +30,7 @@ from sophon_hf.protection import checks
 from sophon_hf.protection.callbacks import EvaluateLastStep, KeepNorms, ProtectionProgress, StepLog
 from sophon_hf.protection.checkpoints import Run
 from sophon_hf.protection.config import SophonConfig
-from sophon_hf.protection.domains import as_domains, build_domains, evaluate_domains
+from sophon_hf.protection.domains import as_domains, build_domains, domain_gap, evaluate_domains
 from sophon_hf.protection.guard import Guard
 from sophon_hf.protection.optimizers import SuppressionOptimizer, average_and_clip
 from sophon_hf.protection.probes import Probes
@@ -162,7 +161,7 @@ class SophonTrainer(Trainer):
         self.reinforcement_batches = ReinforcementBatches(original, self.task, args)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
-        self.add_callback(ProtectionProgress(self.task.metric, visible=not args.disable_tqdm))
+        self.add_callback(ProtectionProgress(self.task.metric, self.guard, visible=not args.disable_tqdm))
         self.add_callback(EvaluateLastStep())
         self.keep_norms: KeepNorms | None = None
         if args.keep_norms:
@@ -171,6 +170,7 @@ class SophonTrainer(Trainer):
             self.add_callback(self.keep_norms)
         names = (self.accelerator.mixed_precision, getattr(own_loss, "__qualname__", None))
         self.run = Run(args, self.task, self.space, self.domains, self.guard, base_state, *names)
+        self.step_log, self._micro_step = StepLog(self.task), 0
 
     # ---- Algorithm 1 ----
 
@@ -283,9 +283,12 @@ class SophonTrainer(Trainer):
         found = evaluate_domains(task, self.model, domains, self.outputs, args, self.accelerator.autocast)
         if self.is_in_train and eval_dataset is None:
             known, guard = (self.domains["restricted"], self.domains["eval_restricted"], args), self.guard
+            starts, measure = set(self.space.initializations), self.suppression.simulated_metric
             if guard.state.scratch is None:
-                guard.state.scratch = self.suppression.simulated_metric({"scratch"}, *known)
-            simulated = self.suppression.simulated_metric(set(self.space.initializations), *known)
+                guard.state.scratch = measure({"scratch"}, *known)
+                guard.state.gap = domain_gap(self.task, self.model, self.structure, self.domains, args)
+                guard.state.early = measure(starts & {"new_head"}, *known, 2 * len(self.structure.blocks) // 3)
+            simulated = measure(starts, *known)
             found[f"restricted_simulated_{task.metric}"] = simulated
             if (recovered := guard.recovered_transfer(simulated)) is not None:
                 found["restricted_simulated_recovered_transfer"] = recovered
@@ -389,7 +392,7 @@ class SophonTrainer(Trainer):
             The commit, on the main process.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.state.global_step > 0 or not os.path.exists(os.path.join(self.args.output_dir, FILE_NAME)):
+        if self.state.global_step > 0 or not Path(self.args.output_dir, FILE_NAME).exists():
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -398,6 +401,5 @@ class SophonTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint's model, without its states."""
-        where, iteration = (checkpoint_folder, self.repository_name), self.state.global_step
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            publish_checkpoint(*where, iteration, self.args.hub_revision)
+            publish_checkpoint(checkpoint_folder, self.repository_name, self.state.global_step, self.args.hub_revision)
