@@ -281,11 +281,13 @@ def test_trials_are_those_of_a_search(config, capsys):
 
 
 def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, config, capsys):
-    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "max_steps": 1000, "save_strategy": "steps"}))
+    changes = {"max_steps": 1000, "save_strategy": "steps", "eval_strategy": "steps", "eval_on_start": True}
+    (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, **changes}))
     before = sorted(tmp_path.rglob("*"))
     cli.main(["protect", str(tmp_path / "protect.yaml"), "--dry_run"])
     out = capsys.readouterr().out
     assert re.search(r"^Iterations to do: 1000, about \S+ (s|min|h) in all ", out)
+    assert "Before protection, " in out, "what to expect"
     assert sorted(tmp_path.rglob("*")) == before
 
 
