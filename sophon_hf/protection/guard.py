@@ -21,8 +21,8 @@ _LEAST_RISE = 0.03
 # By how many tolerances more the original metric may fall while alpha adapts, and the share of the iterations by which
 # this slack is gone: what is left then is there for the original metric to come back.
 _SLACK, _SLACK_ENDS = 5.0, 0.6
-# In standard deviations: `letters` (1.7) and `digits` (2.6) were protected, `ages` (1.1), `animals` (0.4) and `cifar100` (0.1)
-# less or not.
+# In standard deviations: `letters` (1.7) and `digits` (2.6) were protected; `animals` (0.4) and `cifar100` (0.1) less,
+# or not at all.
 _WIDE_GAP = 1.5
 # How far alpha may rise above its own schedule, where the original metric does not mind.
 _MOST = 16.0

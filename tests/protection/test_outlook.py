@@ -12,10 +12,9 @@ from sophon_hf.protection.guard import Guard
 
 def pictures(shift: float, size: int = 60, seed: int = 0) -> datasets.Dataset:
     pixels = np.random.default_rng(seed).normal(shift, 1, size=(size, 1, 32, 32)).astype("float32")
-    features = datasets.Features(
-        {"pixel_values": datasets.Array3D((1, 32, 32), "float32"), "label": datasets.Value("int64")}
-    )
-    return datasets.Dataset.from_dict({"pixel_values": pixels, "label": np.arange(size) % 5}, features=datasets.Features(columns))
+    columns = {"pixel_values": datasets.Array3D((1, 32, 32), "float32"), "label": datasets.Value("int64")}
+    rows = {"pixel_values": pixels, "label": np.arange(size) % 5}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
 
 
 def protect(tmp_path, restricted: datasets.Dataset, original: datasets.Dataset) -> SophonTrainer:
