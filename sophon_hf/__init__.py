@@ -24,6 +24,7 @@ _HOMES = {
     "split_domain": "data.labels",
     "publish": "hub.publish",
     "audit": "auditing.audit",
+    "benchmark": "benchmarking.benchmark",
 }
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "StrategySpace",
     "__version__",
     "audit",
+    "benchmark",
     "load_domain",
     "load_metric",
     "publish",
@@ -46,6 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sophon_hf.attacks.suite import AttackSuite
     from sophon_hf.auditing.audit import audit
+    from sophon_hf.benchmarking.benchmark import benchmark
     from sophon_hf.data.labels import select_classes, split_domain
     from sophon_hf.data.loading import load_domain
     from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace

@@ -22,7 +22,7 @@ USAGE = f"""usage: sophon-hf COMMAND [CONFIG.yaml] [--flag value ...]
 Protect pre-trained models against fine-tuning in a restricted domain, and measure what the protection is worth.
 
 commands:
-{chr(10).join(f"  {name:8} {line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:9} {line}" for name, line in COMMANDS.items())}
 
 `sophon-hf COMMAND --help` explains the flags. A YAML file may hold them for all commands; flags win.
 `--traceback` anywhere shows where an error came from; `--version` shows the version.
@@ -119,7 +119,7 @@ def _rank() -> int:
 
 
 def _how_to_go_on(command: str, options: argparse.Namespace) -> str:
-    if command in ("attack", "audit"):
+    if command in ("attack", "audit", "benchmark"):
         return "The same command goes on: finished attacks are kept."
     if command == "protect" and any(Path(options.output_dir).glob("checkpoint-*")):
         return "The same command with --resume goes on from the last checkpoint."

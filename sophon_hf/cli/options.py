@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from sophon_hf.attacks.sweeps import SWEEPS
+from sophon_hf.benchmarking import BUDGETS, PAIRS
 from sophon_hf.cli.fields import sophon_fields, training_fields
 from sophon_hf.protection.presets import PRESETS
 from sophon_hf.utils import hint
@@ -26,6 +27,7 @@ COMMANDS = {
     "publish": "upload a protected model to the Hub, with its card and sophon.json",
     "audit": "find out whether what a published model claims is true",
     "doctor": "check versions and devices, and whether the libraries work together",
+    "benchmark": "protect a packaged pair's model, or take a protected one, and attack it by a fixed protocol",
     "demo": "pre-train, protect, attack and report, on data that ships with the dependencies",
 }
 _EPILOGS = {
@@ -37,7 +39,13 @@ _EPILOGS = {
     "claimed or tampered with, and with 2 where the audit could not be carried out.",
 }
 # What a word without a flag stands for; where there are fewer words than names, the last names.
-_WORDS = {"report": ["output_dir"], "publish": ["output_dir", "repo_id"], "audit": ["protected"]}
+_WORDS = {
+    "benchmark": ["model"],
+    "report": ["output_dir"],
+    "publish": ["output_dir", "repo_id"],
+    "audit": ["protected"],
+}
+_SHOWN = {"repo_id": "user/name", "model": "MODEL"}
 _CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "accelerate_configs").glob("*.yaml"))}
 
 
@@ -177,10 +185,27 @@ _FLAGS = {
     ),
 }
 _LISTS: dict[Any, type] = {"list[str]": str, "list[int]": int, "list[float]": float}
-_DEMO_FLAGS = {
-    "output_dir": _Flag("demo", "gets models, attacks and report; an earlier demo makes room", default="demo-output"),
-    "seed": _Flag("demo", "seed of both protections", "int", 0),
-    "scale": _Flag("demo", "factor of iterations and of the adversary's seeds; 0.1 for a glance", "float", 1.0),
+# These commands share words with the others, and mean something else by them.
+_OWN_FLAGS = {
+    "demo": {
+        "output_dir": _Flag(
+            "demo", "gets models, attacks and report; an earlier demo makes room", default="demo-output"
+        ),
+        "seed": _Flag("demo", "seed of both protections", "int", 0),
+        "scale": _Flag("demo", "factor of iterations and of the adversary's seeds; 0.1 for a glance", "float", 1.0),
+    },
+    "benchmark": {
+        "model": _Flag(
+            "benchmark",
+            f"a preset ({', '.join(PRESETS)}), or a protected model: Hub id or folder",
+            required="benchmark",
+        ),
+        "pair": _Flag("benchmark", "model and domains; letters needs no network", default="letters", choices=PAIRS),
+        "budget": _Flag("benchmark", "full has more attacks and examples", default="small", choices=BUDGETS),
+        "output_dir": _Flag("benchmark", "gets models, attacks, and the row as JSON", default="benchmark-output"),
+        "seeds": _Flag("benchmark", "seeds of every attack (left out: the pair's)", "list[int]"),
+        "name": _Flag("benchmark", "what the row calls the protection (left out: the preset's or folder's name)"),
+    },
 }
 
 
@@ -213,7 +238,7 @@ class _Parser(argparse.ArgumentParser):
     """The flags of a command."""
 
     def __init__(self, command: str):
-        words = ["user/name" if name == "repo_id" else "DIR" for name in _WORDS.get(command, [])]
+        words = [_SHOWN.get(name, "DIR") for name in _WORDS.get(command, [])]
         what = COMMANDS[command]
         super().__init__(
             prog=f"sophon-hf {command}",
@@ -224,7 +249,8 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        flags = _DEMO_FLAGS if command == "demo" else {n: f for n, f in _FLAGS.items() if command in f.commands.split()}
+        shared = {name: flag for name, flag in _FLAGS.items() if command in flag.commands.split()}
+        flags = _OWN_FLAGS.get(command, shared)
         self.defaults = {name: flag.default for name, flag in flags.items()}
         self.required = [name for name, flag in flags.items() if command in flag.required.split()]
         self.nullable = {name for name, flag in flags.items() if flag.default is None}
@@ -330,7 +356,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _check_known(name: str) -> None:
     """Refuse a key that belongs to no command; one of another command's is left to it."""
-    known = {*_FLAGS, *_DEMO_FLAGS, *sophon_fields(), *training_fields()}
+    own = {name for flags in _OWN_FLAGS.values() for name in flags}
+    known = {*_FLAGS, *own, *sophon_fields(), *training_fields()}
     if name not in known:
         raise ValueError(f"no command has such a key.{hint(name, known)}")
 

@@ -51,6 +51,9 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
         (["protect", *MODEL, "--suppression_loss", "ice"], 2, "(choose from 'inverse_cross_entropy', "),
         (["attack", *MODEL, "--sweep", "stron"], 2, "Did you mean 'strong'?"),
         (["audit", "missing.yaml"], 2, "There is no file 'missing.yaml'"),
+        (["benchmark", "--help"], 0, "--budget"),
+        (["benchmark"], 2, "the following are required, as flags or in a configuration file: --model"),
+        (["benchmark", "paper", "--pair", "leters"], 2, "invalid choice: 'leters'"),
     ],
 )
 def test_it_answers_without_importing_torch(arguments, code, told):
