@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -24,10 +23,10 @@ from baselines import BASELINES
 from condition_number import ConditionNumber
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
-from sophon_hf.attacks.results import AttackResults
+from sophon_hf.attacks.score import RecoveredTransfer
 from sophon_hf.attacks.sweeps import load_sweep
+from sophon_hf.benchmarking.benchmark import machine, to_record
 from sophon_hf.data.domain import build_domain
-from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.saving import load_weights
 from sophon_hf.protection.config import PRESETS
 from sophon_hf.protection.ntl import train_ntl
@@ -113,23 +112,6 @@ def ntl(pair: pairs.Pair, cache: Path, options: argparse.Namespace) -> torch.nn.
     return model
 
 
-def table(results: AttackResults) -> list[dict]:
-    """One row an attack: the mean and SD of the final test metric on each model."""
-    rows: dict[FineTuningStrategy, dict] = {}
-    for model in MODELS:
-        for strategy, curves in results.curves(model).items():
-            final = torch.tensor([curve.test[-1] for curve in curves])
-            row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
-            row[model] = [round(float(final.mean()), 4), round(float(final.std()), 4) if len(final) > 1 else 0.0]
-    return list(rows.values())
-
-
-def machine() -> str:
-    """What it runs on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {device}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="animals", choices=PAIRS)
@@ -180,31 +162,15 @@ def main() -> None:
         original_eval_dataset=pair.original_test,
         **allowed,
     )
-    names = {"original": "before", "protected": "after"}
-    intact = {names.get(model, model): metric for model, metric in results.original_metric.items()}
-    transfer = results.recovered_transfer()
-    direct = results.recovered_transfer(
-        [strategy for strategy in results.curves("protected") if strategy.initialization == "direct"]
-    )
     record = {
         "pair": options.pair,
         "protection": options.name,
         "sweep": Path(options.sweep).stem,
         "examples": len(adversary),
         "seeds": options.seeds,
-        "metric": task.metric,
-        f"original_{task.metric}": intact,
-        "best": {
-            model: {"strategy": best.name, "epoch": best.epoch, "validation": best.validation, "test": best.finite}
-            for model in MODELS
-            if (best := results.best(model))
-        },
+        **to_record(results),
         "ntl_steps": options.ntl_steps if baselines else None,
-        "recovered_transfer": vars(transfer),
-        "recovered_transfer_direct": vars(direct),
-        "recovered_by_original_data": vars(results.recovered_transfer(model="untrained")),
         "benign": results.benign,
-        "table": table(results),
         "protection_run": protection,
         "attack_seconds": round(time.time() - start),
         "command": "python benchmarks/protection.py " + " ".join(f"'{a}'" if "{" in a else a for a in sys.argv[1:]),
@@ -215,6 +181,8 @@ def main() -> None:
     }
     name = f"{options.pair}-{options.name}-{options.seed}-{Path(options.sweep).stem}-{len(adversary)}.json"
     write_atomically(options.results / name, json.dumps(record, indent=1))
+    intact = record[f"original_{task.metric}"]
+    transfer, direct = (RecoveredTransfer(**record[f"recovered_transfer{which}"]) for which in ("", "_direct"))
     print(
         f"original {task.metric}: {', '.join(f'{n} {v:.3f}' for n, v in intact.items())}; "
         f"recovered transfer {transfer}; direct only {direct}"

@@ -1,9 +1,10 @@
-"""Make pages of the records in benchmarks/results/*.json: worst case first, failures included.
+"""Make pages of the records in benchmarks/results/: worst case first, failures included.
 
     python benchmarks/write_results.py
 
 README.md there is the overview, attacks/ holds one page a protection with its every attack, paper_tables.md the paper's
-tables, and docs/images/trade_off.png the picture. docs/results.md, which sums them up, is written by hand.
+tables, and docs/images/trade_off.png the picture; benchmarks/leaderboard.md is made of the rows that `sophon-hf
+benchmark` writes, in results/leaderboard/. docs/results.md, which sums them up, is written by hand.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import re
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,6 +44,25 @@ How to read a row:
 - A record in which no state was inside the tolerance measures the unprotected model: 100 % by construction. These are
   `without-mixtures`, `without-distillation`, `cifar100` with `representation-gentle`, and `vehicles` with seed 1.
 - Settings and commands are those of the recorded commit; some fields have other names now.
+"""
+LEADERBOARD = """\
+# Leaderboard
+
+Protections, each measured in one call: `sophon-hf benchmark MODEL --pair PAIR`, or `sophon_hf.benchmark`.
+`python benchmarks/write_results.py` makes this page of `benchmarks/results/leaderboard/*.json`.
+[docs/attacks.md](../docs/attacks.md) says how a benchmark is run, and defines recovered transfer (RT).
+[CONTRIBUTING.md](../CONTRIBUTING.md) says how to add a row.
+
+How to read it:
+
+- RT is 100 % where the protection does nothing, and 0 % where pre-training is worth nothing to the adversary. *Worst
+  case* is the strongest attack of the budget; *direct only* leaves out every attack with a new head.
+- A model that lost the original domain has no score, whatever its attacks reach.
+- Rows of one table compare, those of two tables do not: each has its own best attacks on the unprotected model and from
+  scratch. One row is one model and one protection seed, so look at the interval.
+- `...-like` are made like defences of the field, not by their authors' code (`benchmarks/baselines.py`), with settings
+  that nobody tuned on this pair. `benchmarks/leaderboard.py` makes these rows and those of known models: `unprotected`
+  has to be at 100 %, `ntl` near it, and `re-initialised` at the level of scratch.
 """
 NOT_MEASURED = "an attack on protected, original or scratch is missing"
 
@@ -258,7 +279,45 @@ def attack_pages(records: list[dict], folder: Path) -> None:
         (folder / name).write_text("\n".join(lines), encoding="utf-8")
 
 
+def leaderboard(records: list[dict]) -> list[str]:
+    """A table for each pair, budget and number of examples, the strongest protection first, without a score last."""
+
+    def place(record: dict) -> float:
+        value = record["recovered_transfer"]["value"]
+        return math.inf if value is None else value
+
+    lines = [LEADERBOARD]
+    key = itemgetter("pair", "budget", "examples")
+    for (pair, budget, examples), group in groupby(sorted(records, key=lambda r: (*key(r), place(r))), key):
+        rows = list(group)
+        cell = "{:.1%}" if is_accuracy(rows[0]) else "{:.4f}"
+        reached = [{m: cell.format(mean(b["test"])) for m, b in r["best"].items()} for r in rows]
+        # Rows of other machines may differ in the last digit.
+        others = "; ".join(
+            f"{title} {', '.join(sorted({r[m] for r in reached}))}"
+            for m, title in (("original", "the unprotected model"), ("scratch", "training from scratch"))
+        )
+        lines += [
+            f"## `{pair}`, budget `{budget}`, {examples} examples",
+            "",
+            f"Best attack, mean {rows[0]['metric']}: {others}.",
+            "",
+            "| protection | RT, worst case | RT, direct only | best attack | result | original domain | seeds | date |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r, best in zip(rows, reached, strict=True):
+            lines.append(
+                f"| {r['protection']} | {percent(r['recovered_transfer'])} | {percent(r['recovered_transfer_direct'])} "
+                f"| {r['best']['protected']['strategy']} | {best['protected']} | {intactness(r)} | {len(r['seeds'])} "
+                f"| {r['date']}, sophon_hf {r['versions']['sophon_hf']} |"
+            )
+        lines.append("")
+    return lines
+
+
 def main() -> None:
+    rows = [json.loads(path.read_text()) for path in sorted((RESULTS / "leaderboard").glob("*.json"))]
+    (RESULTS.parent / "leaderboard.md").write_text("\n".join(leaderboard(rows)), encoding="utf-8")
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     papers = [record for record in records if "scale" in record]
     records = [record for record in records if "scale" not in record]
@@ -272,7 +331,7 @@ def main() -> None:
     tables = [introduction, *(line for record in papers for line in paper_table(record))]
     (RESULTS / "paper_tables.md").write_text("\n".join(tables), encoding="utf-8")
     trade_off(records, PICTURE)
-    print(json.dumps({"records": len(records) + len(papers), "page": str(RESULTS / "README.md")}))
+    print(json.dumps({"records": len(records) + len(papers) + len(rows), "page": str(RESULTS / "README.md")}))
 
 
 if __name__ == "__main__":

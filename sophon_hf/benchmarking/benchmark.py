@@ -97,7 +97,7 @@ def benchmark(
         budget: "small": the pair's attacks, and some that no preset simulates. "full": also the sweeps `strong`,
             `adaptive` and `peft`, at all of the pair's numbers of examples. Or a sweep, as `AttackSuite` takes it.
         output_dir: Gets the pre-trained and the protected model, the attacks, and `<pair>-<name>-<budget>.json`. The
-            same call again computes only attacks that are missing.
+            same call again computes only attacks that are missing, and takes what a preset has protected already.
         seeds: The adversary's; the pair's own where None.
         name: What the row calls the protection; the preset's, folder's or class's name where None.
 
@@ -149,7 +149,7 @@ def benchmark(
         "versions": {"sophon_hf": __version__, **results.facts["versions"]},
     }
     path = output_dir / f"{pair.name}-{name}-{title}.json"
-    direct = results.recovered_transfer(_direct(results))
+    direct = RecoveredTransfer(**record["recovered_transfer_direct"])
     result = BenchmarkResult(transfers[worst], direct, results, record, path)
     if is_main:
         write_atomically(path, json.dumps(record, indent=1))
@@ -237,6 +237,7 @@ def to_record(results: AttackResults) -> dict[str, Any]:
             final = torch.tensor([curve.test[-1] for curve in curves])
             row = rows.setdefault(strategy, {"attack": strategy.name, "start": strategy.initialization})
             row[model] = [round(float(final.mean()), 4), round(float(final.std()), 4) if len(final) > 1 else 0.0]
+    direct = [strategy for strategy in results.curves("protected") if strategy.initialization == "direct"]
     best = {model: summary for model in results.models() if (summary := results.best(model)) is not None}
     return {
         "metric": results.metric,
@@ -246,7 +247,7 @@ def to_record(results: AttackResults) -> dict[str, Any]:
             for m, b in best.items()
         },
         "recovered_transfer": vars(results.recovered_transfer()),
-        "recovered_transfer_direct": vars(results.recovered_transfer(_direct(results))),
+        "recovered_transfer_direct": vars(results.recovered_transfer(direct)),
         "recovered_by_original_data": vars(results.recovered_transfer(model="untrained")),
         "table": list(rows.values()),
     }
@@ -256,10 +257,6 @@ def machine() -> str:
     """Return what this runs on, as a record says it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     return f"{platform.machine()}, {device}"
-
-
-def _direct(results: AttackResults) -> list[FineTuningStrategy]:
-    return [strategy for strategy in results.curves("protected") if strategy.initialization == "direct"]
 
 
 def _attacks(pair: Pair, budget: str | Path | Sequence[FineTuningStrategy]) -> tuple[str, list[FineTuningStrategy]]:
@@ -320,14 +317,19 @@ def _protect(model: Any, pair: Pair, original: nn.Module, folder: Path) -> tuple
     """Return the protected model, and what there is to say of how it was made; it is saved in the folder."""
     victim = copy.deepcopy(original)
     if isinstance(model, (str, Path)):
-        trainer = protect_by_preset(str(model), pair, victim, folder)
-        state = trainer.guard.state
-        failure = trainer.guard.failure if state.best_step is None else None
-        return load_model(folder), {
-            "config": dict(pair.presets.get(str(model), {})),
-            "best_step": state.best_step,
-            "failure": failure,
-        }
+        done = folder / "protection.json"
+        asked = json.loads(json.dumps({"preset": str(model), **pair.presets.get(str(model), {})}))
+        if not done.exists():
+            guard = protect_by_preset(str(model), pair, victim, folder).guard
+            failure = guard.failure if guard.state.best_step is None else None
+            made = {"config": asked, "best_step": guard.state.best_step, "failure": failure}
+            if process_state().is_main_process:
+                write_atomically(done, json.dumps(made, indent=1))
+            process_state().wait_for_everyone()
+        run = json.loads(done.read_text(encoding="utf-8"))
+        if run["config"] != asked:
+            raise ValueError(f"{folder} was protected with {run['config']}, not {asked}: choose another `name`.")
+        return load_model(folder), run
     # Copies, so that no defence can reach a test split through them.
     seen = [
         datasets.DatasetDict({n: part[n] for n in ("train", "validation")}) for part in (pair.defender, pair.original)

@@ -149,9 +149,11 @@ def test_a_model_protected_against_direct_attacks_only_deceives_paper_and_not_st
         "simulated_examples": 30,
         "strategy_space": space,
     }
-    paper = benchmark("paper", replace(pair, presets={"paper": fields}), "paper", tmp_path, name="direct-only")
+    given = replace(pair, presets={"paper": fields})
+    paper = benchmark("paper", given, "paper", tmp_path, name="direct-only")
     assert paper.record["budget"] == "paper" and paper.path == tmp_path / "turned-direct-only-paper.json"
-    assert paper.record["protection_run"]["config"] == fields and paper.record["protection_run"]["failure"] is None
+    assert paper.record["protection_run"]["config"] == {"preset": "paper", **fields}
+    assert paper.record["protection_run"]["failure"] is None
     assert paper.record["original_accuracy"]["after"] > 0.9
     assert paper.recovered_transfer.value < 0.3 and paper.direct.value < 0.1
 
@@ -160,11 +162,13 @@ def test_a_model_protected_against_direct_attacks_only_deceives_paper_and_not_st
         for s in load_sweep("strong")
         if s.learning_rate == 3e-3 and s.reinitialized_blocks < 2 and s.layer_decay == 1 and not s.ema
     ]
-    protected = tmp_path / "protected" / "turned-direct-only"
-    assert (protected / "sophon.json").exists()
-    found = benchmark(protected, pair, strong, tmp_path)
-    assert found.record["protection"] == "turned-direct-only"
+    weights = tmp_path / "protected" / "turned-direct-only" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    found = benchmark("paper", given, strong, tmp_path, name="direct-only")  # It is protected already.
+    assert weights.stat().st_mtime_ns == written
     assert found.recovered_transfer.value > 0.8 > 0.3 > paper.recovered_transfer.value
+    with pytest.raises(ValueError, match="was protected with .* choose another `name`"):
+        benchmark("paper", pair, "paper", tmp_path, name="direct-only")
 
 
 def test_inflated_weights_are_undone_by_adaptive(pair, tmp_path, original):
