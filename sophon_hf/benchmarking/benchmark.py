@@ -32,9 +32,6 @@ from sophon_hf.protection.presets import PRESETS
 from sophon_hf.protection.trainer import SophonTrainer
 from sophon_hf.utils import hint, write_atomically
 
-# With the pair's own attacks, a full budget. A preset may simulate the pair's own, but none of these.
-_FULL = ("strong", "adaptive", "peft")
-
 
 class Defence(Protocol):
     """What can protect a model: any object with this method."""
@@ -94,8 +91,9 @@ def benchmark(
             `SophonConfig` by name, or an object with `protect(model, restricted, original)` (`Defence`), which is given
             the defender's half and the original domain, and no test split.
         pair: The name of a packaged pair (`load_pair`), or a pair of your own.
-        budget: "small": the pair's attacks, and some that no preset simulates. "full": also the sweeps `strong`,
-            `adaptive` and `peft`, at all of the pair's numbers of examples. Or a sweep, as `AttackSuite` takes it.
+        budget: "small": the pair's attacks, and some that no preset simulates, at the pair's first number of examples.
+            "full": also the sweeps `strong`, `adaptive` and `peft`. Or a sweep, as `AttackSuite` takes it. These run at
+            all of the pair's numbers of examples, and the row is about the one at which the protection is worst.
         output_dir: Gets the pre-trained and the protected model, the attacks, and `<pair>-<name>-<budget>.json`. The
             same call again computes only attacks that are missing, and takes what a preset has protected already.
         seeds: The adversary's; the pair's own where None.
@@ -126,7 +124,7 @@ def benchmark(
         examples: attack(
             pair, strategies, output_dir / "attacks", seeds, examples=examples, protected=protected, original=original
         )
-        for examples in (pair.examples if title == "full" else pair.examples[:1])
+        for examples in (pair.examples[:1] if title == "small" else pair.examples)
     }
     transfers = {examples: results.recovered_transfer() for examples, results in found.items()}
     # The worst case is what counts; where all are void, the first says why.
@@ -273,8 +271,8 @@ def _attacks(pair: Pair, budget: str | Path | Sequence[FineTuningStrategy]) -> t
         FineTuningStrategy("new_head", transfer="norm", learning_rate=3e-3, batch_size=size),
         FineTuningStrategy("new_head", head_first=0.5, learning_rate=3e-3, batch_size=size),
     ]
-    more = [strategy for sweep in _FULL for strategy in load_sweep(sweep)] if budget == "full" else []
-    return str(budget), list(dict.fromkeys(small + more))
+    sweeps = ("strong", "adaptive", "peft") if str(budget) == "full" else ()
+    return str(budget), list(dict.fromkeys([*small, *(s for sweep in sweeps for s in load_sweep(sweep))]))
 
 
 def _name(model: nn.Module | str | Path | Defence) -> str:

@@ -98,6 +98,19 @@ def test_fewer_seeds_are_told_in_the_row(pair, folder, original):
     assert found.record["seeds"] == [1] and len(found.record["best"]["protected"]["test"]) == 1
 
 
+def test_the_row_is_about_the_number_of_examples_at_which_the_protection_is_worst(pair, folder, original):
+    model = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.005 * torch.randn(parameter.shape, generator=generator))
+    found = benchmark(model, replace(pair, examples=(30, 40)), SWEEP[1:], folder, seeds=[0], name="moved")
+    values = {examples: score["value"] for examples, score in found.record["by_examples"].items()}
+    assert sorted(values) == [30, 40] and values[30] != values[40]
+    assert found.record["examples"] == max(values, key=values.get)
+    assert found.recovered_transfer.value == max(values.values())
+
+
 def test_a_re_initialised_model_is_worth_nothing_and_is_called_broken(pair, folder):
     torch.manual_seed(5)
     found = benchmark(small_classifier(), pair, SWEEP, folder, name="re-initialised")
