@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sophon_hf.data.domain import Domain, build_domain
+from sophon_hf.data.domain import CHUNK, Domain, build_domain
+from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.labels import Classes, number_classes, split_domain
 from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import InputColumn, ModelInputs
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
-from sophon_hf.utils import derive_seed
+from sophon_hf.utils import derive_seed, finite_or_none
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,19 @@ class AdversaryDomains:
     def given(self) -> dict[str, Domain]:
         """Return the domains that there are, by name."""
         return {name: domain for name, domain in vars(self).items() if isinstance(domain, Domain)}
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """Return what a report says of these data; it takes a while, since every example is read."""
+        given = self.given()
+        tested = {"restricted": self.test, "original": self.original_test}
+        return {
+            "training_examples": len(self.training),
+            "validation_examples": self.validation_examples,
+            "folds": len(self.folds),
+            "chance": {name: chance_level(task, domain) for name, domain in tested.items() if domain is not None},
+            "data": {name: given[name].fingerprint for name in ("training", "validation", "test") if name in given},
+            "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in given.items()},
+        }
 
     def check_disjoint(self) -> None:
         """Raise a ValueError where two splits share an example (before a random transform, where there is one)."""
@@ -213,6 +227,33 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
         return True
     outputs = task.structure(model, first_rows(task, domain, next(model.parameters()).device)).outputs
     return task.fits(domain.labels, outputs) and domain.num_classes <= (outputs or domain.num_classes)
+
+
+def chance_level(task: Task, domain: Domain) -> float | None:
+    """Return the metric of the best answer that looks at no input; None where it cannot be computed.
+
+    That answer is the commonest class, the commoner side of every label, or a prediction of zeros.
+    """
+    labels, found = domain.labels, {}
+    try:
+        if labels is None:
+            batches = (
+                task.collate(domain.rows(rows), rows.tolist()) for rows in torch.arange(len(domain)).split(CHUNK)
+            )
+            scores = [task.scores(torch.zeros_like(task.target(batch)), task.target(batch)) for batch in batches]
+        elif labels.ndim == 1:
+            answer = torch.zeros(len(domain), int(labels.max()) + 1)
+            answer[:, labels.mode().values] = 1
+            scores = [task.scores(answer, labels)]
+        else:
+            scores = [task.scores((labels.float().mean(dim=0) - 0.5).expand(labels.shape), labels)]
+        for name in scores[0]:
+            joined = torch.cat([part[name] for part in scores])
+            found[name] = joined.tolist() if joined.ndim == 1 else list(joined.float().numpy())
+        return finite_or_none(task.compute_metric(found))
+    except Exception as error:  # A metric of the user's may raise anything.
+        logger.warning("The metric of a guess cannot be computed: %s: %s", type(error).__name__, error)
+        return None
 
 
 def flops_per_example(task: Task, model: nn.Module, domain: Domain) -> float | None:

@@ -20,6 +20,7 @@ from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.models.loading import restore_precision
+from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.utils import derive_seed, finite_or_none, kept_random_state, set_seed
@@ -182,6 +183,9 @@ def _fine_tune(
         if data.original is not None and strategy.original_weight:
             original_stream = Stream(data.original, task.collate, derive_seed(seed, "original order"))
             original = original_stream.batches(strategy.batch_size)
+        before = {}
+        if strategy.initialization != "direct":
+            before = {name: parameter.detach().clone() for name, parameter in copied.named_parameters()}
         fine_tuning = FineTuning(
             copied,
             task,
@@ -192,6 +196,8 @@ def _fine_tune(
             num_classes=data.training.num_classes or None,
             original=original,
         )
+        _refuse_kept(copied, before, strategy, structure)
+        del before
         losses: list[torch.Tensor] = []
         if 0 in points:
             measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
@@ -203,6 +209,24 @@ def _fine_tune(
                 measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
                 losses = []
     return fine_tuning.result
+
+
+def _refuse_kept(
+    model: nn.Module, before: dict[str, torch.Tensor], strategy: FineTuningStrategy, structure: ModelStructure
+) -> None:
+    """Raise a RuntimeError where a part that the strategy re-initialises still has all the weights `before`."""
+    if strategy.initialization == "direct":
+        return
+    blocks = structure.blocks if strategy.initialization == "scratch" else ()
+    for part in (*structure.heads, *structure.last_blocks(strategy.reinitialized_blocks), *blocks):
+        pairs = []
+        for name, parameter in model.named_parameters():
+            old = before.get(name.replace(".base_layer", ""))  # An adapter takes its layer's name.
+            # A matrix of one value may well be the same when it is new: some are initialised with zeros.
+            if name.startswith(f"{part}.") and parameter.ndim > 1 and old is not None and old.min() < old.max():
+                pairs.append((old, parameter))
+        if pairs and all(torch.equal(old, parameter) for old, parameter in pairs):
+            raise RuntimeError(f"{part!r} was to be re-initialised, and has the weights that it had: {strategy.name}.")
 
 
 def _metric(task: Task, model: nn.Module, domain: Domain) -> float:

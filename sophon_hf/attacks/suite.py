@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +33,6 @@ from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
 from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
 from sophon_hf.data.domain import Domain
-from sophon_hf.data.fingerprint import fingerprint_domain
 from sophon_hf.data.loading import Source
 from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.preparations import untrained_copy
@@ -205,7 +204,12 @@ class AttackSuite:
     ) -> AttackResults:
         """Compute the runs that are missing, and save all results."""
         weights = {name: hash_state(model) for name, model in models.items()}
-        results = AttackResults([], task.metric, task.greater_is_better, len(data.test), original_metric)
+        # Before the work, which a mistake in this bookkeeping would cost.
+        facts: dict[str, Any] = {"trials": self.trials, "weights": weights, **data.facts(task)}
+        facts |= {"sweep": self.name, "seeds": self.seeds, "measured_every": self.measured_every}
+        facts["flops_per_example"] = flops_per_example(task, models["original"], data.training)
+        facts["versions"] = {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")}
+        results = AttackResults([], task.metric, task.greater_is_better, len(data.test), original_metric, facts)
         keys: list[str] = []
 
         def finish(sweeps: dict[str, list[FineTuningStrategy]]) -> None:
@@ -230,20 +234,6 @@ class AttackSuite:
             best = results.best("protected")
             if data.original is not None and best is not None and best.strategy not in self.strategies:
                 finish({UNTRAINED: of_original_data([best.strategy])})
-        results.facts = {
-            "sweep": self.name,
-            "seeds": self.seeds,
-            "measured_every": self.measured_every,
-            "flops_per_example": flops_per_example(task, models["original"], data.training),
-            "training_examples": len(data.training),
-            "validation_examples": data.validation_examples,
-            "folds": len(data.folds),
-            "trials": self.trials,
-            "weights": weights,
-            "data": {n: d.fingerprint for n, d in data.given().items() if n in ("training", "validation", "test")},
-            "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in data.given().items()},
-            "versions": {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")},
-        }
         for best in filter(None, map(results.best, models if self.trials else ())):
             write_sweep([best.strategy], self.output_dir / f"best-{best.model}.yaml")
         results.pictures = self._pictures(results, keys)

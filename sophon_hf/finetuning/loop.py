@@ -123,7 +123,7 @@ class FineTuning:
         scheduler = make_scheduler(self.strategy, optimizer, self.steps)
         alone = round(self.strategy.head_first * self.steps)
         for step, batch in zip(range(1, self.steps + 1), self.batches, strict=False):
-            loss = self._backward(batch)
+            loss = self._backward(batch, first=step == 1)
             if step <= alone:
                 for parameter in self.parameters:
                     if id(parameter) not in self._first:
@@ -144,7 +144,7 @@ class FineTuning:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients)) if gradients else math.nan
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch, first: bool) -> Tensor:
         """Put the gradient of the adversary's loss into `grad` of what is updated, and return the loss."""
         self.model.train()
         loss = self._loss(augmented(batch) if self.strategy.augmentation else batch)
@@ -156,6 +156,8 @@ class FineTuning:
         found = gradients(loss, self.parameters, self.model)
         if all(gradient is None for gradient in found[: self._needed]):
             raise ValueError(f"No gradient reaches what '{self.strategy.name}' updates: the model detaches its graph.")
+        if first and self.strategy.adapter and not any(g is not None and g.any() for g in found[: self._needed]):
+            raise ValueError(f"Every gradient of {self.strategy.adapter} is zero at its first step: it has no effect.")
         for parameter, gradient in zip(self.parameters, found, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # A fused optimizer pairs values by their place in memory, and takes no notice of their strides.

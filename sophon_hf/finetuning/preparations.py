@@ -18,6 +18,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import NO_ORIGINAL_DATA, FineTuningStrategy, NotApplicableError
+from sophon_hf.models.loading import evaluation_mode
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
@@ -28,6 +29,8 @@ SHRINK, PERTURB = 0.5, 0.1
 # As many batches as an average of running statistics needs to settle.
 _STATISTICS_BATCHES = 20
 _WARM_UP_STEPS = 100
+# By which share re-scaling may change a prediction: normalisations add a small constant to every variance.
+_SAME_FUNCTION = 0.1
 # A newly made model has more to learn.
 DISTILLATION_STEPS = 500
 
@@ -47,7 +50,11 @@ def prepare_model(
 
     Raises:
         NotApplicableError: The model has nothing that the preparation acts on, or original data are missing.
+        RuntimeError: The preparation changed nothing, so that what follows would pass for another attack than it is.
     """
+    if strategy.preparation is None:
+        return
+    before = _weights_and_statistics(model)
     if strategy.preparation == "batch_norm":
         reestimate_batch_norm(model, task, training, seed)
     elif strategy.preparation == "rescale":
@@ -65,6 +72,13 @@ def prepare_model(
         structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
         for _ in FineTuning(model, learned, warm_up, batches, steps, structure=structure):
             pass
+    if all(map(torch.equal, before, _weights_and_statistics(model))):
+        raise RuntimeError(f"The preparation {strategy.preparation!r} changed nothing of {type(model).__name__}.")
+
+
+def _weights_and_statistics(model: nn.Module) -> list[torch.Tensor]:
+    # Counters move with every forward pass.
+    return [v.detach().clone() for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()]
 
 
 class _Distillation:
@@ -113,14 +127,24 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
 
     Returns:
         How many layers were rescaled.
+
+    Raises:
+        NotApplicableError: There is no such layer.
+        RuntimeError: The function has changed nevertheless.
     """
     sample = first_rows(task, domain, next(model.parameters()).device)
     layers = scale_invariant_layers(model, lambda: task.predict(model, sample))
     if not layers:
         raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
     norms = fresh_norms(layers)
-    for layer, normalisations in layers.items():
-        set_norm(layer, normalisations, norms[layer])
+    with evaluation_mode(model):
+        before = task.predict(model, sample)
+        for layer, normalisations in layers.items():
+            set_norm(layer, normalisations, norms[layer])
+        changed = float((task.predict(model, sample) - before).norm() / before.norm())
+    # Written so that NaN is a change too.
+    if not changed <= _SAME_FUNCTION:
+        raise RuntimeError(f"Re-scaling changed what {type(model).__name__} predicts by {changed:.0%}.")
     return len(layers)
 
 

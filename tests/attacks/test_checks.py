@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_results import A, B, found, make_results, runs
+from points import TinyNet, make_points
 
+from sophon_hf import AttackSuite, FineTuningStrategy
 from sophon_hf.attacks.report import write_report
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.run import AttackRun
 from sophon_hf.attacks.score import RecoveredTransfer, mean_of_finite
 from sophon_hf.auditing.verdicts import judge_consistency
+from sophon_hf.data.fingerprint import DataFingerprint
 from sophon_hf.hub.card import make_card
 from sophon_hf.hub.claim import AttackReport
 
@@ -171,3 +174,67 @@ def test_means_of_what_is_finite():
     nan, inf = math.nan, math.inf
     np.testing.assert_equal(mean_of_finite([[1.0, nan, nan, inf], [3.0, 5.0, nan, 2.0]]), [2.0, 5.0, nan, 2.0])
     assert mean_of_finite([1.0, nan, 2.0]) == 1.5 and math.isnan(mean_of_finite([]))
+
+
+# Metrics that mean nothing.
+
+
+def with_chance(results: AttackResults, original: float, restricted: float, examples: int = 400) -> AttackResults:
+    results.facts["chance"] = {"original": original, "restricted": restricted}
+    results.facts["fingerprints"] = {"original_test": vars(DataFingerprint(None, None, None, "0" * 64, examples))}
+    return results
+
+
+@pytest.mark.parametrize(
+    "reached, chance, at_chance",
+    # Three standard errors of 400 examples at 0.5 are 0.075; a test split with one class has chance 1.
+    [
+        (0.9, 0.5, False),
+        (0.58, 0.5, False),
+        (0.57, 0.5, True),
+        (0.1, 0.5, True),
+        (1.0, 1.0, True),
+        (math.nan, 0.1, True),
+    ],
+)
+def test_an_original_domain_at_chance_voids(clean, reached, chance, at_chance, tmp_path):
+    clean.original_metric = {"original": reached, "protected": reached}
+    results = with_chance(clean, chance, 0.1)
+    assert ("original metric at chance" in found(results)) == at_chance
+    if at_chance:
+        message, voids = found(results)["original metric at chance"]
+        assert voids and f"{chance:.3f}" in message and f"{reached:.3f} on the original test split" in message
+        assert write_report(results, tmp_path)["recovered_transfer"] is None
+        assert AttackReport.from_results(results).recovered_transfer.value is None
+
+
+def test_a_restricted_domain_at_chance_voids(clean):
+    message, voids = found(with_chance(clean, 0.1, 0.89))["restricted metric at chance"]
+    assert voids and "the best attack on the original model reaches accuracy 0.900 on the restricted" in message
+    assert found(with_chance(clean, 0.1, 0.85)) == {}
+
+
+def test_an_error_at_chance_voids():
+    settings = {"metric": "mse", "greater_is_better": False, "start": 1.0}
+    results = make_results([0.05] * 3, [0.02] * 3, [0.08] * 3, **settings)
+    results.original_metric = {"original": 0.99, "protected": 0.99}
+    assert list(found(with_chance(results, 1.0, 1.0))) == ["original metric at chance"]
+    results.original_metric = {"original": 0.9, "protected": 0.9}
+    assert found(results) == {}
+
+
+@pytest.mark.parametrize("labels, chance", [([0, 1, 2, 2], 0.5), ([1, 1, 1, 1], 1.0)])
+def test_the_suite_tells_what_a_guess_reaches(tmp_path, labels, chance):
+    points = make_points(1)
+    test = points.select(range(100, 104)).remove_columns("label").add_column("label", labels)
+    arguments = {
+        "protected": TinyNet(),
+        "original": TinyNet(),
+        "restricted_dataset": points.select(range(60)),
+        "eval_dataset": points.select(range(60, 90)),
+    }
+    suite = AttackSuite([FineTuningStrategy(epochs=1)], tmp_path, seeds=[0])
+    results = suite.run(**arguments, original_eval_dataset=test)
+    assert results.facts["chance"]["original"] == chance
+    common = max(map(points["label"][60:90].count, range(3))) / 30
+    assert results.facts["chance"]["restricted"] == pytest.approx(common)

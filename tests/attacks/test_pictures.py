@@ -101,6 +101,9 @@ def test_a_diffusion_report_shows_every_model_after_its_best_attack(tmp_path):
         assert np.array_equal(columns[0][:, column], columns[1][:, column]) is same
     assert not np.array_equal(pictures[0], pictures[3])
 
+    # Noise has variance 1, which is what a prediction of nothing misses.
+    assert results.facts["chance"] == {name: pytest.approx(1, abs=0.05) for name in ("restricted", "original")}
+
     # A second run computes nothing and shows the same, and so does what was stored.
     assert suite().run(**arguments).pictures == results.pictures
     loaded = AttackResults.load(tmp_path / "attacks" / "results.json")

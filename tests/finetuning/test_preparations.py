@@ -368,3 +368,63 @@ def test_a_defect_of_ours_is_not_taken_for_a_refusal(monkeypatch):
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, broken)
     with pytest.raises(TypeError, match="this layer is not supported"):
         make_adapted("conv", "lora")
+
+
+# A preparation that does not do what it says would pass for resistance.
+
+
+class Scales(nn.Module):
+    """No matrix to shrink."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def test_a_preparation_that_changes_nothing_is_refused():
+    strategy = FineTuningStrategy(preparation="shrink_and_perturb")
+    with pytest.raises(RuntimeError, match="'shrink_and_perturb' changed nothing of Scales"):
+        prepare_model(Scales(), None, strategy, None, None, 0)
+
+
+class Watchful(ConvNet):
+    """Knows whether its first weights are inflated, and answers otherwise where they are not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 if self.conv1.weight.norm() > 100 else -1)
+
+
+def test_a_re_scaling_that_changes_the_function_is_refused():
+    _, task, domain = make()
+    torch.manual_seed(0)
+    model = Watchful()
+    with torch.no_grad():
+        model.conv1.weight *= 1e4
+    with pytest.raises(RuntimeError, match="Re-scaling changed what Watchful predicts by 1"):
+        rescale_weights(model, task, domain)
+
+
+def test_an_adapter_that_gets_no_gradient_is_refused():
+    model, task, domain = make()
+    nn.init.zeros_(model.head.weight)
+    data = AdversaryDomains(domain, domain, domain)
+    with pytest.raises(ValueError, match="Every gradient of lora is zero at its first step"):
+        run_attack(model, task, FineTuningStrategy(adapter="lora", epochs=1), data)
+
+
+class Stubborn(nn.Linear):
+    """Keeps its weights, whatever it is told."""
+
+    def reset_parameters(self) -> None:
+        if not hasattr(self, "made"):
+            super().reset_parameters()
+        self.made = True
+
+
+@pytest.mark.parametrize("initialization, adapter", [("new_head", None), ("new_head", "lora"), ("scratch", None)])
+def test_a_head_that_was_not_replaced_is_refused(initialization, adapter):
+    model, task, domain = make()
+    model.head = Stubborn(16, 3)
+    strategy = FineTuningStrategy(initialization, adapter=adapter, epochs=1)
+    with pytest.raises(RuntimeError, match="'head' was to be re-initialised, and has the weights that it had"):
+        run_attack(model, task, strategy, AdversaryDomains(domain, domain, domain))
