@@ -167,8 +167,8 @@ def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
 def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> None:
     """Draw what a diffusion model makes of noisy images, as in Fig. 5 and 6; other tasks have nothing to draw.
 
-    One row an image of `domain`: clean, then noisy and denoised for three amounts of noise. Images and noise are the
-    same for every model.
+    One row an image of `domain`: clean, then noisy and denoised for three amounts of noise, then what is generated from
+    noise alone. Images and noise are the same for every model.
     """
     if not isinstance(task, DiffusionTask):
         return
@@ -179,6 +179,7 @@ def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> N
     columns = [clean]
     for share in _NOISE_SHARES:
         columns += task.denoise(model, rows, share)
+    columns.append(task.generate(model, rows))
     save_image_grid(torch.stack(columns, dim=1).numpy(), path)
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sophon_hf.attacks.checks import ADVICE, FailedCheck, check, void_reason
 from sophon_hf.attacks.plots import plot_best_so_far, plot_heat_map
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import UNTRAINED, Scores, describe_interval, mean_of_finite
+from sophon_hf.tasks.diffusion import BANDS
 from sophon_hf.utils import write_atomically
 
 # A table for readers has a dozen columns, a heat map a few hundred rows; all points are in results.json.
@@ -83,7 +85,7 @@ def write_plots(results: AttackResults, folder: Path) -> dict[str, Path]:
             results.metric,
         ),
     }
-    return plots | {f"Clean, then noisy and denoised: {title}": path for title, path in results.pictures.items()}
+    return plots | {f"Clean, noisy and denoised, generated: {title}": path for title, path in results.pictures.items()}
 
 
 def _encoded(path: Path) -> str:
@@ -122,6 +124,7 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
         "void": void,
         "recovered_by_original_data": None if void or of_data.value is None else str(of_data),
         "best": best,
+        "bands": _bands(results, scores),
         "original_metric": results.original_metric,
         "cost_to_recover": None if void else results.cost_to_recover(),
         "benign": results.benign,
@@ -129,6 +132,17 @@ def _summarize(results: AttackResults, failed: list[FailedCheck]) -> dict[str, A
         "not_applicable": sorted({a.name for a in scores.attacks if not a.applicable and a.model != UNTRAINED}),
         "facts": results.facts,
     }
+
+
+def _bands(results: AttackResults, scores: Scores) -> dict[str, list[float]]:
+    """Return a denoiser's error in each band of the noise schedule at the end of the best attack on each model."""
+    found = {}
+    for model in results.models():
+        best = scores.best(model)
+        errors = [curve.bands for curve in results.curves(model).get(best.strategy, []) if curve.bands] if best else []
+        if errors:
+            found[model] = mean_of_finite(errors).tolist()
+    return found
 
 
 def to_markdown(results: AttackResults, summary: dict[str, Any]) -> str:
@@ -167,6 +181,10 @@ def _values(results: AttackResults, summary: dict[str, Any]) -> dict[str, Any]:
         "best_table": (
             ["model", f"restricted {metric}", highest, f"original {metric}", "strongest attack", "epoch"],
             best,
+        ),
+        "band_table": (
+            ["model", *(f"noise {low:.0%} to {high:.0%}" for low, high in pairwise(BANDS))],
+            [[model, *map(figure, errors)] for model, errors in summary["bands"].items()],
         ),
         "attack_tables": _attack_tables(results),
     }

@@ -22,6 +22,7 @@ from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
 from sophon_hf.models.loading import restore_precision
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.utils import derive_seed, finite_or_none, kept_random_state, set_seed
 
@@ -41,6 +42,7 @@ class Curve:
             examples, each judged by a fit without it, where there are folds.
         loss: The adversary's mean training loss since the point before; NaN at the first.
         gradient_norm: Norm of its last gradient; NaN at the first point.
+        bands: Of a denoiser the test MSE at the end, in each band of the noise schedule (`diffusion.BANDS`).
     """
 
     epoch: list[float] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Curve:
     validation: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
+    bands: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -137,6 +140,9 @@ def run_attack(
             curve.validation.append(_metric(task, tuned, data.validation))
 
     tuned = _fine_tune(model, task, strategy, data, data.training, seed, steps, points, measure, after_step)
+    if isinstance(task, DiffusionTask):
+        rows = torch.arange(len(data.test)).split(EVALUATION_BATCH)
+        curve.bands = task.errors_by_band(tuned, (task.collate(data.test.rows(r), r.tolist()) for r in rows))
     if at_end is not None:
         at_end(tuned)
     if data.folds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_
 from sophon_hf.tasks.metrics import Metric, load_metric
 from sophon_hf.utils import derive_seed
 
+# Shares of the noise schedule, from hardly any noise to nothing else.
+BANDS = (0.0, 0.1, 0.25, 0.5, 1.0)
 _LABEL_DROPOUT = 0.1
 # Conditions that diffusers passes in a dictionary of their own.
 _ADDED = ("text_embeds", "time_ids")
@@ -182,6 +184,52 @@ class DiffusionTask:
         }[scheduler.config.prediction_type]()
         largest = scheduler.config.get("clip_sample_range", 1.0)
         return noisy, estimate.clamp(-largest, largest) if scheduler.config.get("clip_sample") else estimate
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, rows: Batch, steps: int = 20) -> Tensor:
+        """Generate one example for each of `rows`, from noise that follows from its place and from its conditions.
+
+        Args:
+            model: Run in evaluation mode, and left as it is.
+            rows: Examples of a domain, of which conditions and shape are taken.
+            steps: Of DDIM without noise, or of the scheduler's own sampler of flows.
+
+        Returns:
+            Generated examples, on the CPU.
+        """
+        from diffusers import DDIMScheduler
+
+        kind: Any = type(self.noise_scheduler) if self._flow else DDIMScheduler
+        scheduler = kind.from_config(
+            self.noise_scheduler.config, **({"use_dynamic_shifting": False} if self._flow else {})
+        )
+        scheduler.set_timesteps(steps)
+        main, device = _main(rows), next(model.parameters()).device
+        examples = torch.randn(rows[main].shape, generator=torch.Generator().manual_seed(0), dtype=rows[main].dtype)
+        with evaluation_mode(model):
+            for timestep in scheduler.timesteps:
+                batch = {**rows, main: examples, "timestep": timestep.expand(len(examples))}
+                prediction = self.predict(model, {name: value.to(device) for name, value in batch.items()})
+                examples = scheduler.step(prediction.float().cpu(), timestep, examples).prev_sample
+        return examples
+
+    @torch.no_grad()
+    def errors_by_band(self, model: nn.Module, rows: Iterable[Batch]) -> list[float]:
+        """Return the mean squared error in each of `BANDS` of the noise schedule; NaN where there is no example.
+
+        Args:
+            model: Run in evaluation mode, and left as it is.
+            rows: Batches that `collate` returned.
+        """
+        device, shares, errors = next(model.parameters()).device, [], []
+        with evaluation_mode(model):
+            for batch in rows:
+                on_device = {name: value.to(device) for name, value in batch.items()}
+                scores = self.scores(self.predict(model, on_device), on_device["target"])
+                errors.append(scores["predictions"].cpu())
+                shares.append(batch["timestep"] / self.noise_scheduler.config.num_train_timesteps)
+        place = torch.bucketize(torch.cat(shares), torch.tensor(BANDS[1:-1]), right=True)
+        return [float(torch.cat(errors)[place == band].mean()) for band in range(len(BANDS) - 1)]
 
     def fits(self, labels: Tensor | None, outputs: int | None) -> bool:
         """Return True: labels are no outputs of a diffusion model."""

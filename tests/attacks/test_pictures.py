@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from points import TinyNet, make_points
 from torch import nn
@@ -66,6 +67,59 @@ def test_a_model_that_knows_the_noise_gets_the_clean_image_back(scheduler, kind)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+class Constant(nn.Module):
+    """Knows that every image is one constant, and predicts noise, or the flow to it, from that."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.clean, self.scheduler = nn.Parameter(torch.tensor(0.5)), scheduler
+
+    def forward(self, sample, timestep, return_dict):
+        if hasattr(self.scheduler, "alphas_cumprod"):
+            kept = self.scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+            return ((sample - kept.sqrt() * self.clean) / (1 - kept).sqrt(),)
+        share = (timestep / self.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+        return ((sample - self.clean) / share,)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(),
+        DDIMScheduler(),
+        *(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=s) for s in (False, True)),
+    ],
+)
+def test_a_model_that_knows_the_noise_generates_its_images(scheduler):
+    random_state = torch.get_rng_state()
+    model = Constant(scheduler).train()
+    generated = DiffusionTask(scheduler).generate(model, {"sample": torch.zeros(3, 1, 8, 8)})
+    torch.testing.assert_close(generated, torch.full((3, 1, 8, 8), 0.5), rtol=0, atol=1e-4)
+    assert torch.equal(torch.get_rng_state(), random_state) and model.training
+
+
+def test_errors_are_told_by_the_amount_of_noise():
+    """The error of a prediction of nothing is that of the noise, weighted here by its timestep."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, sample, timestep, return_dict):
+            return (timestep.float().view(-1, 1, 1, 1).expand_as(sample) / 1000,)
+
+    task, rows = DiffusionTask(), {"sample": torch.zeros(400, 1, 4, 4)}
+    batch = task.collate(rows, list(range(400)))
+    parts = [{name: values[part] for name, values in batch.items()} for part in (slice(0, 150), slice(150, 400))]
+    errors = (batch["target"] - batch["timestep"].view(-1, 1, 1, 1) / 1000).square().mean(dim=(1, 2, 3))
+    for (low, high), error in zip(
+        [(0, 100), (100, 250), (250, 500), (500, 1000)], task.errors_by_band(Weighted(), parts)
+    ):
+        inside = (batch["timestep"] >= low) & (batch["timestep"] < high)
+        assert error == pytest.approx(float(errors[inside].mean()), rel=1e-5)
+
+
 def test_a_grid_shows_every_image_in_its_place(tmp_path):
     images = np.linspace(-1, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 1, 4, 4))
     pixels = np.asarray(Image.open(save_image_grid(images, tmp_path / "grid.png", tile=8)))
@@ -94,10 +148,10 @@ def test_a_diffusion_report_shows_every_model_after_its_best_attack(tmp_path):
     titles += [f"original domain, {m}" for m in ("protected", "original")]
     assert list(results.pictures) == titles
     pictures = [np.asarray(Image.open(path)) for path in results.pictures.values()]
-    assert all(p.shape == (4 * 48, 7 * 48) for p in pictures)
+    assert all(p.shape == (4 * 48, 8 * 48) for p in pictures)
     # Clean and noisy columns are the same for every model, denoised ones are not.
-    columns = [p.reshape(192, 7, 48) for p in pictures]
-    for column, same in enumerate([True, True, False, True, False, True, False]):
+    columns = [p.reshape(192, 8, 48) for p in pictures]
+    for column, same in enumerate([True, True, False, True, False, True, False, False]):
         assert np.array_equal(columns[0][:, column], columns[1][:, column]) is same
     assert not np.array_equal(pictures[0], pictures[3])
 
@@ -112,6 +166,11 @@ def test_a_diffusion_report_shows_every_model_after_its_best_attack(tmp_path):
     report = tmp_path / "attacks" / "report"
     write_report(loaded, report)
     page, text = (report / "index.html").read_text(), (report / "report.md").read_text()
+    bands = json.loads((report / "report.json").read_text())["bands"]
+    assert list(bands) == ["protected", "original", "scratch"]
+    for model, errors in bands.items():
+        assert len(errors) == 4 and f"| {model} | {errors[0]:.4f} | {errors[1]:.4f} |" in text
+    assert "<th>noise 0% to 10%</th><th>noise 10% to 25%</th>" in page
     links = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(links) == 3 + 5 and all((report / link).exists() for link in links)
     for path in results.pictures.values():
