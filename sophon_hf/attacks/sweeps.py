@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent / "sweep_files"
 # `full` takes the parts in this order, which is also that of its tables.
 _PARTS = ("paper", "paper-optimizers", "paper-rates", "paper-batches", "strong", "peft", "adaptive")
-SWEEPS = (*_PARTS, "hardest", "informed", "search", "full")
+SWEEPS = (*_PARTS, "hardest", "informed", "denoiser", "search", "full")
 
 
 def load_sweep(source: str | Path) -> list[FineTuningStrategy]:

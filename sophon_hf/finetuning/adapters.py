@@ -24,6 +24,8 @@ def add_adapter(
 ) -> tuple[list[nn.Parameter], Callable[[int], Any]]:
     """Put an adapter beside every layer with weights that runs but the heads, in place; the layers themselves freeze.
 
+    Where the strategy has a `pattern`, only layers whose name it finds get one.
+
     Batch-norm statistics go on moving in training mode, as they do for anyone who trains an adapter; they are part of
     the attack's result.
 
@@ -47,7 +49,10 @@ def add_adapter(
     targets = [
         name
         for name, module in model.named_modules()
-        if name in structure.ran and name not in structure.heads and _takes(strategy, module)
+        if name in structure.ran
+        and name not in structure.heads
+        and re.search(strategy.pattern or "", name)
+        and _takes(strategy, module)
     ]
     if not targets:
         raise NotApplicableError(f"{strategy.adapter} finds no layer of {type(model).__name__} that it could go to")

@@ -73,7 +73,8 @@ class FineTuningStrategy:
         transfer: What is updated: "all" parameters, the "head" only (the paper's FC), the normalisation layers
             ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated. With "kernel" the
             new head is a kernel regression on the features of all depths, solved without a step.
-        pattern: Regular expression searched in parameter names, with transfer "pattern".
+        pattern: Regular expression searched in parameter names, with transfer "pattern"; with an adapter, in the names
+            of the layers that get one.
         adapter: Update an adapter of the peft library (lora, rslora, dora, adalora, ia3, loha, lokr, oft) beside the
             frozen layers in place of `transfer`; a new head trains beside it. For attacks only.
         rank: Rank of the adapter (block size of oft).
@@ -141,8 +142,8 @@ class FineTuningStrategy:
             check_choice(self.augmentation, _AUGMENTATIONS, "augmentation")
         if (self.head_first or self.layer_decay != 1) and (self.transfer != "all" or self.adapter is not None):
             raise ValueError("head_first and layer_decay go with transfer 'all' and no adapter.")
-        if (self.transfer == "pattern") != (self.pattern is not None):
-            raise ValueError("transfer 'pattern' and the field `pattern` go together: set both or neither.")
+        if self.adapter is None and (self.transfer == "pattern") != (self.pattern is not None):
+            raise ValueError("The field `pattern` goes with transfer 'pattern' or an adapter: set both or neither.")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
@@ -190,6 +191,7 @@ class FineTuningStrategy:
         part = f"pattern {self.pattern}" if self.transfer == "pattern" else self.transfer
         if self.adapter:
             part = self.adapter + ("" if self.adapter == "ia3" else f" {self.rank}")
+            part += f" on {self.pattern}" if self.pattern else ""
         extras = "".join(
             f", {text}"
             for present, text in (

@@ -64,7 +64,7 @@ def test_peft_and_adaptive_sweeps():
 
 def test_every_sweep_is_a_file_in_a_fixed_order():
     counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 28, "peft": 9}
-    counts |= {"adaptive": 37, "hardest": 5, "informed": 6, "search": 4, "full": 89}
+    counts |= {"adaptive": 37, "hardest": 5, "informed": 6, "denoiser": 13, "search": 4, "full": 89}
     assert {name: len(load_sweep(name)) for name in SWEEPS} == counts
     strong, adaptive = load_sweep("strong"), load_sweep("adaptive")
     assert strong[0] == FineTuningStrategy(learning_rate=3e-4)
@@ -77,7 +77,7 @@ def test_every_sweep_is_a_file_in_a_fixed_order():
 def test_the_full_sweep_holds_every_attack_once():
     full = load_sweep("full")
     assert len(set(full)) == len(full)
-    assert set(full) == {s for name in SWEEPS if name != "full" for s in load_sweep(name)}
+    assert set(full) == {s for name in SWEEPS if name not in ("full", "denoiser") for s in load_sweep(name)}
     assert len({s.name for s in full}) == len(full), "tables and heat maps tell attacks apart by name"
 
 

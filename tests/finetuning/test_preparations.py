@@ -328,6 +328,20 @@ def test_adapters_leave_grouped_convolutions_alone():
     assert type(model.conv2) is nn.Conv2d
 
 
+def test_an_adapter_with_a_pattern_goes_to_the_layers_that_it_names():
+    model, task, domain = make("unet")
+    batch = task.collate(domain.rows(torch.arange(4)), list(range(4)))
+    strategy = FineTuningStrategy(adapter="lora", pattern="attn|attention")
+    tuning = FineTuning(model, task, strategy, [batch], 1, structure=task.structure(model, batch))
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted and all("attentions" in name for name in adapted)
+    assert {name.rsplit(".", 1)[1] for name in adapted} == {"to_q", "to_k", "to_v", "0"}
+    assert len(list(tuning)) == 1
+    with pytest.raises(NotApplicableError, match="lora finds no layer of ConvNet"):
+        model, task, domain = make()
+        FineTuning(model, task, strategy, [], 1, structure=task.structure(model, domain.rows(torch.arange(4))))
+
+
 class CrossAttentionNet(nn.Module):
     """Each image asks a vector of another width, which peft's adapters of attention do not support."""
 

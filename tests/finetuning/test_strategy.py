@@ -90,10 +90,11 @@ def test_blocks_go_with_a_new_head():
 
 
 def test_a_pattern_goes_with_its_transfer_and_must_compile():
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="`pattern` goes with transfer 'pattern' or an adapter"):
         FineTuningStrategy(transfer="pattern")
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="`pattern` goes with transfer 'pattern' or an adapter"):
         FineTuningStrategy(pattern="head")
+    assert FineTuningStrategy(adapter="lora", pattern="to_q").name.startswith("direct, lora 8 on to_q, adam")
     with pytest.raises(ValueError, match="not a regular expression"):
         FineTuningStrategy(transfer="pattern", pattern="(")
 
