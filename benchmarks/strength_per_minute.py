@@ -1,6 +1,6 @@
 """Strength against time: recovered transfer and original accuracy after fixed budgets of processor seconds.
 
-    python benchmarks/strength_per_minute.py --pair letters --budgets 15 45 90
+    python benchmarks/strength_per_minute.py --pair letters --budgets 20 60
 
 Every setting gets as many iterations as fit into the budget at the pace of a short run of it, evaluations included. All
 are attacked by the pair's own attacks. Settings and budgets take turns in one process, so their ratios count, not the
@@ -36,7 +36,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "representation": ("representation", {}),
     "2 reinforcement loops": ("representation", {"l_NTR": 2}),
     "half the evaluations": ("representation", {"evaluations": 0.5}),
-    "reinforcement batches of 48": ("representation", {"per_device_train_batch_size": 48}),
 }
 
 
@@ -61,15 +60,21 @@ def pace(setting: str, pair: Pair, original: nn.Module, folder: Path) -> tuple[f
 
 
 def measure(setting: str, budget: float, pair: Pair, original: nn.Module, options: argparse.Namespace) -> dict:
-    """Return the row of a setting and budget, from its file where it is there already."""
+    """Return the row of a setting and budget, from its file where it is there already.
+
+    Its pace is that of the setting's other budgets, where one is there.
+    """
     slug = f"{pair.name}-{setting.replace(' ', '-')}-{budget:g}-{options.seed}"
     file = options.work / f"{slug}.json"
     if file.exists():
         return json.loads(file.read_text())
     folder = options.work / slug
     shutil.rmtree(folder, ignore_errors=True)  # What an interrupted run left.
-    with tempfile.TemporaryDirectory() as short:
-        fixed, each = pace(setting, pair, original, Path(short))
+    known = options.work / f"{pair.name}-{setting.replace(' ', '-')}-pace.json"
+    if not known.exists():
+        with tempfile.TemporaryDirectory() as short:
+            write_atomically(known, json.dumps(pace(setting, pair, original, Path(short))))
+    fixed, each = json.loads(known.read_text())
     steps = max(15, int((budget - fixed) / each))
     trainer, seconds = protect(setting, pair, original, folder, steps, options.seed)
     state = trainer.guard.state
@@ -98,7 +103,7 @@ def measure(setting: str, budget: float, pair: Pair, original: nn.Module, option
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="letters", choices=PAIRS)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[15, 45, 90], help="processor seconds")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[20, 60], help="processor seconds")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--seed", type=int, default=0, help="of the protections")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the attacks; the pair's by default")
