@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_model
 from safetensors import SafetensorError
 from torch import nn
@@ -25,6 +27,7 @@ from sophon_hf.tasks.diffusion import DiffusionTask
 
 # As transformers and diffusers split weights by default.
 _SHARD_SIZE = "5GB"
+_LARGEST_TRIAL = 2 * 2**30
 
 
 def save_protected(
@@ -148,3 +151,46 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     parts = {cls: name for name, cls in pipeline_parts(folder).items()}
     subfolder = {"subfolder": parts[library_class.__name__]} if parts else {}
     model.load_state_dict(library_class.from_pretrained(folder, **subfolder).state_dict())
+
+
+def check_loads_back(model: nn.Module) -> None:
+    """Save the model as its library does, and load what was saved.
+
+    Of a model of more than 2 GB, names and shapes are compared with what its configuration makes, without a second copy
+    in memory or on the disk.
+
+    Raises:
+        ValueError: It does not load, or what is loaded is another model.
+    """
+    saved: Any = library_model(model)
+    if not hasattr(saved, "save_pretrained"):
+        return
+    state = saved.state_dict()
+    small = sum(t.nbytes for t in state.values()) <= _LARGEST_TRIAL
+    try:
+        if small:
+            with tempfile.TemporaryDirectory() as folder:
+                saved.save_pretrained(folder)
+                loaded = type(saved).from_pretrained(folder).state_dict()
+        else:
+            with torch.device("meta"):
+                loaded = getattr(saved, "from_config", type(saved))(copy.deepcopy(saved.config)).state_dict()
+    except Exception as error:
+        if not small:
+            return  # Its constructor computes with weights, which have no values here.
+        raise ValueError(
+            f"This {type(saved).__name__} cannot be loaded back after it is saved, so nobody could use it: {error}"
+        ) from error
+    other = [
+        name
+        for name, tensor in state.items()
+        if name not in loaded
+        or loaded[name].shape != tensor.shape
+        or (small and not torch.equal(loaded[name], tensor.cpu()))
+    ]
+    if other or len(loaded) != len(state):
+        raise ValueError(
+            f"This {type(saved).__name__} was changed after it was made: what its library loads of it after saving "
+            f"differs ({', '.join([*other, *(n for n in loaded if n not in state)][:3])}). Make the change in its "
+            "configuration, or wrap the model in a module of your own."
+        )

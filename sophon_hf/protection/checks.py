@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +19,7 @@ from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import preserved
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
+from sophon_hf.hub.saving import check_loads_back
 from sophon_hf.models.backbone import library_model
 from sophon_hf.models.loading import evaluation_mode, refuse_half_precision
 from sophon_hf.models.sharding import is_sharded
@@ -34,7 +33,6 @@ from sophon_hf.tasks.metrics import refuse_two_metrics
 logger = logging.getLogger(__name__)
 
 _FEWEST_WITH_BATCH_NORM = 20
-_LARGEST_TRIAL = 2 * 2**30
 
 
 def refuse_arguments(args: SophonConfig, reinforcement_loss: Any, task: Task | None, metric: Any) -> None:
@@ -273,49 +271,6 @@ def _try(step: Callable[[], Any], what: str, batch: dict[str, Tensor]) -> None:
     except Exception as error:  # A model's own code may raise anything.
         size = len(next(iter(batch.values())))
         raise ValueError(f"The model fails at {what}, with a batch of {size} examples: {error}") from error
-
-
-def check_loads_back(model: nn.Module) -> None:
-    """Save the model as its library does, and load what was saved.
-
-    Of a model of more than 2 GB, names and shapes are compared with what its configuration makes, without a second copy
-    in memory or on the disk.
-
-    Raises:
-        ValueError: It does not load, or what is loaded is another model.
-    """
-    saved: Any = library_model(model)
-    if not hasattr(saved, "save_pretrained"):
-        return
-    state = saved.state_dict()
-    small = sum(t.nbytes for t in state.values()) <= _LARGEST_TRIAL
-    try:
-        if small:
-            with tempfile.TemporaryDirectory() as folder:
-                saved.save_pretrained(folder)
-                loaded = type(saved).from_pretrained(folder).state_dict()
-        else:
-            with torch.device("meta"):
-                loaded = getattr(saved, "from_config", type(saved))(copy.deepcopy(saved.config)).state_dict()
-    except Exception as error:
-        if not small:
-            return  # Its constructor computes with weights, which have no values here.
-        raise ValueError(
-            f"This {type(saved).__name__} cannot be loaded back after it is saved, so nobody could use it: {error}"
-        ) from error
-    other = [
-        name
-        for name, tensor in state.items()
-        if name not in loaded
-        or loaded[name].shape != tensor.shape
-        or (small and not torch.equal(loaded[name], tensor.cpu()))
-    ]
-    if other or len(loaded) != len(state):
-        raise ValueError(
-            f"This {type(saved).__name__} was changed after it was made: what its library loads of it after saving "
-            f"differs ({', '.join([*other, *(n for n in loaded if n not in state)][:3])}). Make the change in its "
-            "configuration, or wrap the model in a module of your own."
-        )
 
 
 def refuse_launcher_settings(accelerator: Any, args: SophonConfig) -> None:

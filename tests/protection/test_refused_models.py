@@ -13,7 +13,7 @@ from points import TinyNet, make_points
 from torch import nn
 
 from sophon_hf import AttackSuite, SophonTrainer
-from sophon_hf.protection.checks import check_loads_back
+from sophon_hf.hub.saving import check_loads_back
 
 BERT = next(case for case in CASES if case.family == "BertForSequenceClassification")
 RESNET = next(case for case in CASES if case.family == "ResNetForImageClassification")
