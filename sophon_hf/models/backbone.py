@@ -74,7 +74,7 @@ def with_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: It encodes pictures and text, say, each by itself.
     """
-    refuse_wrapped(model)
+    _refuse_wrapped(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not is_backbone(name):
         return model
@@ -84,7 +84,7 @@ def with_head(model: nn.Module) -> nn.Module:
     return Backbone(model)
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module) -> None:
     """Refuse a model that lies inside another module, or has adapters beside its layers.
 
     Raises:

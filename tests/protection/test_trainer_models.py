@@ -27,10 +27,13 @@ def pixels(seed: int, column: str, labelled: bool = True, size: int = 8, example
 
 
 def train_saving(tmp_path, model, column: str, **kwargs) -> SophonTrainer:
-    args = guarded(tmp_path, tolerance=1.0, save_strategy="steps", save_steps=2)
+    space = {"initializations": ["direct"], "learning_rates": [1e-2], "batch_sizes": [8]}
+    args = guarded(tmp_path, tolerance=1.0, save_strategy="steps", save_steps=2, eval_steps=3, strategy_space=space)
+    kwargs["processing_class"] = ViTImageProcessor(size={"height": 8, "width": 8})
     labelled = column == "pixel_values"
     trainer = SophonTrainer(model, pixels(1, column, labelled), pixels(2, column, labelled), args, **kwargs)
     trainer.train()
+    assert ViTImageProcessor.from_pretrained(tmp_path / "output").size["height"] == 8
     return trainer
 
 
@@ -55,12 +58,6 @@ def test_a_saved_unet_is_a_whole_pipeline_that_generates(tmp_path):
     assert not torch.equal(model.conv_out.weight, start["conv_out.weight"])
     steps = [entry for entry in trainer.state.log_history if "L_FTS" in entry]
     assert len(steps) == 3 and all(entry["mse_after"] > 0 for entry in steps)
-
-
-@pytest.mark.parametrize(("make", "column"), [(tiny_resnet, "pixel_values"), (tiny_unet, "sample")])
-def test_the_processing_class_is_saved_with_the_model(tmp_path, make, column):
-    train_saving(tmp_path, make(), column, processing_class=ViTImageProcessor(size={"height": 8, "width": 8}))
-    assert ViTImageProcessor.from_pretrained(tmp_path / "output").size["height"] == 8
 
 
 def test_two_diffusion_models_are_measured_with_the_same_noise(tmp_path):
