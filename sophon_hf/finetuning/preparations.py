@@ -20,6 +20,7 @@ from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import NO_ORIGINAL_DATA, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import evaluation_mode
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
+from sophon_hf.models.sharding import norm_of
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import first_rows, to_device
 from sophon_hf.utils import derive_seed
@@ -129,7 +130,7 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
         How many layers were rescaled.
 
     Raises:
-        NotApplicableError: There is no such layer.
+        NotApplicableError: There is no such layer, or all have that norm.
         RuntimeError: The function has changed nevertheless.
     """
     sample = first_rows(task, domain, next(model.parameters()).device)
@@ -137,6 +138,8 @@ def rescale_weights(model: nn.Module, task: Task, domain: Domain) -> int:
     if not layers:
         raise NotApplicableError(f"{type(model).__name__} has no layer that feeds a normalisation and nothing else")
     norms = fresh_norms(layers)
+    if all(torch.isclose(norm_of(cast(torch.Tensor, layer.weight)), norm) for layer, norm in norms.items()):
+        raise NotApplicableError(f"the layers of {type(model).__name__} have the norm of an initialisation already")
     with evaluation_mode(model):
         before = task.predict(model, sample)
         for layer, normalisations in layers.items():

@@ -418,6 +418,14 @@ def test_a_re_scaling_that_changes_the_function_is_refused():
         rescale_weights(model, task, domain)
 
 
+def test_a_model_with_the_norms_of_an_initialisation_has_nothing_to_re_scale():
+    model, task, domain = make()
+    model.conv1.weight.data *= 3
+    assert rescale_weights(model, task, domain) > 0
+    with pytest.raises(NotApplicableError, match="the layers of ConvNet have the norm of an initialisation already"):
+        rescale_weights(model, task, domain)
+
+
 def test_an_adapter_that_gets_no_gradient_is_refused():
     model, task, domain = make()
     nn.init.zeros_(model.head.weight)

@@ -121,7 +121,9 @@ def test_an_attack_of_which_no_seed_ended_is_not_counted(saved):
 
 def test_a_card_speaks_of_the_claims_metric(saved):
     folder, claim, results = saved
-    card = make_card(folder, replace(with_attacks(claim, results), metric="f1_macro"), "alice/model")
+    # A check that failed on an accuracy would name it.
+    told = with_attacks(claim, results, recovered_transfer=RecoveredTransfer(0.5, (0.4, 0.6)), failed_checks=[])
+    card = make_card(folder, replace(told, metric="f1_macro"), "alice/model")
     assert rf"f1\_macro {results.best('protected').mean:.1%} in the restricted domain" in body(card)
     assert "accuracy" not in card.text and card.data.metrics == ["f1_macro"]
 
