@@ -59,7 +59,7 @@ How to read it:
   case* is the strongest attack of the budget; *direct only* leaves out every attack with a new head.
 - A model that lost the original domain has no score, whatever its attacks reach.
 - Rows of one table compare, those of two tables do not: each has its own best attacks on the unprotected model and from
-  scratch. One row is one model and one protection seed, so look at the interval.
+  scratch. One row is one model and one protection seed (the Trainer's 42, where none is given): look at the interval.
 - `...-like` are made like defences of the field, not by their authors' code (`benchmarks/baselines.py`), with settings
   that nobody tuned on this pair. `benchmarks/leaderboard.py` makes these rows and those of known models: `unprotected`
   has to be at 100 %, `ntl` near it, and `re-initialised` at the level of scratch.
