@@ -267,7 +267,6 @@ def _attacks(pair: Pair, budget: str | Path | Sequence[FineTuningStrategy]) -> t
     small = [
         *pair.attacks,
         # What no preset simulates: it would otherwise be asked only what it was made to answer.
-        FineTuningStrategy("new_head", transfer="kernel", batch_size=size),
         FineTuningStrategy("new_head", transfer="norm", learning_rate=3e-3, batch_size=size),
         FineTuningStrategy("new_head", head_first=0.5, learning_rate=3e-3, batch_size=size),
     ]
