@@ -14,7 +14,8 @@ from sophon_hf.models.loading import load_model
 from sophon_hf.tasks.latents import encode_captions
 
 SWEEP = [FineTuningStrategy(batch_size=8)]
-SPACE = {"strategy_space": {"batch_sizes": [8], "initializations": ["direct"], "learning_rates": [1e-3]}}
+SPACE = {"batch_sizes": [8], "initializations": ["direct"], "learning_rates": [1e-3]}
+GUARDED = {"eval_strategy": "steps", "tolerance": 1.0, "strategy_space": SPACE}
 
 
 def test_a_pipeline_from_protection_to_audit(tmp_path, hub):
@@ -23,7 +24,7 @@ def test_a_pipeline_from_protection_to_audit(tmp_path, hub):
     encoded = encode_captions(before, captioned(1, 48))
     restricted, test, original, original_test = (encoded.select(range(start, start + 12)) for start in (0, 12, 24, 36))
     evaluation = {"restricted": test, "original": original_test}
-    trainer = SophonTrainer(before, restricted, original, settings(after, **SPACE), eval_dataset=evaluation)
+    trainer = SophonTrainer(before, restricted, original, settings(after, **GUARDED), eval_dataset=evaluation)
     assert isinstance(trainer.model, UNet2DConditionModel)
     assert trainer.task.noise_scheduler.config.prediction_type == "v_prediction", "the pipeline's own"
     trainer.train()

@@ -284,7 +284,7 @@ NOT_APPLICABLE = {("oft", "conv")}
 def make_adapted(name: str, adapter: str, steps: int = 12):
     """A fine-tuning with an adapter and a new head, its batch, and the head's name."""
     model, task, domain = make(name)
-    batch = task.collate(domain.rows(torch.arange(60)), list(range(60)))
+    batch = task.collate(domain.rows(torch.arange(24)), list(range(24)))
     strategy = FineTuningStrategy("new_head", adapter=adapter, rank=4, learning_rate=0.02)
     structure = task.structure(model, batch)
     torch.manual_seed(1)
