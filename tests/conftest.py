@@ -74,6 +74,16 @@ def folder(truth, tmp_path):
     return shutil.copytree(truth["folder"], tmp_path / "model")
 
 
+@pytest.fixture(scope="session")
+def protected_classifier(tmp_path_factory):
+    """A folder, whose name must not travel, with a protected classifier and attacks on it; the trainer, the results."""
+    from published import attack, protect
+
+    home = tmp_path_factory.mktemp("secret-home")
+    trainer = protect("classifier", home / "model")
+    return home, trainer, attack(trainer.model, home / "attacks")
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on this machine. The libraries here, and any process that is started, talk to it as the user `alice`."""

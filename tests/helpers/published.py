@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from sophon_hf import AttackSuite, DiffusionTask, FineTuningStrategy, SophonConfig, SophonTrainer
 
-SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
+SPACE = {"initializations": ["direct"], "learning_rates": [1e-2], "batch_sizes": [8]}
 SWEEP = [FineTuningStrategy("direct", batch_size=10), FineTuningStrategy("new_head", batch_size=10)]
 
 
@@ -56,7 +56,7 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
             "K": 2,
             "strategy_space": SPACE,
             "per_device_train_batch_size": 8,
-            "eval_steps": 1,
+            "eval_steps": 2,
             "tolerance": 1.0,
             "save_steps": 1,
             "disable_tqdm": True,
@@ -76,6 +76,13 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
 def protect(kind: str, output_dir, model=None, **settings) -> SophonTrainer:
     trainer = make_trainer(kind, output_dir, model, **settings)
     trainer.train()
+    return trainer
+
+
+def save_untrained(kind: str, output_dir, model=None) -> SophonTrainer:
+    """A trainer that has saved its model before any iteration, where what it has learned does not matter."""
+    trainer = make_trainer(kind, output_dir, model)
+    trainer.save_model()
     return trainer
 
 

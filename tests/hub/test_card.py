@@ -11,7 +11,7 @@ import pytest
 import yaml
 from card_rules import metadata_errors
 from huggingface_hub import ModelCard
-from published import attack, make_trainer, pixels, protect, unet
+from published import make_trainer, pixels, save_untrained, unet
 
 from sophon_hf import AttackSuite, FineTuningStrategy, StrategySpace
 from sophon_hf.attacks.checks import FailedCheck
@@ -22,11 +22,9 @@ from sophon_hf.hub.publish import with_report, write_card_and_claim
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(protected_classifier):
     """A protected classifier and what attacks found on it."""
-    home = tmp_path_factory.mktemp("card")
-    trainer = protect("classifier", home / "model")
-    results = attack(trainer.model, home / "attacks")
+    home, _, results = protected_classifier
     return home / "model", Claim.read(home / "model"), results
 
 
@@ -203,7 +201,7 @@ def test_remote_code_is_said(saved):
 
 
 def test_a_plain_module_needs_its_class(tmp_path):
-    protect("module", tmp_path / "out")
+    save_untrained("module", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name is None and card.data.pipeline_tag is None
     assert "`TinyNet`" in card.text and "load_torch_model" in card.text and "is needed to load" in card.text
@@ -211,7 +209,7 @@ def test_a_plain_module_needs_its_class(tmp_path):
 
 
 def test_a_unet_is_a_pipeline(tmp_path):
-    protect("unet", tmp_path / "out")
+    save_untrained("unet", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
     assert 'DDPMPipeline.from_pretrained("out")' in card.text
@@ -248,7 +246,7 @@ def test_metadata_that_were_added_stay_and_ours_follow(tmp_path, saved):
 
 
 def test_saving_again_leaves_an_edited_card(tmp_path):
-    trainer = protect("classifier", tmp_path / "out")
+    trainer = save_untrained("classifier", tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\nAll my own.\n")
     trainer.save_model()
     trainer.create_model_card()
@@ -273,7 +271,7 @@ def test_license_and_base_model_are_inherited_from_a_folder(tmp_path):
     (original / "README.md").write_text(
         "---\nlicense: other\nlicense_name: my-license\nlicense_link: LICENSE.md\nbase_model: owner/base\n---\n# x\n"
     )
-    protect("classifier", tmp_path / "out", model=type(trainer.model).from_pretrained(original))
+    save_untrained("classifier", tmp_path / "out", type(trainer.model).from_pretrained(original))
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.license_name, data.license_link) == ("other", "my-license", "LICENSE.md")
     assert data.base_model == "owner/base"
@@ -349,7 +347,7 @@ def test_a_report_is_shown_with_its_curve(saved, tmp_path):
 
 
 def test_a_diffusion_report_gives_errors_not_shares(tmp_path):
-    trainer = protect("unet", tmp_path / "out")
+    trainer = save_untrained("unet", tmp_path / "out")
     suite = AttackSuite(
         [FineTuningStrategy(batch_size=10, steps=2)],
         tmp_path / "attacks",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from points import TinyNet
-from published import attack, classifier, pixels, protect
+from published import classifier, pixels, protect
 
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.data.domain import build_domain
@@ -27,13 +27,9 @@ from sophon_hf.tasks.base import infer_task
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A protected classifier and its attacks, in folders whose names must not travel."""
-    home = tmp_path_factory.mktemp("secret-home")
-    trainer = protect("classifier", home / "model")
-    results = attack(trainer.model, home / "attacks")
-    claim = Claim.read(home / "model")
-    return home, trainer, results, claim
+def saved(protected_classifier):
+    """A protected classifier and its attacks, with its claim."""
+    return *protected_classifier, Claim.read(protected_classifier[0] / "model")
 
 
 @pytest.fixture(scope="module")

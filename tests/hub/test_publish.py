@@ -16,7 +16,7 @@ from audited import make_claim
 from diffusers import DDPMPipeline
 from huggingface_hub import HfApi, ModelCard, load_torch_model, snapshot_download
 from points import TinyNet
-from published import attack, classifier, make_trainer, protect, unet
+from published import classifier, make_trainer, protect, save_untrained, unet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from two_processes import launch
 
@@ -38,19 +38,10 @@ CLASSIFIER = {
 PLOTS = {"plots/best_so_far.png", "plots/curves.png", "plots/heat_map.png"}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A protected classifier on disk with all that a run leaves there, and what attacks found on it."""
-    home = tmp_path_factory.mktemp("publisher")
-    trainer = protect("classifier", home / "model")
-    attack(trainer.model, home / "attacks")
-    return home
-
-
 @pytest.fixture
-def folder(trained, tmp_path):
-    """A copy of it that a test may change, beside what should never leave a machine."""
-    shutil.copytree(trained, tmp_path / "home")
+def folder(protected_classifier, tmp_path):
+    """A protected classifier that a test may change, beside what should never leave a machine."""
+    shutil.copytree(protected_classifier[0], tmp_path / "home")
     model = tmp_path / "home" / "model"
     for name in (
         "training_args.bin",
@@ -151,8 +142,7 @@ def test_license_and_base_model_come_from_the_original_on_the_hub(hub, tmp_path)
     card = b"---\nlicense: mit\nlanguage: en\ntags: [trusted]\n---\n# The original\n"
     content = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} | {"README.md": card}
     commit = hub.add_repository("owner/base", content).head
-    trainer = protect("classifier", tmp_path / "out", model=load_model("owner/base"))
-    trainer.push_to_hub("alice/model")
+    save_untrained("classifier", tmp_path / "out", load_model("owner/base")).push_to_hub("alice/model")
     data = ModelCard.load("alice/model").data
     assert (data.license, data.language, data.base_model, data.tags) == ("mit", "en", "owner/base", ["sophon"])
     claim = Claim.read(tmp_path / "out")
@@ -254,9 +244,9 @@ def test_weights_that_are_not_the_claims_are_refused(hub, folder, change):
 
 
 def test_a_report_about_another_model_is_refused(hub, folder, tmp_path):
-    attack(classifier(), tmp_path / "others")
+    make_trainer("classifier", folder.parent / "unused").save_model(str(folder))
     with pytest.raises(SystemExit, match="about other weights"):
-        main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "others")])
+        main(["publish", str(folder), "alice/model", "--report", str(folder.parent / "attacks")])
     with pytest.raises(SystemExit, match=r"no results\.json"):
         main(["publish", str(folder), "alice/model", "--report", str(tmp_path / "nothing")])
     assert Claim.read(folder).attacks is None
@@ -278,8 +268,7 @@ def test_a_cut_leaves_nothing_half_published_and_a_second_try_completes(hub, fol
     publish(folder, "alice/model", commit_message="first")
     before = dict(hub.repositories["alice/model"].files)
     # Other weights, so that there is something to upload.
-    trainer = protect("classifier", folder.parent / "other", seed=7)
-    assert trainer is not None
+    save_untrained("classifier", folder.parent / "other")
     hub.cut(where)
     with pytest.raises(ConnectionError, match="nothing is published"):
         publish(folder.parent / "other", "alice/model")
@@ -300,17 +289,14 @@ def test_the_trainer_pushes_the_same(hub, tmp_path):
     assert commit.commit_url.startswith(f"{hub.endpoint}/alice/model/commit/")
     assert files(hub) == CLASSIFIER and hub.repositories["alice/model"].private
     assert_clean(hub)
-    attack(trainer.model, tmp_path / "attacks")
-    trainer.push_to_hub("alice/model", report=tmp_path / "attacks")
-    assert files(hub) == CLASSIFIER | PLOTS
-    trainer.push_to_hub("alice/model")
-    assert Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content).attacks is not None
 
 
 def test_a_trainer_made_anew_pushes_the_protected_model_and_not_its_own(hub, folder):
-    """In a session of its own, after the attacks."""
-    saved = Claim.read(folder)
-    make_trainer("classifier", folder).push_to_hub("alice/model", report=folder.parent / "attacks")
+    """In a session of its own, after the attacks, which the model's next push tells too."""
+    saved, trainer = Claim.read(folder), make_trainer("classifier", folder)
+    trainer.push_to_hub("alice/model", report=folder.parent / "attacks")
+    assert files(hub) == CLASSIFIER | PLOTS
+    trainer.push_to_hub("alice/model")
     claim = Claim.from_json(hub.repositories["alice/model"].files["sophon.json"].content)
     assert claim == Claim.read(folder) and claim.attacks is not None
     assert (claim.protection, claim.weights) == (saved.protection, saved.weights)
@@ -395,7 +381,7 @@ def test_pushing_without_a_login_is_refused_before_any_work(hub, tmp_path):
 
 
 def test_a_unet_is_published_as_a_pipeline_that_generates(hub, tmp_path):
-    trainer = protect("unet", tmp_path / "out")
+    trainer = save_untrained("unet", tmp_path / "out")
     trainer.push_to_hub("alice/model")
     assert files(hub) == {
         ".gitattributes",
@@ -417,14 +403,14 @@ def test_a_unet_is_published_as_a_pipeline_that_generates(hub, tmp_path):
 def test_a_unet_that_came_from_a_folder_does_not_name_it(hub, tmp_path):
     (tmp_path / "secret-user").mkdir()
     unet().save_pretrained(tmp_path / "secret-user" / "base")
-    trainer = protect("unet", tmp_path / "out", model=load_model(tmp_path / "secret-user" / "base"))
-    trainer.push_to_hub("alice/model")
+    base = load_model(tmp_path / "secret-user" / "base")
+    save_untrained("unet", tmp_path / "out", base).push_to_hub("alice/model")
     assert not any(b"secret-user" in file.content for file in hub.repositories["alice/model"].files.values())
     assert Claim.read(tmp_path / "out").base_model == "base"
 
 
 def test_a_plain_module_is_loaded_through_its_class(hub, tmp_path):
-    trainer = protect("module", tmp_path / "out")
+    trainer = save_untrained("module", tmp_path / "out")
     trainer.push_to_hub("alice/model")
     assert files(hub) == {".gitattributes", "README.md", "sophon.json", "model.safetensors"}
     loaded = TinyNet()

@@ -120,7 +120,7 @@ def test_a_multi_label_model_is_protected_and_attacked(tmp_path):
     """By the preset, with probes and distillation; the restricted domain has more labels than the head."""
     space = {"batch_sizes": [8], "reinitialized_blocks": [1], "learning_rates": [1e-3], "preparations": [None]}
     small = {"max_steps": 2, "K": 2, "horizon": 4, "strategy_space": space, "eval_steps": 2, "save_steps": 2}
-    changes = {**PRESETS["representation"], **small, "tolerance": 1.0, "N": 1}
+    changes = {**PRESETS["representation"], **small, "eval_strategy": "steps", "tolerance": 1.0, "N": 1}
     bert = model()
     protect(bert, sentences(1, labels=5), sentences(2), tmp_path / "out", changes, processing_class=tokenizer())
     assert load_model(tmp_path / "out").config.problem_type == "multi_label_classification"
