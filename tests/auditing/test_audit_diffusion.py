@@ -15,7 +15,7 @@ from sophon_hf.tasks.latents import encode_captions
 
 SWEEP = [FineTuningStrategy(batch_size=8)]
 SPACE = {"batch_sizes": [8], "initializations": ["direct"], "learning_rates": [1e-3]}
-GUARDED = {"eval_strategy": "steps", "tolerance": 1.0, "strategy_space": SPACE}
+GUARDED = {"eval_strategy": "steps", "tolerance": 1.0, "simulated_examples": 1, "strategy_space": SPACE}
 
 
 def test_a_pipeline_from_protection_to_audit(tmp_path, hub):

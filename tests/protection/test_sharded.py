@@ -40,7 +40,8 @@ if "RANK" in os.environ:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 PLAIN = dict(eval_strategy="no", eval_on_start=False, save_strategy="no")
-GUARDED = dict(eval_steps=1, save_strategy="steps", save_steps=2, tolerance=1.0, per_device_eval_batch_size=1)
+GUARDED = dict(eval_steps=2, save_strategy="steps", save_steps=2, tolerance=1.0, per_device_eval_batch_size=4)
+OWN_HEAD = {"initializations": ["direct"], "learning_rates": [1e-2], "batch_sizes": [8]}
 NEW_HEAD = {"initializations": ["new_head"], "learning_rates": [1e-2], "batch_sizes": [9]}
 BLOCKS = dict(NEW_HEAD, reinitialized_blocks=[1], transfers=["all", "head", "norm"])
 OPTIMIZERS = {
@@ -53,16 +54,15 @@ CASES = {
     "other_classes": dict(PLAIN, classes=5, strategy_space=NEW_HEAD, fsdp={"cpu_ram_efficient_loading": True}),
     "new_blocks": dict(PLAIN, strategy_space=BLOCKS, N=2),
     "optimizers": dict(PLAIN, strategy_space=OPTIMIZERS, N=5),
-    "guarded": dict(GUARDED),
-    "rollbacks": dict(GUARDED, tolerance=0.0, alpha=0.3),
+    "rollbacks": dict(GUARDED, eval_steps=1, tolerance=0.0, alpha=0.3, strategy_space=OWN_HEAD),
     "additions": dict(
         GUARDED, kind="net", probe_depths=2, num_persistent=2, horizon=4, distillation=1.0, keep_norms=True,
         max_grad_norm=1.0, max_steps=4, strategy_space=NEW_HEAD,
     ),
     # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
     "diffusion": dict(
-        GUARDED, kind="unet", adam_epsilon=1e-2,
-        strategy_space={"optimizers": ["sgd"], "learning_rates": [1e-3], "batch_sizes": [8]},
+        PLAIN, kind="unet", save_strategy="steps", save_steps=2, adam_epsilon=1e-2,
+        strategy_space=dict(OWN_HEAD, optimizers=["sgd"], learning_rates=[1e-3]),
     ),
     "bf16": dict(PLAIN, bf16=True, strategy_space=NEW_HEAD),
 }
@@ -203,12 +203,11 @@ CASES = [
     "other_classes",
     "new_blocks",
     "optimizers",
-    "guarded",
     "rollbacks",
     "additions",
     "diffusion",
 ]
-SAVED = ["guarded", "rollbacks", "additions", "diffusion"]
+SAVED = ["rollbacks", "additions", "diffusion"]
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +265,7 @@ def test_a_resumed_run_ends_bit_identical(launched, case):
         assert resumed["L_FTS"] == result["L_FTS"]
 
 
-@pytest.mark.parametrize("case", ["guarded", "rollbacks", "additions"])
+@pytest.mark.parametrize("case", ["rollbacks", "additions"])
 def test_the_protected_model_is_saved_whole(launched, whole, case):
     """As its own library saves it, with a claim that fits: whether it was sharded does not show."""
     _, trainer, _ = whole(case)
@@ -324,6 +323,6 @@ def test_what_cannot_be_sharded_is_refused_by_every_process(launched, name, mess
 
 
 def test_a_checkpoint_of_shards_is_refused_by_one_process(launched, script):
-    trainer = script["build"](str(launched / "guarded"), sharded=False, use_cpu=True, **script["CASES"]["guarded"])
+    trainer = script["build"](str(launched / "rollbacks"), sharded=False, use_cpu=True, **script["CASES"]["rollbacks"])
     with pytest.raises(ValueError, match="its world_size is 2, now it is 1"):
         trainer.train(resume_from_checkpoint=True)

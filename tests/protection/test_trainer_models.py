@@ -87,7 +87,8 @@ def test_two_diffusion_models_are_measured_with_the_same_noise(tmp_path):
 
 def test_a_diffusion_guard_takes_the_tolerance_as_a_share_of_the_mse(tmp_path):
     observer = Observer()
-    args = guarded(tmp_path, max_steps=1, alpha=0.1, on_violation="stop", tolerance=0.1)
+    cheap = {"simulated_examples": 1, "strategy_space": {"initializations": ["direct"], "batch_sizes": [8]}}
+    args = guarded(tmp_path, max_steps=1, alpha=0.1, on_violation="stop", tolerance=0.1, **cheap)
     data = [pixels(seed, "sample", labelled=False) for seed in (1, 2)]
     SophonTrainer(tiny_unet(), *data, args, callbacks=[observer]).train()
     start, after = observer.evaluations
