@@ -15,6 +15,7 @@ from torch import nn
 from sophon_hf.attacks.adversary import AdversaryDomains
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain
+from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.kernel import KernelRegression
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
@@ -181,6 +182,8 @@ def _fine_tune(
         set_seed(derive_seed(seed, "attack"))
         prepare_model(copied, task, strategy, training, data.original, seed)
         if strategy.transfer == "kernel":
+            if strategy.initialization == "scratch":
+                initialize(copied, strategy, structure, training.num_classes or None)
             regression = KernelRegression(copied, task, training, structure)
             measure(regression, [], math.nan)
             return regression

@@ -41,10 +41,22 @@ def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
 
 
 def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
-    """Return training from scratch (baseline B1), tuned over the optimizers and rates of a sweep."""
-    everything: dict[str, Any] = {"transfer": "all", "pattern": None, "adapter": None, "rank": 8, "preparation": None}
+    """Return training from scratch (baseline B1), tuned over the optimizers and rates of a sweep.
+
+    A kernel regression is one on the features of a model that was never trained: they alone may be worth more than
+    training on a few examples.
+    """
+    everything: dict[str, Any] = {"pattern": None, "adapter": None, "rank": 8, "preparation": None}
     everything |= {"original_weight": 0.0, "head_first": 0.0, "layer_decay": 1.0}
-    tuned = [s.with_changes(initialization="scratch", reinitialized_blocks=0, **everything) for s in sweep]
+    tuned = [
+        s.with_changes(
+            initialization="scratch",
+            reinitialized_blocks=0,
+            transfer="kernel" if s.transfer == "kernel" else "all",
+            **everything,
+        )
+        for s in sweep
+    ]
     return list(dict.fromkeys(tuned))
 
 

@@ -136,8 +136,11 @@ class FineTuningStrategy:
                 raise ValueError("An adapter takes the place of `transfer`, on a pre-trained model: leave 'all'.")
         if self.preparation is not None:
             check_choice(self.preparation, PREPARATIONS, "preparation")
-        if self.transfer == "kernel" and (self.initialization != "new_head" or self.reinitialized_blocks):
-            raise ValueError("transfer 'kernel' is a new head on a model as it is: set initialization 'new_head'.")
+        if self.transfer == "kernel" and (self.initialization == "direct" or self.reinitialized_blocks):
+            raise ValueError(
+                "transfer 'kernel' is a new head on a model as it is, or on one that was never trained: set "
+                "initialization 'new_head' or 'scratch', and reinitialized_blocks 0."
+            )
         if self.augmentation is not None:
             check_choice(self.augmentation, _AUGMENTATIONS, "augmentation")
         if (self.head_first or self.layer_decay != 1) and (self.transfer != "all" or self.adapter is not None):

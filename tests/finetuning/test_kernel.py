@@ -62,6 +62,17 @@ def test_the_attack_takes_one_point_and_learns_without_a_step():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_from_scratch_it_uses_the_features_of_a_model_that_was_never_trained():
+    model, task, training, test = make()
+    strategy, data = FineTuningStrategy("scratch", transfer="kernel"), AdversaryDomains(training, test, test)
+    curve = run_attack(model, task, strategy, data)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-3)
+    assert run_attack(model, task, strategy, data).test == curve.test, "the model's weights do not matter"
+    assert run_attack(model, task, FineTuningStrategy("new_head", transfer="kernel"), data).test != curve.test
+
+
 def test_features_of_every_depth_count_alike():
     torch.manual_seed(0)
     model = ResidualNet(4, (4, 8, 16)).eval()
@@ -72,7 +83,7 @@ def test_features_of_every_depth_count_alike():
     assert not model.head._forward_pre_hooks and not model.stages[0]._forward_hooks
 
 
-def test_it_goes_with_a_new_head_alone():
+def test_it_goes_with_a_new_head_on_a_model_as_it_is_or_on_a_new_one():
     with pytest.raises(ValueError, match="'kernel' is a new head on a model as it is"):
         FineTuningStrategy(transfer="kernel")
     assert FineTuningStrategy("new_head", transfer="kernel").name == "new head, kernel regression"
