@@ -9,9 +9,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 demo: .venv/demo
 	$(BIN)/sophon-hf demo --output_dir demo-output
 
-# One process runs all tests of a file, which share what is costly to set up.
+# One process runs all tests of a file, which share what is costly to set up; tests/conftest.py orders the files.
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

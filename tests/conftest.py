@@ -35,6 +35,25 @@ from sophon_hf.tasks.classification import ClassificationTask  # noqa: E402
 
 torch.set_num_threads(1)
 
+# They start first, so that no process is left alone with one of them at the end.
+SLOWEST = (
+    "protection/test_sharded.py",
+    "cli/test_your_own_data.py",
+    "cli/test_cli.py",
+    "benchmarking/test_benchmark.py",
+    "hub/test_publish.py",
+    "hub/test_hub.py",
+    "auditing/test_audit_diffusion.py",
+    "protection/test_trainer_models.py",
+    "tasks/test_latents.py",
+    "models/test_models.py",
+    "protection/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOWEST))
+
 
 @pytest.fixture
 def model() -> TinyNet:

@@ -104,7 +104,11 @@ BAD_DOMAINS = {
         r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns",
     ),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
-    "hidden labels": (lambda: with_labels([0, 1, 2, -1] * 10), ValueError, "negative labels.*drop those rows"),
+    "hidden labels": (
+        lambda: with_labels([0, 1, 2, -1] * 10),
+        ValueError,
+        "the {name} domain holds -1 beside 0.*`select_classes`",
+    ),
     "several labels each": (lambda: with_labels([["a"], ["b"]] * 20), ValueError, "at row 0, which is no class"),
     "NaN": (lambda: with_value(5, float("nan")), ValueError, "1 examples of the {name} domain hold NaN.*'x'.*drop or"),
     "infinity": (lambda: with_value(5, float("inf")), ValueError, "hold NaN or infinity in 'x'.*drop or repair"),

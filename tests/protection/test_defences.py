@@ -21,6 +21,7 @@ from sophon_hf import SophonConfig, SophonTrainer
 from sophon_hf.cli.options import read_options
 from sophon_hf.cli.protect import build_config
 from sophon_hf.finetuning.preparations import rescale_weights
+from sophon_hf.finetuning.strategy import NotApplicableError
 from sophon_hf.hub.claim import Claim
 from sophon_hf.models.scale_invariance import fresh_norms, scale_invariant_layers, set_norm
 from sophon_hf.protection.config import PRESETS
@@ -194,7 +195,8 @@ def test_a_protected_model_gains_an_adversary_nothing_by_rescaling(tmp_path):
     trainer = build(tmp_path, alpha=0.1, keep_norms=True)
     trainer.train()
     before = trainer.model.body.weight.detach().clone()
-    rescale_weights(trainer.model, trainer.task, trainer.domains["restricted"])
+    with pytest.raises(NotApplicableError, match="have the norm of an initialisation already"):
+        rescale_weights(trainer.model, trainer.task, trainer.domains["restricted"])
     torch.testing.assert_close(trainer.model.body.weight.detach(), before)
 
 
