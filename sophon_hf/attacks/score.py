@@ -296,7 +296,7 @@ class Scores:
         Returns:
             The mean over the orders of `best_by_number`, and the standard error of the best attack's test figure; None
             of fewer than 8 attacks, and where one seed does not tell the error of an MSE. A median over the orders
-            would not do: from half of the attacks on it is the best of all, whatever they are.
+            would not do: from half of the attacks on it is the best of all, in every sweep.
         """
         reached, best = self.best_by_number(model), self.best(model)
         count = reached.shape[1]

@@ -52,7 +52,7 @@ def load_part(
         raise ValueError(f"test_share is {test_share}, but must lie between 0 and 1, such as 0.2.")
     loaded, whole = open_source(source), True
     if isinstance(loaded, Mapping):
-        # A source of several splits has the one that is meant, by whatever name.
+        # A source of several splits is not cut: the one that is meant has a name of its own.
         whole = list(loaded) == [split]
         loaded = datasets.DatasetDict(loaded)
     # By its path, messages can tell which it is.

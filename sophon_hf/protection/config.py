@@ -75,9 +75,10 @@ class SophonConfig(TrainingArguments):
         metadata={
             "help": "What follows where the original metric fell by more than the tolerance. halve_alpha, continue and "
             "stop put the last good state back first, with both optimizers' states cleared. adapt_alpha lets the "
-            "metric fall further early (7 tolerances at first, 1 from seven tenths of the iterations on), halves alpha "
-            "where it stays beyond that, and doubles it back inside the tolerance; only where the original domain is "
-            "lost is a state put back. A state outside the tolerance is never the protected model.",
+            "metric fall further early (6 tolerances at first, 1 from six tenths of the iterations on), and halves "
+            "alpha where it stays beyond that. Inside the tolerance it doubles alpha while simulated adversaries "
+            "recover something, early up to 16 times its schedule. Only a lost original domain makes it put a state "
+            "back. A state outside the tolerance is never the protected model.",
             "choices": ["halve_alpha", "continue", "stop", "adapt_alpha"],
         },
     )
@@ -105,7 +106,7 @@ class SophonConfig(TrainingArguments):
         default=0,
         metadata={
             "help": "How many simulated adversaries live on over the iterations, taken in turn, K updates at a time; "
-            "0: every one starts anew, as published. Each holds about three copies of the model."
+            "0: every one starts from theta, as published. Each holds about three copies of the model."
         },
     )
     preconditioning: float = field(
