@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain, build_domain
-from sophon_hf.data.labels import select_classes, split_domain
+from sophon_hf.data.labels import at_most, select_classes, split_domain
 from sophon_hf.data.loading import load_domain
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model, to_device
@@ -118,9 +118,7 @@ class Pair:
 
     def adversary_dataset(self, examples: int | None, seed: int = 0) -> datasets.Dataset:
         """The adversary's first `examples`, stratified; all where None."""
-        if examples is None or examples >= len(self.adversary):
-            return self.adversary
-        return split_domain(self.adversary, seed=seed, share=(examples + 0.5) / len(self.adversary))[0]
+        return self.adversary if examples is None else at_most(self.adversary, examples, seed)
 
 
 def _existing(path: Path) -> Path:

@@ -35,6 +35,7 @@ from sophon_hf import AttackSuite, DiffusionTask, SophonConfig, SophonTrainer, l
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.sweeps import scratch
 from sophon_hf.data.domain import build_domain
+from sophon_hf.data.labels import at_most
 from sophon_hf.finetuning.loop import pretrain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.protection.ntl import train_ntl
@@ -61,8 +62,8 @@ def domain(scale: Scale, name: str, size: int, data: Path) -> tuple[datasets.Dat
     else:
         training, measured = load_domain(source, train), load_domain(source, test)
     count = scale.examples[1]
-    if count is not None and count < len(measured):
-        measured, _ = split_domain(measured, share=(count + 0.5) / len(measured))
+    if count is not None:
+        measured = at_most(measured, count)
     return _plain(training, size), _plain(measured, size)
 
 

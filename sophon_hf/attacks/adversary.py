@@ -14,11 +14,11 @@ from torch import nn
 
 from sophon_hf.data.domain import CHUNK, Domain, build_domain
 from sophon_hf.data.fingerprint import fingerprint_domain
-from sophon_hf.data.labels import Classes, number_classes, split_domain
+from sophon_hf.data.labels import Classes, at_most, number_classes, split_domain
 from sophon_hf.data.loading import Source, load_domain
 from sophon_hf.data.preprocessing import InputColumn, ModelInputs
 from sophon_hf.tasks.base import Task
-from sophon_hf.tasks.evaluation import first_rows, to_device
+from sophon_hf.tasks.evaluation import first_rows, join_scores, to_device
 from sophon_hf.utils import derive_seed, finite_or_none
 
 logger = logging.getLogger(__name__)
@@ -133,15 +133,15 @@ class AdversaryData:
         carved = held_out is None and not cross
         if carved:
             held_out, dataset = split_domain(dataset, share=_VALIDATION_SHARE, column=label)
-        if self.examples is not None and self.examples < len(dataset):
-            dataset, _ = split_domain(dataset, share=(self.examples + 0.5) / len(dataset), column=label)
-        elif self.examples is not None and self.examples > len(dataset):
+        if self.examples is not None and self.examples > len(dataset):
             logger.warning(
                 "%d examples were asked for, but the adversary has %d%s: it uses them all.",
                 self.examples,
                 len(dataset),
                 " beside those for validation" if carved else "",
             )
+        elif self.examples is not None:
+            dataset = at_most(dataset, self.examples, column=label)
         training, tested = (self.domain(part, "restricted", needs, processor, classes) for part in (dataset, test))
         training.refuse_constant()
         validated = None if held_out is None else self.domain(held_out, "restricted", needs, processor, classes)
@@ -234,7 +234,7 @@ def chance_level(task: Task, domain: Domain) -> float | None:
 
     That answer is the commonest class, the commoner side of every label, or a prediction of zeros.
     """
-    labels, found = domain.labels, {}
+    labels = domain.labels
     try:
         if labels is None:
             batches = (
@@ -247,10 +247,8 @@ def chance_level(task: Task, domain: Domain) -> float | None:
             scores = [task.scores(answer, labels)]
         else:
             scores = [task.scores((labels.float().mean(dim=0) - 0.5).expand(labels.shape), labels)]
-        for name in scores[0]:
-            joined = torch.cat([part[name] for part in scores])
-            found[name] = joined.tolist() if joined.ndim == 1 else list(joined.float().numpy())
-        return finite_or_none(task.compute_metric(found))
+        parts = {name: [part[name] for part in scores] for name in scores[0]}
+        return finite_or_none(task.compute_metric(join_scores(parts)))
     except Exception as error:  # A metric of the user's may raise anything.
         logger.warning("The metric of a guess cannot be computed: %s: %s", type(error).__name__, error)
         return None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sophon_hf.benchmarking import PAIRS
 from sophon_hf.data.domain import build_domain
-from sophon_hf.data.labels import split_domain
+from sophon_hf.data.labels import at_most, split_domain
 from sophon_hf.data.loading import load_domain
 from sophon_hf.data.toy import handwritten_digits, printed_letters
 from sophon_hf.finetuning.loop import pretrain
@@ -184,7 +184,7 @@ def _beside_cifar10(name: str, train: datasets.Dataset, test: datasets.Dataset, 
         _resnet,
         original,
         datasets.DatasetDict(train=defender, validation=validation),
-        _at_most(adversary, _MOST_FOR_ADVERSARY),
+        at_most(adversary, _MOST_FOR_ADVERSARY),
         test,
         _attacks(batch_size=25),
         examples,
@@ -208,7 +208,7 @@ def _images(name: str, test: bool) -> datasets.Dataset:
     image = next(column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image))
     label = "age" if "age" in dataset.column_names else "label"
     dataset = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    dataset = _at_most(dataset, _MOST_TESTS if test else _MOST_TRAINING)
+    dataset = at_most(dataset, _MOST_TESTS if test else _MOST_TRAINING)
     names = [_AGE_GROUPS.get(name, name) for name in dataset.features["label"].names]
     groups = list(dict.fromkeys(names))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=groups)})
@@ -219,9 +219,3 @@ def _images(name: str, test: bool) -> datasets.Dataset:
         return {"image": picture, "label": groups.index(names[row["label"]])}
 
     return dataset.map(prepare, features=features, desc=f"preparing {name}")
-
-
-def _at_most(dataset: datasets.Dataset, examples: int) -> datasets.Dataset:
-    if len(dataset) <= examples:
-        return dataset
-    return split_domain(dataset, share=(examples + 0.5) / len(dataset))[0]

@@ -320,6 +320,14 @@ def split_domain(
     return dataset.select(first), dataset.select(second)
 
 
+def at_most(dataset: datasets.Dataset, examples: int, seed: int = 0, column: str | None = None) -> datasets.Dataset:
+    """Return so many examples, seeded and stratified as by `split_domain`; all where there are not more."""
+    if examples >= len(dataset):
+        return dataset
+    # Half an example more, so that rounding never costs one.
+    return split_domain(dataset, seed, (examples + 0.5) / len(dataset), column)[0]
+
+
 def split_indices(
     dataset: datasets.Dataset, seed: int, share: float, column: str | None
 ) -> tuple[np.ndarray, np.ndarray]:

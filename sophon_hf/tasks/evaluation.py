@@ -35,6 +35,15 @@ def first_rows(task: Task, domain: Domain, device: torch.device, count: int = 2)
     return to_device(task.collate(domain.rows(indices), indices.tolist()), device)
 
 
+def join_scores(parts: dict[str, list[torch.Tensor]]) -> dict[str, list]:
+    """Return the scores of several batches as `Task.compute_metric` takes them.
+
+    Rows of many values become arrays: a list of their numbers would take many times the memory.
+    """
+    joined = {name: torch.cat(values).cpu() for name, values in parts.items()}
+    return {name: v.tolist() if v.ndim == 1 else list(v.float().numpy()) for name, v in joined.items()}
+
+
 @torch.no_grad()
 def evaluate_model(
     task: Task,
@@ -72,11 +81,7 @@ def evaluate_model(
             for _ in range(math.ceil(len(domain) / (world_size * batch_size)) - len(batches)):
                 with autocast():
                     task.predict(model, first_rows(task, domain, device))
-    # Rows of many values as arrays: a list of their numbers would take many times the memory.
-    gathered: dict[str, list] = {}
-    for name, parts in scores.items():
-        joined = torch.cat(parts).cpu()
-        gathered[name] = joined.tolist() if joined.ndim == 1 else list(joined.float().numpy())
+    gathered = join_scores(scores)
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if world_size > 1:
         from accelerate.utils import gather_object
