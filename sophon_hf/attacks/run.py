@@ -192,9 +192,8 @@ def _fine_tune(
         if data.original is not None and strategy.original_weight:
             original_stream = Stream(data.original, task.collate, derive_seed(seed, "original order"))
             original = original_stream.batches(strategy.batch_size)
-        before = {}
-        if strategy.initialization != "direct":
-            before = {name: parameter.detach().clone() for name, parameter in copied.named_parameters()}
+        renews = strategy.initialization != "direct"
+        before = {name: p.detach().clone() for name, p in copied.named_parameters()} if renews else {}
         fine_tuning = FineTuning(
             copied,
             task,
@@ -205,7 +204,8 @@ def _fine_tune(
             num_classes=data.training.num_classes or None,
             original=original,
         )
-        _refuse_kept(copied, before, strategy, structure)
+        if renews:
+            _refuse_kept(copied, before, strategy, structure)
         del before
         losses: list[torch.Tensor] = []
         if 0 in points:
@@ -224,8 +224,6 @@ def _refuse_kept(
     model: nn.Module, before: dict[str, torch.Tensor], strategy: FineTuningStrategy, structure: ModelStructure
 ) -> None:
     """Raise a RuntimeError where a part that the strategy re-initialises still has all the weights `before`."""
-    if strategy.initialization == "direct":
-        return
     blocks = structure.blocks if strategy.initialization == "scratch" else ()
     for part in (*structure.heads, *structure.last_blocks(strategy.reinitialized_blocks), *blocks):
         pairs = []

@@ -179,5 +179,5 @@ def domain_gap(
         rows = torch.cat(features).float()
         means.append(rows.mean(dim=0))
         variances.append(rows.var(dim=0))
-    spread = (sum(variances) / 2).sqrt().clamp_min(_SMALLEST_SPREAD)  # type: ignore[union-attr]
+    spread = torch.stack(variances).mean(dim=0).sqrt().clamp_min(_SMALLEST_SPREAD)
     return float(((means[0] - means[1]) / spread).pow(2).mean().sqrt())

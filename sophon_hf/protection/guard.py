@@ -342,16 +342,17 @@ class Guard(TrainerCallback):
             f"{state.start_simulated:.3f}, from scratch to {state.scratch:.3f}: a transfer of {points * transfer:.3g}"
             f"{' points' if self.greater_is_better else ''}"
         )
-        if not transfer > 3 * self.error:
+        if self.recovered_transfer(state.start_simulated) is None:
             return f"{found}. It is too small to tell what a protection takes away: there may be little to protect."
-        if state.gap is None or state.early is None or not math.isfinite(state.early):
+        kept = None if state.early is None else self.recovered_transfer(state.early)
+        if state.gap is None or kept is None or not math.isfinite(kept):
             return f"{found}."
-        kept = (state.early - state.scratch) / (state.start_simulated - state.scratch)
-        known = "resisted most of the attacks" if state.gap >= _WIDE_GAP else "resisted few of the attacks, or none"
+        known = "as near each other resisted few of the attacks, or none"
+        if state.gap >= _WIDE_GAP:
+            known = "as far apart resisted most of the attacks"
         return (
             f"{found}. The domains lie {state.gap:.1f} standard deviations apart, and the first third of the blocks "
-            f"holds {kept:.0%} of the transfer. Under the preset `representation`, pairs "
-            f"{'as far apart' if state.gap >= _WIDE_GAP else 'as near each other'} {known} (docs/defences.md)."
+            f"holds {kept:.0%} of the transfer. Under the preset `representation`, pairs {known} (docs/defences.md)."
         )
 
     @property

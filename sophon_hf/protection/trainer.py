@@ -287,7 +287,8 @@ class SophonTrainer(Trainer):
             if guard.state.scratch is None:
                 guard.state.scratch = measure({"scratch"}, *known)
                 guard.state.gap = domain_gap(self.task, self.model, self.structure, self.domains, args)
-                guard.state.early = measure(starts & {"new_head"}, *known, 2 * len(self.structure.blocks) // 3)
+                if late := 2 * len(self.structure.blocks) // 3:
+                    guard.state.early = measure(starts & {"new_head"}, *known, late)
             simulated = measure(starts, *known)
             found[f"restricted_simulated_{task.metric}"] = simulated
             if (recovered := guard.recovered_transfer(simulated)) is not None:
