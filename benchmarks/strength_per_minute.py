@@ -86,14 +86,15 @@ def measure(setting: str, budget: float, pair: Pair, original: nn.Module, option
         protected=load_model(folder),
         original=original,
     )
+    transfer = results.recovered_transfer()
     row = {
         "setting": setting,
         "budget": budget,
         "iterations": steps,
         "seconds": round(seconds, 1),
         "protected": state.best_step is not None,
-        "recovered_transfer": vars(results.recovered_transfer()),
-        "score": str(results.recovered_transfer()),
+        "recovered_transfer": vars(transfer),
+        "score": str(transfer),
         "original": {name: results.original_metric[name] for name in ("original", "protected")},
     }
     write_atomically(file, json.dumps(row))
