@@ -56,6 +56,7 @@ def scratch(sweep: list[FineTuningStrategy]) -> list[FineTuningStrategy]:
             **everything,
         )
         for s in sweep
+        if s.labelled
     ]
     return list(dict.fromkeys(tuned))
 

@@ -23,7 +23,9 @@ from sophon_hf.finetuning.strategy import NO_ORIGINAL_DATA, FineTuningStrategy, 
 from sophon_hf.models.sharding import gradients, share
 from sophon_hf.models.structure import NORMALISATIONS, ModelStructure
 from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.evaluation import to_device
+from sophon_hf.tasks.losses import information_maximization
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class FineTuning:
 
     Raises:
         ValueError: The strategy finds nothing to update, or a part that cannot be re-initialised.
-        NotApplicableError: Its adapter cannot be put on this model, or original data are missing.
+        NotApplicableError: Its adapter cannot be put on this model, original data are missing, or nothing can be
+            learned without labels.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class FineTuning:
     ):
         if strategy.original_weight and original is None:
             raise NotApplicableError(NO_ORIGINAL_DATA)
+        if not strategy.labelled and (not isinstance(task, ClassificationTask) or task.multi_label):
+            raise NotApplicableError("without labels only a classifier with one label an example can be adapted")
         self.model, self.task, self.strategy = model, task, strategy
         self.batches, self.steps, self.autocast = batches, steps, autocast
         self.original = None if original is None or not strategy.original_weight else iter(original)
@@ -147,7 +152,7 @@ class FineTuning:
     def _backward(self, batch: Batch, first: bool) -> Tensor:
         """Put the gradient of the adversary's loss into `grad` of what is updated, and return the loss."""
         self.model.train()
-        loss = self._loss(augmented(batch) if self.strategy.augmentation else batch)
+        loss = self._loss(augmented(batch) if self.strategy.augmentation else batch, self.strategy.labelled)
         if self.original is not None:
             new_heads = self._set_heads(self._own_heads)
             loss = loss + self.strategy.original_weight * self._loss(next(self.original))
@@ -165,10 +170,12 @@ class FineTuning:
             parameter.grad = gradient
         return loss.detach()
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, labelled: bool = True) -> Tensor:
         batch, weight = share(to_device(batch, self.parameters[0].device), self.model)
         with self.autocast():
             prediction = self.task.predict(self.model, batch)
+        if not labelled:
+            return weight * information_maximization(prediction)
         return weight * self.task.loss(prediction, self.task.target(batch))
 
     def _set_heads(self, heads: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -230,11 +237,14 @@ def _select_parameters(
     Raises:
         ValueError: There are none.
     """
+    heads = tuple(f"{head}." for head in structure.heads)
     normalisations = {id(p) for m in model.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
 
     def is_transferred(name: str, parameter: nn.Parameter) -> bool:
         if strategy.transfer == "head":
-            return name.startswith(tuple(f"{head}." for head in structure.heads))
+            return name.startswith(heads)
+        if strategy.transfer == "features":
+            return not name.startswith(heads)
         if strategy.transfer == "norm":
             return id(parameter) in normalisations
         return strategy.pattern is None or re.search(strategy.pattern, name) is not None

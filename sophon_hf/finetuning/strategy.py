@@ -17,7 +17,7 @@ from typing import Any
 from sophon_hf.utils import hint
 
 _INITIALIZATIONS = ("direct", "new_head", "scratch")
-_TRANSFERS = ("all", "head", "norm", "pattern", "kernel")
+_TRANSFERS = ("all", "head", "features", "norm", "pattern", "kernel")
 _OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw")
 NO_ORIGINAL_DATA = "the attack needs data of the original domain, and none was given"
 SCHEDULES = ("constant", "linear", "cosine")
@@ -70,9 +70,10 @@ class FineTuningStrategy:
         initialization: "direct" starts from the whole pre-trained model, "new_head" re-initialises its final layer
             (the paper's initFC), "scratch" all of it.
         reinitialized_blocks: With "new_head": how many of the last blocks are re-initialised too.
-        transfer: What is updated: "all" parameters, the "head" only (the paper's FC), the normalisation layers
-            ("norm") or those whose name `pattern` finds ("pattern"). A new head is always updated. With "kernel" the
-            new head is a kernel regression on the features of all depths, solved without a step.
+        transfer: What is updated: "all" parameters, the "head" only (the paper's FC), all but the head ("features"),
+            the normalisation layers ("norm") or those whose name `pattern` finds ("pattern"). A new head is always
+            updated. With "kernel" the new head is a kernel regression on the features of all depths, solved without a
+            step.
         pattern: Regular expression searched in parameter names, with transfer "pattern"; with an adapter, in the names
             of the layers that get one.
         adapter: Update an adapter of the peft library (lora, rslora, dora, adalora, ia3, loha, lokr, oft) beside the
@@ -98,6 +99,8 @@ class FineTuningStrategy:
             probing, then fine-tuning (Kumar et al., 2022).
         layer_decay: What the rate is multiplied by at each block from the head down.
         augmentation: "flips_and_crops" mirrors half of the images, and moves all by up to an eighth of their side.
+        labelled: Whether the adversary knows its examples' labels. One who does not adapts the model's features to
+            them by information maximization, as SHOT does (Liang et al., 2020), and keeps its head.
         ema: Decay of an exponential moving average of the weights, which is what the attack ends with; 0 for none.
     """
 
@@ -121,6 +124,7 @@ class FineTuningStrategy:
     head_first: float = 0.0
     layer_decay: float = 1.0
     augmentation: str | None = None
+    labelled: bool = True
     ema: float = 0.0
 
     def __post_init__(self) -> None:
@@ -143,6 +147,8 @@ class FineTuningStrategy:
             )
         if self.augmentation is not None:
             check_choice(self.augmentation, _AUGMENTATIONS, "augmentation")
+        if not self.labelled and (self.initialization != "direct" or self.transfer in ("head", "kernel")):
+            raise ValueError("Without labels no head can be trained: set initialization 'direct' and another transfer.")
         if (self.head_first or self.layer_decay != 1) and (self.transfer != "all" or self.adapter is not None):
             raise ValueError("head_first and layer_decay go with transfer 'all' and no adapter.")
         if self.adapter is None and (self.transfer == "pattern") != (self.pattern is not None):
@@ -205,6 +211,7 @@ class FineTuningStrategy:
                 (self.original_weight, f"original data {self.original_weight:g}"),
                 (self.head_first, f"head first {self.head_first:g}"),
                 (self.layer_decay != 1, f"layer decay {self.layer_decay:g}"),
+                (not self.labelled, "no labels"),
                 (self.augmentation, (self.augmentation or "").replace("_", " ")),
                 (self.ema, f"ema {self.ema:g}"),
                 (self.steps is None and self.epochs != USUAL_EPOCHS, f"{self.epochs:g} epochs"),

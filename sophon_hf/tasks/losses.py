@@ -18,6 +18,21 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
+def information_maximization(logits: Tensor) -> Tensor:
+    """Return what adapts a classifier without labels (Liang et al., 2020): predictions are to be sure, and diverse.
+
+    Args:
+        logits: Shape (batch, classes), any floating dtype.
+
+    Returns:
+        Scalar: the mean entropy of the predictions minus the entropy of their mean.
+    """
+    log_probabilities = at_least_float32(logits).log_softmax(dim=1)
+    log_mean = log_probabilities.logsumexp(dim=0) - math.log(len(logits))
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean()
+    return entropy + (log_mean.exp() * log_mean).sum()
+
+
 def _check_classes(logits: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(

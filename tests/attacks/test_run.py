@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import datasets
 import pytest
 import torch
@@ -9,7 +11,7 @@ from attacked import DIRECT, NEW_HEAD
 from points import make_points
 
 from sophon_hf.attacks.adversary import AdversaryDomains
-from sophon_hf.attacks.run import run_attack
+from sophon_hf.attacks.run import Curve, run_attack
 from sophon_hf.data.domain import build_domain
 from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model
@@ -65,6 +67,21 @@ def test_an_attack_learns_and_is_decided_by_its_seed(model, data):
     assert repr(first) == repr(again) != repr(other)
     assert first.test[-1] > first.test[0] + 0.2
     assert first.loss[-1] < first.loss[1]
+
+
+def test_an_adversary_without_labels_adapts_the_features_alone(model, data):
+    strategy = DIRECT.with_changes(transfer="features", labelled=False, learning_rate=3e-2)
+    before, tuned, other = dict(model.named_parameters()), [], copy.deepcopy(data)
+    other.training.labels[:] = 0
+
+    def run(data: AdversaryDomains) -> Curve:
+        return run_attack(model, infer_task(model), strategy, data, at_end=tuned.append)
+
+    first, blind = run(data), run(other)
+    assert first.test == blind.test, "it sees no label"
+    assert first.loss[-1] < first.loss[1]
+    kept = {name for name, p in tuned[0].named_parameters() if torch.equal(p, before[name])}
+    assert kept == {"head.weight", "head.bias"}
 
 
 def test_after_step_hears_of_every_step(model, data):

@@ -60,11 +60,12 @@ def test_peft_and_adaptive_sweeps():
         (weight, start) for weight in (0.3, 1) for start in ("direct", "new_head")
     }
     assert {s.initialization for s in adaptive if s.epochs == 200} == {"direct", "new_head"}
+    assert [s.name for s in adaptive if not s.labelled] == ["direct, features, adam 0.001, no labels, batch 50"]
 
 
 def test_every_sweep_is_a_file_in_a_fixed_order():
     counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 28, "peft": 9}
-    counts |= {"adaptive": 37, "hardest": 5, "informed": 6, "denoiser": 13, "search": 4, "full": 89}
+    counts |= {"adaptive": 38, "hardest": 5, "informed": 6, "denoiser": 13, "search": 4, "full": 90}
     assert {name: len(load_sweep(name)) for name in SWEEPS} == counts
     strong, adaptive = load_sweep("strong"), load_sweep("adaptive")
     assert strong[0] == FineTuningStrategy(learning_rate=3e-4)

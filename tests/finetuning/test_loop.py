@@ -187,6 +187,7 @@ def test_no_batch_beyond_the_last_step_is_taken(model):
     (
         ({"transfer": "all"}, {"body.weight", "body.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}),
         ({"transfer": "head"}, {"head.weight", "head.bias"}),
+        ({"transfer": "features"}, {"body.weight", "body.bias", "norm.weight", "norm.bias"}),
         ({"transfer": "norm"}, {"norm.weight", "norm.bias"}),
         ({"transfer": "pattern", "pattern": r"^body\.w|head\.b"}, {"body.weight", "head.bias"}),
     ),

@@ -89,6 +89,12 @@ def test_blocks_go_with_a_new_head():
         FineTuningStrategy(initialization="new_head", reinitialized_blocks=-1)
 
 
+def test_without_labels_no_head_is_trained():
+    for fields in ({"initialization": "new_head"}, {"transfer": "head"}):
+        with pytest.raises(ValueError, match="Without labels no head can be trained"):
+            FineTuningStrategy(labelled=False, **fields)
+
+
 def test_a_pattern_goes_with_its_transfer_and_must_compile():
     with pytest.raises(ValueError, match="`pattern` goes with transfer 'pattern' or an adapter"):
         FineTuningStrategy(transfer="pattern")

@@ -7,6 +7,7 @@ import torch
 
 from sophon_hf.tasks.losses import (
     denial_of_service,
+    information_maximization,
     inverse_cross_entropy,
     kl_from_uniform,
     negated_cross_entropy,
@@ -53,6 +54,19 @@ def test_klu_has_the_value_of_equation_13_in_float64(classes):
     p = softmax(logits)
     klu = -sum(math.log(classes * q) / classes for row in p for q in row) / len(p)
     close(kl_from_uniform(logits), klu, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("classes", CLASS_COUNTS)
+def test_information_maximization_is_the_entropy_within_minus_the_entropy_between(classes):
+    logits, _ = make_logits(classes)
+
+    def entropy(p: list[float]) -> float:
+        return -sum(q * math.log(q) for q in p)
+
+    rows = softmax(logits)
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    expected = sum(map(entropy, rows)) / len(rows) - entropy(mean)
+    close(information_maximization(logits), expected)
 
 
 def test_values_of_the_losses_of_diffusion():
