@@ -20,7 +20,7 @@ _SAYS_NOTHING = {
     *("architectures", "auto_map", "dtype", "id2label", "label2id", "label_names", "name_or_path", "problem_type"),
     *("torch_dtype", "transformers_version", "use_cache"),
 }
-_YOUNGER = ("original_weight", "head_first", "layer_decay", "augmentation", "ema")
+_YOUNGER = ("original_weight", "head_first", "layer_decay", "augmentation", "ema", "labelled")
 _ALWAYS_READ = ("training", "validation", "test")
 
 
@@ -31,6 +31,7 @@ def run_keys(
     weights: dict[str, str],
     data: AdversaryDomains,
     measured: Sequence[float] | int,
+    bf16: bool = False,
 ) -> list[str]:
     """Return one key a run; runs on equal models share theirs.
 
@@ -41,6 +42,7 @@ def run_keys(
         weights: Hash of each model's weights.
         data: The adversary's.
         measured: When attacks are measured (`measured_points`).
+        bf16: Whether they run in mixed precision.
     """
     victims: dict[str, list[Any]] = {
         name: [weights[name], type(model).__name__, configuration(model)] for name, model in models.items()
@@ -51,6 +53,7 @@ def run_keys(
     domains = [domain.fingerprint for name, domain in data.given().items() if name in _ALWAYS_READ]
     how = [type(task).__name__, task.metric, getattr(task, "head", None)]
     how.append(configuration(getattr(task, "noise_scheduler", None)))
+    how += ["bf16"] * bf16
     original = [] if data.original is None else [data.original.fingerprint]
     keys = []
     for run in runs:

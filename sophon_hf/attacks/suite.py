@@ -61,6 +61,8 @@ class AttackSuite:
         measured_every: Take them every so many optimizer steps instead, to see the first steps of an attack.
         examples: How many of the adversary's examples it uses, stratified; all where None, or, with a warning, where
             there are fewer.
+        bf16: Whether all models are attacked in mixed precision, which is faster where the processor has it: weights
+            stay float32. The original metric is measured in full precision.
         task: What is learned, where it cannot be inferred. The task of a pipeline (an id or a folder) has the
             pipeline's noise scheduler.
         metric: What attacks are chosen and reported by, as `load_metric` takes it; ACC-k, MSE-k or the task's by
@@ -83,6 +85,7 @@ class AttackSuite:
         measured_epochs: Sequence[float] = PAPER_EPOCHS,
         measured_every: int | None = None,
         examples: int | None = None,
+        bf16: bool = False,
         task: Task | None = None,
         metric: str | EvaluationModule | Metric | None = None,
         processing_class: Any | None = None,
@@ -115,7 +118,7 @@ class AttackSuite:
         self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
         self.measured_every, self.processing_class = measured_every, processing_class
         self.output_dir, self.examples, self.task, self.metric = Path(output_dir), examples, task, metric
-        self.input_columns, self.label_columns = input_columns or {}, label_columns or {}
+        self.input_columns, self.label_columns, self.bf16 = input_columns or {}, label_columns or {}, bf16
 
     def run(
         self,
@@ -207,6 +210,7 @@ class AttackSuite:
         # Before the work, which a mistake in this bookkeeping would cost.
         facts: dict[str, Any] = {"trials": self.trials, "weights": weights, **data.facts(task)}
         facts |= {"sweep": self.name, "seeds": self.seeds, "measured_every": self.measured_every}
+        facts["precision"] = "bf16" if self.bf16 else "float32"
         facts["flops_per_example"] = flops_per_example(task, models["original"], data.training)
         facts["versions"] = {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")}
         results = AttackResults([], task.metric, task.greater_is_better, len(data.test), original_metric, facts)
@@ -214,7 +218,7 @@ class AttackSuite:
 
         def finish(sweeps: dict[str, list[FineTuningStrategy]]) -> None:
             runs = [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in sweeps.items() for s in sweep]
-            new = run_keys(runs, task, models, weights, data, self.measured_every or self.measured_epochs)
+            new = run_keys(runs, task, models, weights, data, self.measured_every or self.measured_epochs, self.bf16)
             found = [self._read(key, run) for key, run in zip(new, runs, strict=True)]
             # A run that failed is tried again; one that is not applicable stays so.
             missing = [i for i, run in enumerate(found) if run is None or run.failed]
@@ -298,6 +302,10 @@ class AttackSuite:
     ) -> None:
         """Compute this process's share of what is missing, each run a file when it ends."""
         state = process_state()
+        if self.bf16:
+            # Every forward pass of an attack, its preparation and its measurement is one of the task.
+            task = copy.copy(task)
+            task.predict = torch.autocast(state.device.type, torch.bfloat16)(task.predict)  # type: ignore[method-assign]
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]

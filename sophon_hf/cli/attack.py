@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         measured_every=options.measured_every,
         examples=options.examples,
+        bf16=options.bf16,
         metric=load_metric(options),
         input_columns=input_columns(options, _DOMAINS),
         label_columns=label_columns(options, _DOMAINS),

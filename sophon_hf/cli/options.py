@@ -171,6 +171,7 @@ _FLAGS = {
     ),
     "trials": _Flag("attack", "how many strategies the sweep search tries on each model (left out: 40)", "int"),
     "measured_every": _Flag("attack", "measure every so many steps, not at epochs 0, 1, 5, ... 20", "int"),
+    "bf16": _Flag("attack", "attack all models in mixed precision: faster where the processor has it", "bool", False),
     "accelerate_config": _Flag(
         "protect attack audit",
         f"run in several processes: {', '.join(_CONFIGS)}, or a file that `accelerate config` wrote",

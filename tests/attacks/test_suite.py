@@ -202,6 +202,16 @@ def test_a_suite_measures_every_few_steps(tmp_path, data, computed):
         make_suite(tmp_path, measured_every=0)
 
 
+def test_attacks_in_mixed_precision_are_other_runs_with_nearly_the_same_results(tmp_path, data, computed):
+    full, mixed = (make_suite(tmp_path, [NEW_HEAD], seeds=[0], bf16=bf16).run(**data) for bf16 in (False, True))
+    assert len(computed()) == 6
+    assert (full.facts["precision"], mixed.facts["precision"]) == ("float32", "bf16")
+    for one, other in zip(full.runs, mixed.runs, strict=True):
+        assert one.curve.loss[1:] != other.curve.loss[1:]
+        assert one.curve.loss[1:] == pytest.approx(other.curve.loss[1:], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in data["original"].parameters())
+
+
 @pytest.mark.parametrize("models", [2, 3])
 def test_the_plan_counts_what_a_run_does(tmp_path, data, computed, models):
     short = NEW_HEAD.with_changes(steps=3, batch_size=100, learning_rate=0.1)
