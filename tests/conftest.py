@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -53,6 +54,13 @@ SLOWEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(SLOWEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_in_modules():
+    """What is imported stays, and is much: each `Trainer.train` and each full collection would search it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
+
+from two_processes import launch
 
 # The test reads `run` from it too.
 SCRIPT = """
@@ -52,42 +51,15 @@ def run(folder):
 if __name__ == "__main__":
     from accelerate import PartialState
 
-    results, state = run(sys.argv[1]), PartialState()
+    results, state = run(f"{sys.argv[1]}/two"), PartialState()
     assert state.num_processes == 2
-    with open(f"{sys.argv[1]}/rank-{state.process_index}.txt", "w") as file:
+    with open(f"{sys.argv[1]}/two/rank-{state.process_index}.txt", "w") as file:
         file.write(repr(results.runs))
 """
 
 
 def test_two_processes_share_the_runs_and_find_what_one_finds(tmp_path):
-    (tmp_path / "run.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        str(tmp_path / "run.py"),
-        str(tmp_path / "two"),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert process.returncode == 0, process.stderr[-3000:]
-
+    launch(tmp_path, SCRIPT, timeout=400)
     one = runpy.run_path(str(tmp_path / "run.py"))["run"](tmp_path / "one")
     seen = [(tmp_path / "two" / f"rank-{rank}.txt").read_text() for rank in range(2)]
     assert seen == [repr(one.runs)] * 2

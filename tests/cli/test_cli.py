@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image, ImageFont
 from transformers import ResNetConfig, ResNetForImageClassification
+from two_processes import forked
 
 from sophon_hf import FineTuningStrategy, __version__, load_domain
 from sophon_hf.cli import main as cli
@@ -36,39 +37,58 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 # Answers without libraries.
 
 
-@pytest.mark.parametrize(
-    "arguments, code, told",
-    [
-        (["--help"], 0, "commands:"),
-        ([], 0, "commands:"),
-        (["--version"], 0, __version__),
-        (["protct"], 2, "Did you mean 'protect'?"),
-        (["protect", "--help"], 0, "--l_NTR"),
-        (["attack", "--help"], 0, "--sweep"),
-        (["protect", *MODEL, "--alhpa", "1"], 2, "Did you mean '--alpha'?"),
-        (["protect", *MODEL, "--max_steps", "many"], 2, "invalid int value: 'many'"),
-        (["protect", *MODEL, "--on_violation", "stpo"], 2, "invalid choice: 'stpo' (choose from 'halve_alpha', "),
-        (["protect", *MODEL, "--suppression_loss", "ice"], 2, "(choose from 'inverse_cross_entropy', "),
-        (["attack", *MODEL, "--sweep", "stron"], 2, "Did you mean 'strong'?"),
-        (["audit", "missing.yaml"], 2, "There is no file 'missing.yaml'"),
-        (["benchmark", "--help"], 0, "--budget"),
-        (["benchmark"], 2, "the following are required, as flags or in a configuration file: --model"),
-        (["benchmark", "paper", "--pair", "leters"], 2, "invalid choice: 'leters'"),
-    ],
-)
-def test_it_answers_without_importing_torch(arguments, code, told):
-    script = """
-import atexit, sys
-atexit.register(lambda: print(sorted({"torch", "transformers", "datasets", "numpy", "matplotlib"} & set(sys.modules))))
+ANSWERS = [
+    (["--help"], 0, "commands:"),
+    ([], 0, "commands:"),
+    (["--version"], 0, __version__),
+    (["protct"], 2, "Did you mean 'protect'?"),
+    (["protect", "--help"], 0, "--l_NTR"),
+    (["attack", "--help"], 0, "--sweep"),
+    (["protect", *MODEL, "--alhpa", "1"], 2, "Did you mean '--alpha'?"),
+    (["protect", *MODEL, "--max_steps", "many"], 2, "invalid int value: 'many'"),
+    (["protect", *MODEL, "--on_violation", "stpo"], 2, "invalid choice: 'stpo' (choose from 'halve_alpha', "),
+    (["protect", *MODEL, "--suppression_loss", "ice"], 2, "(choose from 'inverse_cross_entropy', "),
+    (["attack", *MODEL, "--sweep", "stron"], 2, "Did you mean 'strong'?"),
+    (["audit", "missing.yaml"], 2, "There is no file 'missing.yaml'"),
+    (["benchmark", "--help"], 0, "--budget"),
+    (["benchmark"], 2, "the following are required, as flags or in a configuration file: --model"),
+    (["benchmark", "paper", "--pair", "leters"], 2, "invalid choice: 'leters'"),
+]
+ANSWERING = """
+import contextlib, io, json, sys
 from sophon_hf.cli.main import main
-main(sys.argv[1:])
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    imported = sorted({"torch", "transformers", "datasets", "numpy", "matplotlib"} & set(sys.modules))
+    answers.append([code, out.getvalue(), err.getvalue(), imported])
+print(json.dumps(answers))
 """
-    process = run_python(script, *arguments)
-    assert process.returncode == code, process.stderr
-    assert told in process.stdout + process.stderr
-    assert process.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, tuple]:
+    """What one process answers to each: exit status, stdout, stderr, and which libraries it has imported by then."""
+    asked = [arguments for arguments, _, _ in ANSWERS]
+    process = run_python(ANSWERING, json.dumps(asked))
+    assert process.returncode == 0, process.stderr
+    return {" ".join(a): answer for a, answer in zip(asked, json.loads(process.stdout), strict=True)}
+
+
+@pytest.mark.parametrize("arguments, code, told", ANSWERS)
+def test_it_answers_without_importing_torch(answers, arguments, code, told):
+    status, out, error, imported = answers[" ".join(arguments)]
+    assert status == code, error
+    assert told in out + error
+    assert imported == []
     if code and arguments[0] in COMMANDS:
-        assert len(process.stderr.splitlines()) == 1
+        assert len(error.splitlines()) == 1
 
 
 def test_an_unknown_command_names_the_closest():
@@ -199,19 +219,7 @@ def config(tmp_path) -> dict:
     }
 
 
-CHAIN = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from sophon_hf.cli.main import main
-
-for arguments in json.loads(sys.argv[1]):
-    main(arguments)
-    print("-" * 20, flush=True)
-"""
-
-
-def test_from_a_folder_to_a_report(tmp_path, config):
+def test_from_a_folder_to_a_report(tmp_path, config, capsys):
     source, protected = config["model"], config["output_dir"]
     attacks = tmp_path / "protected" / "attacks"
     sweep = [{"initialization": start, "learning_rate": 0.01, "batch_size": 10} for start in ("direct", "new_head")]
@@ -227,9 +235,11 @@ def test_from_a_folder_to_a_report(tmp_path, config):
         ["attack", str(path), *allowed],
         ["report", str(path)],
     ]
-    process = run_python(CHAIN, json.dumps(chain))
-    assert process.returncode == 0, process.stderr[-3000:]
-    protecting, plan, attacking, reporting = process.stdout.split("-" * 20 + "\n")[:4]
+    printed = []
+    for arguments in chain:
+        cli.main(arguments)
+        printed.append(capsys.readouterr().out)
+    protecting, plan, attacking, reporting = printed
 
     assert f"Protected model (not evaluated) saved in {protected}." in protecting
     model, loaded = (ResNetForImageClassification.from_pretrained(path) for path in (source, protected))
@@ -296,35 +306,49 @@ def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, co
 
 def test_two_processes_protect_and_say_each_thing_once(tmp_path, config):
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump({**config, "accelerate_config": "cpu_two_processes"}))
-    command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("Protected model (not evaluated) saved in ") == 1
-    assert process.stderr.count("No AutoImageProcessor is saved with") == 1
-    assert "find_unused_parameters" not in process.stderr and "NOT in distributed mode" not in process.stderr
+
+    def launch() -> tuple[int, str]:
+        process = forked(lambda: cli.main(["protect", str(tmp_path / "protect.yaml")]), tmp_path / "printed", 1200)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return status, (tmp_path / "printed").read_text()
+
+    status, printed = launch()
+    assert status == 0, printed[-3000:]
+    assert printed.count("Protected model (not evaluated) saved in ") == 1
+    assert printed.count("No AutoImageProcessor is saved with") == 1
+    assert "find_unused_parameters" not in printed and "NOT in distributed mode" not in printed
     assert ResNetForImageClassification.from_pretrained(config["output_dir"])
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    status, printed = launch()
     message = rf"sophon-hf protect: '{config['output_dir']}' holds another run .*--resume on the command line, .*"
-    assert again.returncode == 2
-    assert [bool(re.fullmatch(message, line)) for line in again.stderr.splitlines() if "sophon-hf" in line] == [True]
-    assert "Traceback" not in again.stderr
+    assert status == 2
+    assert [bool(re.fullmatch(message, line)) for line in printed.splitlines() if "sophon-hf" in line] == [True]
+    assert "Traceback" not in printed
 
 
-def test_an_interrupted_protection_says_how_to_go_on(tmp_path, config):
+class Impatient(io.StringIO):
+    """Somebody who presses Ctrl-C as soon as it is told how long it takes."""
+
+    def write(self, text: str) -> int:
+        if text.startswith("Iterations to do: 100000, about "):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_an_interrupted_protection_says_how_to_go_on(tmp_path, config, monkeypatch, capsys):
     config |= {"max_steps": 100_000, "save_strategy": "steps", "save_steps": 1}
     (tmp_path / "protect.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "sophon_hf.cli", "protect", str(tmp_path / "protect.yaml")]
     # A shell in the background lets its children ignore Ctrl-C.
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heed)
-    assert process.stdout.readline().startswith("Iterations to do: 100000, about ")
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=1200)
-    assert process.returncode == 130 and "Traceback" not in error
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "stdout", Impatient())
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["protect", str(tmp_path / "protect.yaml")])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
     last = "sophon-hf protect: interrupted. The same command with --resume goes on from the last checkpoint."
-    assert error.splitlines()[-1] == last
+    assert capsys.readouterr().err.splitlines()[-1] == last
 
 
 def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path, config, capsys, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -25,11 +26,15 @@ def forked(run: Callable[[], None], output: Path, timeout: float) -> int:
     status = 1
     try:
         signal.alarm(int(timeout))
-        with open(output, "w") as file:
+        gc.freeze()
+        with open(output, "w", buffering=1) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = file
             run()
         status = 0
+    except SystemExit as ended:
+        status = ended.code
     except BaseException:
         output.write_text(output.read_text() + traceback.format_exc())
     finally:

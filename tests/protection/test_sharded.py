@@ -40,7 +40,10 @@ if "RANK" in os.environ:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 PLAIN = dict(eval_strategy="no", eval_on_start=False, save_strategy="no")
-GUARDED = dict(eval_steps=2, save_strategy="steps", save_steps=2, tolerance=1.0, per_device_eval_batch_size=4)
+GUARDED = dict(
+    eval_steps=2, save_strategy="steps", save_steps=2, tolerance=1.0, per_device_eval_batch_size=4,
+    simulated_examples=3,
+)
 OWN_HEAD = {"initializations": ["direct"], "learning_rates": [1e-2], "batch_sizes": [8]}
 NEW_HEAD = {"initializations": ["new_head"], "learning_rates": [1e-2], "batch_sizes": [9]}
 BLOCKS = dict(NEW_HEAD, reinitialized_blocks=[1], transfers=["all", "head", "norm"])
@@ -126,13 +129,16 @@ def pictures(seed, classes, kind="vit"):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(96, 3, 8, 8, generator=generator)
     y = (x.flatten(1) @ torch.randn(192, classes, generator=generator)).argmax(dim=1)
-    columns = {"sample": x.tolist()} if kind == "unet" else {"pixel_values": x.tolist(), "label": y.tolist()}
-    return datasets.Dataset.from_dict(columns).with_format("torch")
+    array = datasets.Array3D((3, 8, 8), "float32")
+    if kind == "unet":
+        return datasets.Dataset.from_dict({"sample": x.numpy()}, datasets.Features({"sample": array}))
+    features = datasets.Features({"pixel_values": array, "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"pixel_values": x.numpy(), "label": y.tolist()}, features)
 
 
 def fitted(kind):
     torch.manual_seed(0)
-    model, data = MODELS[kind][0](), pictures(2, 3)[:]
+    model, data = MODELS[kind][0](), pictures(2, 3).with_format("torch")[:]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(20 if kind in ("vit", "net") else 0):
         optimizer.zero_grad()
