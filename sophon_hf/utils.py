@@ -30,6 +30,16 @@ def unreachable(source: str, kind: str) -> str:
     )
 
 
+def refuse_unwritable(folder: str | os.PathLike) -> None:
+    """Raise an OSError where nothing can be written to a folder, which need not exist yet."""
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written to" if place.is_dir() else "is no folder"
+        raise OSError(f"output_dir is {os.fspath(folder)!r}, but {str(place)!r} {why}: choose another one.")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file in full or not at all, and leave nothing beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +49,27 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Return what a file of YAML or JSON holds.
+
+    Raises:
+        ValueError: It is neither, or has a key twice, of which only one would count.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"it has {twice[0]!r} twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def finite_or_none(value: float | None) -> float | None:

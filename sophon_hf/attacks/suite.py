@@ -41,7 +41,7 @@ from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, l
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
-from sophon_hf.utils import write_atomically
+from sophon_hf.utils import refuse_unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class AttackSuite:
         if examples is not None and examples < 1:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         refuse_two_metrics(task, metric)
+        refuse_unwritable(output_dir)
         strategies = list(dict.fromkeys(strategies))
         searches = str(sweep) == "search"
         if trials is not None and not searches:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from sophon_hf.utils import hint
+from sophon_hf.utils import hint, read_yaml
 
 if TYPE_CHECKING:
     from sophon_hf.finetuning.strategy import FineTuningStrategy
@@ -33,8 +31,7 @@ def load_sweep(source: str | Path) -> list[FineTuningStrategy]:
         raise ValueError(f"There is no sweep {str(source)!r}.{hint(source, SWEEPS, choices)}")
     from sophon_hf.finetuning.strategy import FineTuningStrategy  # The command line needs the names alone.
 
-    # JSON is YAML.
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} must hold a list of strategies, each a mapping of fields (optimizer: adam, ...).")
     return [FineTuningStrategy.from_dict(entry) for entry in entries]

@@ -6,17 +6,23 @@ import argparse
 from pathlib import Path
 
 import datasets
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
 from sophon_hf.attacks.suite import AttackSuite, process_state
-from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, protected_model
+from sophon_hf.cli.loading import (
+    input_columns,
+    label_columns,
+    load_half,
+    load_metric,
+    load_split,
+    look_for,
+    protected_model,
+)
 from sophon_hf.cli.report import tell
 from sophon_hf.cli.timing import attack_seconds, duration
 from sophon_hf.data.domain import build_domain
-from sophon_hf.models.loading import load_model, load_processor
+from sophon_hf.models.loading import agree_on_padding, load_model, load_processor
 from sophon_hf.tasks.base import load_task
 
 _DOMAINS = ("original", "restricted", "benign")
@@ -39,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         input_columns=input_columns(options, _DOMAINS),
         label_columns=label_columns(options, _DOMAINS),
     )
-    remarks = [remark for source in (protected, options.model) if (remark := _look_for(source))]
+    remarks = [remark for source in (protected, options.model) if (remark := look_for(source))]
     training, test = load_half(options, defender=False), load_split(options, "restricted", test=True)
     benign, benign_test = load_split(options, "benign"), load_split(options, "benign", test=True)
     if process_state().is_main_process:
@@ -82,11 +88,13 @@ def _tell_plan(
     state = process_state()
     try:
         model = load_model(options.model).to(state.device)
+        processor = load_processor(options.model, model)
+        agree_on_padding(model, processor)
         task = load_task(options.model, model)
         domain = build_domain(
             training.select(range(min(len(training), EVALUATION_BATCH))),
             task.inputs(model),
-            load_processor(options.model, model),
+            processor,
             name="restricted",
             input_column=options.restricted_input,
             label=options.restricted_label,
@@ -97,25 +105,3 @@ def _tell_plan(
         print(f"How long that takes was not measured: {' '.join(str(error).split())}")
         return
     print(f"In all {duration(seconds / state.num_processes)}; what is finished already is not computed again.")
-
-
-def _look_for(model: str) -> str | None:
-    """What is not known of a model without loading it or asking the Hub.
-
-    Raises:
-        FileNotFoundError: A folder without a model, or what is neither a folder nor could be a Hub id.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "model_index.json")):
-            raise FileNotFoundError(
-                f"{model!r} holds neither config.json nor model_index.json: no model is saved there."
-            )
-        return None
-    try:
-        validate_repo_id(model)
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"There is no folder {model!r}, and it is not the form of a Hub id ('user/name')."
-        ) from error
-    return f"{model!r} is no folder here, and was not looked up on the Hub."

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import evaluate
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from sophon_hf.data.labels import split_domain
 from sophon_hf.data.preprocessing import InputColumn
@@ -16,6 +19,7 @@ from sophon_hf.data.splits import load_part
 from sophon_hf.tasks import metrics
 from sophon_hf.tasks.latents import encode_captions
 from sophon_hf.tasks.metrics import Metric
+from sophon_hf.utils import hint
 
 
 def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> datasets.Dataset | None:
@@ -28,17 +32,19 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
     if told[domain] is None:
         return None
     names = [name.partition("=")[::2] for name in told[f"{domain}_classes"] or ()]
-    dataset = load_part(
-        told[domain],
-        told[f"{domain}_split"],
-        told[f"{domain}_test_split"],
-        test=test,
-        test_share=options.test_share,
-        column=told[f"{domain}_label"],
-        skip_unreadable=options.skip_unreadable,
-        classes={old: new or old for old, new in names},
-        pixel_range=_pair(told[f"{domain}_pixel_range"], domain),
-    )
+    pixel_range = _pair(told[f"{domain}_pixel_range"], domain)
+    with _named(options, domain):
+        dataset = load_part(
+            told[domain],
+            told[f"{domain}_split"],
+            told[f"{domain}_test_split"],
+            test=test,
+            test_share=options.test_share,
+            column=told[f"{domain}_label"],
+            skip_unreadable=options.skip_unreadable,
+            classes={old: new or old for old, new in names},
+            pixel_range=pixel_range,
+        )
     caption = told[f"{domain}_caption"]
     if caption is None:
         return dataset
@@ -48,6 +54,15 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
     accelerated = torch.accelerator.is_available() and not told.get("use_cpu")
     device = torch.accelerator.current_accelerator() if accelerated else None
     return encode_captions(options.model, dataset, image_column=column, caption_column=caption, device=device or "cpu")
+
+
+@contextmanager
+def _named(options: argparse.Namespace, domain: str) -> Iterator[None]:
+    """Have a mistake tell which domain it is in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{domain} {getattr(options, domain)}: {error}") from error
 
 
 def _pair(values: list[float] | None, domain: str) -> tuple[float, float] | None:
@@ -63,7 +78,8 @@ def load_half(options: argparse.Namespace, defender: bool) -> datasets.Dataset |
     dataset = load_split(options, "restricted")
     if dataset is None or not options.adversary_half:
         return dataset
-    halves = split_domain(dataset, column=options.restricted_label)
+    with _named(options, "restricted"):
+        halves = split_domain(dataset, column=options.restricted_label)
     return halves[0] if defender else halves[1]
 
 
@@ -81,6 +97,28 @@ def protected_model(options: argparse.Namespace) -> str:
     return options.output_dir if options.protected is None else options.protected
 
 
+def look_for(model: str) -> str | None:
+    """Return what is not known of a model without loading it or asking the Hub; None where it is a folder of one.
+
+    Raises:
+        FileNotFoundError: A folder without a model, or what is neither a folder nor could be a Hub id.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.json", "model_index.json")):
+            raise FileNotFoundError(
+                f"{model!r} holds neither config.json nor model_index.json: no model is saved there."
+            )
+        return None
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"There is no folder {model!r}, and it is not the form of a Hub id ('user/name')."
+        ) from error
+    return f"{model!r} is no folder here, and was not looked up on the Hub."
+
+
 def load_metric(options: argparse.Namespace) -> str | Metric | None:
     """Load the metric that `--metric` names: one of the package's own, or a module of `evaluate`, with its arguments.
 
@@ -94,7 +132,14 @@ def load_metric(options: argparse.Namespace) -> str | Metric | None:
     name, arguments = next(iter(named.items())) if isinstance(named, dict) and len(named) == 1 else (named, {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(f"--metric is {named!r}: give a name, or one with arguments: {{f1: {{average: macro}}}}.")
-    return metrics.load_metric(evaluate.load(name), compute_kwargs=arguments)
+    try:
+        module = evaluate.load(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--metric is {name!r}: it is neither accuracy nor mse, and no module of `evaluate` that can be found or "
+            f"reached.{hint(name, ('accuracy', 'mse'))}"
+        ) from error
+    return metrics.load_metric(module, compute_kwargs=arguments)
 
 
 def label_columns(

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from sophon_hf.attacks.sweeps import SWEEPS
 from sophon_hf.benchmarking import BUDGETS, PAIRS
 from sophon_hf.cli.fields import sophon_fields, training_fields
 from sophon_hf.protection.presets import PRESETS
-from sophon_hf.utils import hint
+from sophon_hf.utils import hint, read_yaml
 
 COMMANDS = {
     "protect": "run Algorithm 1 on a model",
@@ -329,10 +327,7 @@ class _Parser(argparse.ArgumentParser):
         """Return what a configuration file says to this command, after the checks that a flag goes through."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path!r}.")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold fields (`model: ...`), not a {type(values).__name__}.")
         actions = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}

@@ -7,8 +7,9 @@ import dataclasses
 import sys
 import tempfile
 
-from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split
+from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, look_for
 from sophon_hf.cli.timing import DryRunEnd, TellTime
+from sophon_hf.protection.checkpoints import checkpoint_in
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.trainer import SophonTrainer
 
@@ -30,13 +31,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _protect(options: argparse.Namespace) -> None:
-    config = build_config(options)
+    # What can be told at once comes before data are read.
+    config, metric = build_config(options), load_metric(options)
+    checkpoint_in(config.output_dir, options.resume)
+    look_for(options.model)
     trainer = SophonTrainer(
         options.model,
         load_half(options, defender=True),
         load_split(options, "original"),
         config,
-        metric=load_metric(options),
+        metric=metric,
         input_columns=input_columns(options),
         label_columns=label_columns(options),
         callbacks=[TellTime(options.dry_run)],

@@ -31,6 +31,7 @@ class Domain:
         labels: What is to be predicted, shape (n,), int64, or of several labels shape (n, classes), float32; or None.
         classes: How they are numbered, or None.
         transformed: Whether the data set has a transform of the user's.
+        hashes: Of each example's inputs without its label, where examples are kept in memory.
         fingerprint: Changes with the content: of all examples, or, where they are not kept in memory, of the data set
             and of its first examples as they are prepared.
     """
@@ -47,6 +48,7 @@ class Domain:
     ):
         self.name, self.dataset, self.preprocessor, self.classes = name, dataset, preprocessor, classes
         self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers
+        self.hashes: list[str] | None = None
         self._lengths: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
         numbers = None if classes is None else torch.from_numpy(classes.read(dataset))
@@ -133,6 +135,7 @@ class Domain:
                 del examples[1:]
         if too_large:
             return None
+        self.hashes = [_hash_inputs(example) for example in examples]
         tensors = self.preprocessor.stack(examples)
         for name in tensors:
             if tensors[name].ndim > 1 and "attention_mask" in tensors:
@@ -173,14 +176,11 @@ class Domain:
         """
         if raw:
             return [hash_row(row, self.preprocessor.label_column) for row in self.dataset.with_format(None)]
-        hashes = []
-        for start in range(0, len(self), CHUNK):
-            for example in self._prepare(list(range(start, min(start + CHUNK, len(self))))):
-                digest = hashlib.blake2b(digest_size=16)
-                for name in sorted(set(example) - {"labels"}):
-                    digest.update(example[name].contiguous().numpy().data)
-                hashes.append(digest.hexdigest())
-        return hashes
+        if self.hashes is not None:
+            return self.hashes
+        starts = range(0, len(self), CHUNK)
+        chunks = (self._prepare(list(range(start, min(start + CHUNK, len(self))))) for start in starts)
+        return [_hash_inputs(example) for chunk in chunks for example in chunk]
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -196,6 +196,13 @@ class Domain:
                 digest.update(name.encode())
                 digest.update(values.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _hash_inputs(example: Example) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(set(example) - {"labels"}):
+        digest.update(example[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -248,6 +255,8 @@ def build_domain(
     except Exception as error:
         raise _unreadable(dataset, 0, name, number, error) from error
     chosen = [input_column] if isinstance(input_column, str) else list(input_column or ())
+    if len(chosen) > 2:
+        raise ValueError(f"The input columns of the {name} domain are {chosen}: name one, or two of text.")
     if unknown := [column for column in chosen if column not in row]:
         raise ValueError(f"The {name} domain has no column {unknown[0]!r}; it has {list(row)}.")
     candidates = {c: row[c] for c in chosen or row if c != labels}
@@ -262,17 +271,20 @@ def _unreadable(
 ) -> ValueError:
     """Return the error that an example cannot be read, by domain, row and column; `columns` are looked at first."""
     media = [c for c, f in dataset.features.items() if isinstance(f, (datasets.Audio, datasets.Image))]
-    guilty = columns[0] if columns else None
+    guilty, file = columns[0] if columns else None, ""
     for column in dict.fromkeys([*columns, *media]):
         feature, one = dataset.features.get(column), dataset.with_format(None).select_columns([column])
         if column in media:
             one = one.cast_column(column, type(feature)(decode=False))
+        cell = one[index][column]
         try:
-            read_cell(one[index][column], feature)
+            read_cell(cell, feature)
         except Exception:
             guilty = column
+            path = cell.get("path") if isinstance(cell, dict) else None
+            file = f"{path}: " if path and path not in str(reason) else ""
             break
-    where = "" if guilty is None else f"column {guilty!r}: "
+    where = "" if guilty is None else f"column {guilty!r}: {file}"
     return ValueError(
         f"Row {number} of the {name} domain cannot be read: {where}{str(reason).rstrip('.') or type(reason).__name__}. "
         "Repair the row or drop it; `skip_unreadable` leaves out what cannot be decoded."

@@ -19,6 +19,7 @@ from sophon_hf.utils import derive_seed
 logger = logging.getLogger(__name__)
 
 _SHOWN = 12
+_SINGLE = 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
     if missing := [row for row, value in enumerate(values) if is_missing_label(value, feature)]:
         raise ValueError(
             f"{len(missing)} examples have no label in column {column!r} of the {name} domain, the first at row "
-            f"{missing[0]}: label them, or drop those rows, as `skip_unreadable` does."
+            f"{missing[0]} (NA, null and nan are none in a CSV file): label them, or drop those rows, as "
+            "`skip_unreadable` does."
         )
     if not values or isinstance(values[0], str):
         return values
@@ -88,7 +90,7 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
     if isinstance(values[0], float):
         if all(value.is_integer() for value in distinct):
             return [int(value) for value in values]  # pandas makes floats of numbers beside missing ones.
-        if len(distinct) > max(20, len(values) / 2):
+        if len(distinct) > max(_SINGLE, len(values) / 2):
             raise ValueError(
                 f"{where} holds {len(distinct)} different values in {len(values)} rows, which are measurements, not "
                 "classes: name another label column, or cut the values into classes."
@@ -184,6 +186,12 @@ def number_classes(
         _tell(name, "get the model's numbers by their names", numbers, declared)
         return Classes(column, tuple(known), numbers, width)
     if "original" not in name and not conditioned:
+        count = sum(map(len, parts))
+        if width is None and len(present) > max(_SINGLE, count / 2):
+            raise ValueError(
+                f"Column {column!r} of the {name} domain has {len(present)} different values in {count} rows, which "
+                "are names of examples, not of classes: name another label column."
+            )
         order = dict.fromkeys([*declared, *present])
         numbers = {value: number for number, value in enumerate(order)}
         _tell(name, "are numbered in sorted order", numbers, declared)

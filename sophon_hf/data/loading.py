@@ -6,10 +6,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import datasets
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from sophon_hf.data.media import read_cell, with_pixel_range
 from sophon_hf.utils import unreachable
@@ -103,10 +107,31 @@ def is_missing_label(value: Any, feature: Any) -> bool:
 
 def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset]:
     """Return a data set, or its splits by name; arguments and errors as of `load_domain`."""
-    loaded: Any = _load_from(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
+    loaded: Any = source
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            with _silent("datasets", "huggingface_hub.repocard"):  # They tell of each file what an error says once.
+                loaded = _load_from(os.fspath(source))
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
+            raise ValueError(f"{os.fspath(source)!r} holds no examples.") from error
     if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return {name: _as_table(part) for name, part in loaded.items()}
     return _as_table(loaded)
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
 
 
 def _as_table(loaded: Any) -> datasets.Dataset:
@@ -135,17 +160,21 @@ def _load_from(source: str) -> Any:
         return datasets.load_from_disk(source)
     # A colon names a configuration on the Hub, but may be part of a folder's name.
     name, _, configuration = source.partition(":") if on_hub else (source, "", "")
+    where: tuple[Any, ...] = (name, configuration or None)
     try:
-        builder = datasets.load_dataset_builder(name, configuration or None)
+        builder = datasets.load_dataset_builder(*where)
+        if not on_hub and (kind := _kind_of_folder(source, builder)) is not None:
+            where = (kind, None, source)
+            builder = datasets.load_dataset_builder(*where)
         if builder.name == "audiofolder":
-            features = next(iter(datasets.load_dataset(name, streaming=True).values())).features
+            features = next(iter(datasets.load_dataset(*where, streaming=True).values())).features
             sounds = _media_columns(features, datasets.Audio)
             files = datasets.Features({**features, **dict.fromkeys(sounds, _SoundFile(decode=False))})
-            loaded = datasets.load_dataset(name, features=files)
+            loaded = datasets.load_dataset(*where, features=files)
             for column in sounds:
                 loaded = loaded.cast_column(column, datasets.Audio(decode=False))
-            return _without_split_names(loaded)
-        loaded = datasets.load_dataset(name, configuration or None)
+        else:
+            loaded = datasets.load_dataset(*where)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{source!r} is neither a file or folder here nor a data set on the Hub that you can read. Check the "
@@ -159,9 +188,32 @@ def _load_from(source: str) -> Any:
         raise ConnectionError(unreachable(source, "data set")) from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{source!r} cannot be read: {error.__cause__ or error}") from error
-    for part in loaded.values() if on_hub else ():
-        remember_source(part, source, builder.hash)
+    for part in loaded.values():
+        if on_hub:
+            remember_source(part, source, builder.hash)
+        else:
+            part.info.dataset_name = os.path.basename(os.path.abspath(source))
     return loaded if on_hub else _without_split_names(loaded)
+
+
+def _kind_of_folder(source: str, builder: datasets.DatasetBuilder) -> str | None:
+    """Return "imagefolder" or "audiofolder" where pictures or sounds lie beside as many texts; None where it is clear.
+
+    Raises:
+        ValueError: Folders called as splits are, but for the case, would be taken for classes.
+    """
+    top = [entry.name for entry in os.scandir(source) if entry.is_dir()]
+    splits = [name for name in top if name.lower() in _SPLIT_FOLDERS]
+    if len(splits) > 1 and (misread := [name for name in splits if name not in _SPLIT_FOLDERS]):
+        raise ValueError(f"The folders {misread} of {source!r} are splits only in lower case: rename them.")
+    suffixes = Counter(os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names)
+    taken = sum(len(files) for files in (builder.config.data_files or {}).values())
+    for kind in (ImageFolder, AudioFolder):
+        if isinstance(builder, kind):
+            return None
+        if sum(suffixes[suffix] for suffix in kind.EXTENSIONS) >= taken:
+            return kind.__name__.lower()
+    return None
 
 
 class _SoundFile(datasets.Audio):
@@ -176,6 +228,12 @@ def _load_file(path: str) -> datasets.DatasetDict:
     if suffix not in _FILES:
         raise ValueError(f"{path!r} is no file that a domain could be read from: {', '.join(_FILES)} are.")
     kind, settings = _FILES[suffix]
+    if suffix == ".csv":
+        with open(path, encoding="utf-8", errors="replace") as file:
+            head = file.readline()
+        settings = (
+            {"sep": ";"} if ";" in head and "," not in head else {}
+        )  # As spreadsheets write it in much of Europe.
     try:
         loaded = datasets.load_dataset(kind, data_files=path, **settings)
     except datasets.exceptions.DatasetGenerationError as error:

@@ -20,7 +20,7 @@ def read_cell(cell: Any, feature: Any) -> None:
     Raises:
         ValueError: There is nothing in the cell.
     """
-    if cell is None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
         raise ValueError("it is missing")
     if isinstance(feature, datasets.Image):
         datasets.Image().decode_example(cell)

@@ -142,9 +142,10 @@ def make_preprocessor(
     for kind in () if ready else ("images", "audio", "text", "tensors"):
         columns = [column for column, value in row.items() if _kind(value) == kind]
         if len(columns) > 1 and not (pair and kind == "text"):
-            more = ", or two for pairs of texts" if kind == "text" else ""
+            more = ", or two texts that are one input" if kind == "text" else ""
             raise ValueError(
-                f"The {name} domain has several columns of {kind}, {columns}: name one as `input_column`{more}."
+                f"The {name} domain has several columns of {kind}, {columns}: name one{more}, with "
+                "`--restricted_input` or `--original_input` (in Python `input_columns`)."
             )
         if columns:
             inputs = _prepare_columns(kind, columns, needs, processing_class)
@@ -174,6 +175,14 @@ def _prepare_columns(kind: str, columns: list[str], needs: ModelInputs, processi
     column = columns[0]
     if kind == "tensors":
         return partial(_ready, columns={column: needs.main})
+    # Each kind of processor has something that the others lack.
+    marks = {"text": "model_max_length", "audio": "sampling_rate"}
+    made_for = [other for other, mark in marks.items() if hasattr(processing_class, mark)]
+    if processing_class is not None and kind not in (made_for or ["images"]):
+        raise ValueError(
+            f"Column {column!r} holds {kind}, but the model's {type(processing_class).__name__} prepares "
+            f"{' and '.join(made_for) or 'images'}: give such data, or name another column."
+        )
     if kind == "images":
         mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(needs.channels or 3)
         if mode is None:
@@ -234,6 +243,8 @@ def _text(rows: _Rows, columns: list[str], needs: ModelInputs, processing_class:
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
     masked = {"return_attention_mask": True} if needs.accepts("attention_mask") else {}
     encoded = processing_class(*texts, truncation=True, max_length=longest, **masked)
+    if not all(encoded["input_ids"]):
+        raise ValueError("it has no words")
     names = [name for name in encoded if needs.accepts(name)]
     return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(texts[0]))]
 

@@ -76,8 +76,8 @@ def load_part(
     kept = [row for row, digest in enumerate(hashes) if first[digest] in chosen]
     if not kept:
         raise ValueError(
-            f"test_share is {test_share}, which is no example of the {len(rows)} different ones that there are: give "
-            "more data, or a larger share."
+            f"test_share is {test_share}, which is no example of the {len(rows)} different ones that there are, of "
+            f"{dataset.column_names}: give more data, or a larger share."
         )
     if test:
         return dataset.select(kept)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sophon_hf.models.backbone import is_backbone, with_head
-from sophon_hf.utils import unreachable
+from sophon_hf.utils import kept_random_state, set_seed, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,17 @@ def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = 
     if isinstance(source, nn.Module):
         return with_head(source)
     source = os.fspath(source)
-    model: Any = with_head(_load(source, trust_remote_code))
+    try:
+        loaded = _load(source, trust_remote_code)
+    except Exception as error:  # A file that is cut short can raise anything.
+        told = isinstance(error, (OSError, ImportError, ValueError)) and not isinstance(error, json.JSONDecodeError)
+        if told or "OutOfMemory" in type(error).__name__:
+            raise
+        raise ValueError(
+            f"The model {source!r} cannot be read, as if a file were cut short, or a pointer of Git LFS that was not "
+            f"pulled: {' '.join(str(error).split())}"
+        ) from error
+    model: Any = with_head(loaded)
     model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
     return model
 
@@ -166,7 +176,7 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
         cls = getattr(diffusers, name, None)
         if cls is None:
             raise ValueError(f"{source!r} holds a {name}, which diffusers does not have.")
-        return cls.from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
+        return _complete(cls, source, subfolder=subfolder, torch_dtype=torch.float32)
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -174,8 +184,9 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
     if names and (is_backbone(names[0]) or names[0].endswith(("ForMaskedLM", "ForPreTraining"))):
         # What it was pre-trained with is left behind, as anyone who fine-tunes it does.
         cls = getattr(transformers, names[0] if is_backbone(names[0]) else "AutoModel", transformers.AutoModel)
-        return cls.from_pretrained(source, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    if not names or not names[0].endswith(("Classification", "Classifier", "ClassificationWithTeacher")):
+        return _complete(cls, source, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    kinds = ("Classification", "Classifier", "ClassificationWithTeacher")
+    if not names or not names[0].endswith(kinds) or names[0].endswith("TokenClassification"):
         raise ValueError(
             f"{source!r} holds {names or 'no named architecture'}: a classifier (…ForImageClassification, "
             "…ForSequenceClassification, …ForAudioClassification), a backbone (…Model) or a denoiser of diffusers is "
@@ -188,7 +199,37 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
         )
         cls = getattr(transformers, f"AutoModelFor{kind}")
     # Not in the half precision that it may be stored in: small updates would be rounded away.
-    return cls.from_pretrained(source, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    return _complete(cls, source, trust_remote_code=trust_remote_code, dtype=torch.float32)
+
+
+def _complete(cls: Any, source: str, **options: Any) -> nn.Module:
+    """Load a model, and see to it that nothing of it is what a random generator made of it.
+
+    Raises:
+        ValueError: The saved weights lack some of the model's, but for a pooler, which is made the same each time.
+    """
+    import transformers
+
+    if issubclass(cls, transformers.PreTrainedModel) or cls.__name__.startswith("Auto"):
+        options["ignore_mismatched_sizes"] = True  # They are told below.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # It would list every name.
+    try:
+        with kept_random_state():
+            set_seed(0)
+            model, report = cls.from_pretrained(source, output_loading_info=True, **options)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if lacking := [name for name in missing if "pooler" not in name.split(".")]:
+        raise ValueError(
+            f"The weights saved in {source!r} lack {len(lacking)} of the {len(model.state_dict())} tensors of a "
+            f"{type(model).__name__}, or have other shapes ({lacking[0]}, ...): they would be random. Fine-tune it "
+            "first, or save all of it."
+        )
+    if missing:
+        logger.warning("The weights saved in %s have no pooler, so a new one, always the same, is taken.", source)
+    return model
 
 
 def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:

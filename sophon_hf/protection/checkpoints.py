@@ -215,12 +215,29 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
 def _checkpoint_to_resume(
     output_dir: str, wanted: str | os.PathLike | bool | None, facts: dict[str, Any], begun: bool
 ) -> str | None:
-    if not wanted:
-        if begun:
+    if not wanted and begun:
+        raise ValueError(
+            "This trainer has begun to train already: its model is not the one from before protection any more. "
+            "Make a new trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
+        )
+    checkpoint = checkpoint_in(output_dir, wanted)
+    saved = facts if checkpoint is None else _read(checkpoint, _STATE_FILE)["facts"]
+    for name, value in facts.items():
+        if saved.get(name) != value:
             raise ValueError(
-                "This trainer has begun to train already: its model is not the one from before protection any more. "
-                "Make a new trainer of the unprotected model, or go on by train(resume_from_checkpoint=True)."
+                f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. Resume "
+                "with the same settings and data, or start in another output_dir."
             )
+    return checkpoint
+
+
+def checkpoint_in(output_dir: str, wanted: str | os.PathLike | bool | None) -> str | None:
+    """Return the checkpoint folder that a run goes on from, None for a new run; arguments as of `Run.begin`.
+
+    Raises:
+        ValueError: There is no such checkpoint, or a new run would overwrite another one.
+    """
+    if not wanted:
         names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
         made = ("checkpoint-", "model_index.json", "sophon.json")
         found = [name for name in names if name.startswith(made) or name.endswith(".safetensors")]
@@ -234,13 +251,6 @@ def _checkpoint_to_resume(
     checkpoint = _last_complete_checkpoint(output_dir) if wanted is True else os.fspath(wanted)
     if not os.path.exists(os.path.join(checkpoint, _STATE_FILE)):
         raise ValueError(f"{checkpoint} is no checkpoint of a SophonTrainer: it has no {_STATE_FILE}.")
-    saved = _read(checkpoint, _STATE_FILE)["facts"]
-    for name, value in facts.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} belongs to another run: its {name} is {saved.get(name)!r}, now it is {value!r}. Resume "
-                "with the same settings and data, or start in another output_dir."
-            )
     return checkpoint
 
 

@@ -58,9 +58,11 @@ def refuse_model(model: nn.Module, args: SophonConfig) -> None:
     """Refuse a model that cannot be protected on any data.
 
     Raises:
-        ValueError: It is sharded already, frozen or in half precision, or synchronises batch norm over processes.
+        ValueError: It is sharded already, frozen, in half precision or not finite, or mixes batch norm over processes.
     """
     refuse_half_precision(model, "given")
+    if broken := [name for name, values in model.named_parameters() if not values.isfinite().all()]:
+        raise ValueError(f"{len(broken)} of the model's parameters hold NaN or infinity, {broken[0]} first.")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
     if is_sharded(model):
@@ -100,9 +102,19 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
     Raises:
         ValueError: They are.
     """
-    if domains["original"].fingerprint == domains["restricted"].fingerprint:
+    kept = {digest for name in ("original", "eval_original") for digest in domains[name].hashes or ()}
+    restricted = domains["restricted"].hashes or ()
+    shared = sum(digest in kept for digest in restricted)
+    same = domains["original"].fingerprint == domains["restricted"].fingerprint
+    if same or (shared and shared == len(restricted)):
         raise ValueError(
             "The original domain and the restricted domain are the same data: one is to be kept, the other not."
+        )
+    if shared:
+        logger.warning(
+            "%d of the restricted domain's %d examples are in the original domain too, which is to be kept: drop them.",
+            shared,
+            len(restricted),
         )
     for name in ("original", "restricted"):
         domains[name].refuse_constant()
@@ -162,8 +174,8 @@ def _try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tens
             prediction = task.predict(model, rows)
     except Exception as error:
         raise ValueError(
-            f"The model cannot take the {name} domain's examples, which have {shapes}: {error}.{wanted} Give it the "
-            "inputs that it was trained with, or raw columns and a `processing_class`."
+            f"The model cannot take the {name} domain's examples, which have {shapes}: {str(error).rstrip('.')}."
+            f"{wanted} Give it the inputs that it was trained with, or raw columns and a `processing_class`."
         ) from error
     if not prediction.isfinite().all():
         raise ValueError(
@@ -200,8 +212,6 @@ def fit_strategies(
         _check_probes(domains["restricted"])
     space, outputs, classes = args.space, None, domains["restricted"].num_classes
     if domains["original"].labels is not None:
-        if args.tolerance > 1:
-            raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         outputs = structure.outputs
         _check_labels(domains, outputs, task)
     elif args.strategy_space is None:

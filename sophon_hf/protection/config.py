@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import trainer_log_levels
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
 from sophon_hf.protection.presets import PRESETS
+from sophon_hf.utils import refuse_unwritable
 
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
@@ -30,6 +33,7 @@ _WITHOUT_EFFECT = {
     "prediction_loss_only": "`eval_strategy='no'` leaves metrics out",
     "eval_accumulation_steps": "scores are no larger than the labels",
     "batch_eval_metrics": "pass a `metric` to the trainer",
+    "metric_for_best_model": "the guard keeps the best state inside the tolerance",
     "use_liger_kernel": "put its kernels in the model before protection",
 }
 
@@ -220,6 +224,8 @@ class SophonConfig(TrainingArguments):
             "horizon": 1,
             "simulated_examples": 1,
             "per_device_train_batch_size": 1,
+            "seed": 0,
+            "dataloader_num_workers": 0,
         }
         whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         for name, least in whole.items():
@@ -229,9 +235,13 @@ class SophonConfig(TrainingArguments):
         for name in ("alpha", "beta", "validation_share"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "max_grad_norm", "distillation", "preconditioning"):
+        for name in ("mu", "tolerance", "max_grad_norm", "distillation", "preconditioning", "weight_decay"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
+        for name in ("eval", "save", "logging"):
+            every = getattr(self, f"{name}_steps")
+            if getattr(self, f"{name}_strategy") == "steps" and not (_is_number(every) and every > 0):
+                raise ValueError(f"{name}_steps is {every!r}, but must be a number above 0.")
         if not _is_number(self.recovery_ratio) or not 0 <= self.recovery_ratio < 1:
             raise ValueError(f"recovery_ratio is {self.recovery_ratio!r}, but must be a number from 0 to below 1.")
         if self.preconditioning and not str(getattr(self.optim, "value", self.optim)).startswith("adam"):
@@ -263,6 +273,8 @@ class SophonConfig(TrainingArguments):
 
         if "warm_up" in self.space.preparations:
             self._check_warm_up()
+        self._try_libraries()
+        refuse_unwritable(self.output_dir)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SophonConfig:
@@ -278,6 +290,29 @@ class SophonConfig(TrainingArguments):
         """
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
+
+    def _try_libraries(self) -> None:
+        """Make once what only other libraries can tell to be wrong: loggers, optimizer and schedule.
+
+        Raises:
+            ValueError: One of them cannot be made.
+        """
+        for name in ("log_level", "log_level_replica"):
+            check_choice(getattr(self, name), trainer_log_levels, name)
+        made, layer = "report_to", torch.nn.Linear(1, 1)
+        try:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+            made = "optim"
+            kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self, layer)
+            optimizer = kind(layer.parameters(), **{**arguments, "lr": self.beta})
+            made = "lr_scheduler_type"
+            steps = {"num_warmup_steps": self.get_warmup_steps(self.max_steps), "num_training_steps": self.max_steps}
+            get_scheduler(
+                self.lr_scheduler_type, optimizer, scheduler_specific_kwargs=self.lr_scheduler_kwargs, **steps
+            )
+        except Exception as error:  # They raise what they like.
+            raise ValueError(f"{made} is {getattr(self, made)!r}, which cannot be used: {error}") from error
 
     def _check_warm_up(self) -> None:
         if not self.probe_depths:
@@ -334,6 +369,10 @@ class SophonConfig(TrainingArguments):
             raise ValueError(
                 f"hub_strategy {self.hub_strategy!r} would publish optimizer states, which let anyone go on from here: "
                 "use every_save or end."
+            )
+        if self.save_strategy == "best":
+            raise ValueError(
+                "save_strategy 'best' knows of one metric: use steps; the guard keeps the best state anyway."
             )
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other batches than the run had: leave it off.")

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from sophon_hf.data.media import convert_picture
 from sophon_hf.models.loading import pipeline_parts
 
 
@@ -48,7 +49,7 @@ def encode_captions(
     vae, size = pipeline.vae.config, model.config.sample_size * pipeline.vae_scale_factor
 
     def encode(rows: dict[str, list]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows[image_column]]
+        pictures = [convert_picture(picture, "RGB", exact=False) for picture in rows[image_column]]
         pixels = pipeline.image_processor.preprocess(pictures, height=size, width=size).to(device)
         latents = (pipeline.vae.encode(pixels).latent_dist.mean - (vae.get("shift_factor") or 0)) * vae.scaling_factor
         encoded = {"latents": latents, **_encode_prompts(pipeline, list(rows[caption_column]), device)}

@@ -119,6 +119,12 @@ def test_errors_are_one_line_unless_a_traceback_is_asked_for(tmp_path, capsys):
     [
         ("protect", ["--fsdp", "--fsdp_config", "{}"], "fsdp shards a model over several processes"),
         ("protect", ["--K", "0"], "K is 0, but must be a whole number"),
+        # All of it before any data are read.
+        ("protect", ["--model", "./m"], "There is no folder './m', and it is not the form of a Hub id"),
+        ("protect", ["--resume"], "There is no complete checkpoint in 'sophon-output'"),
+        ("protect", ["--metric", "acuracy"], "--metric is 'acuracy'"),
+        ("protect", ["--output_dir", f"{__file__}/x"], "test_cli.py' is no folder: choose another one"),
+        ("protect", ["--report_to", "wandbb"], "wandbb is not supported"),
         ("attack", ["--output_dir", "nowhere"], "There is no folder 'nowhere' with a protected model"),
     ],
 )

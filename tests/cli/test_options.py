@@ -221,6 +221,7 @@ def test_bad_flags(command, arguments, message):
         ("l_NRT: 3", "l_NRT: no command has such a key. Did you mean 'l_NTR'?"),
         ("- model", "must hold fields (`model: ...`), not a list"),
         ("a: [", "is not YAML"),
+        ("K: 1\nmax_steps: 2\nK: 3", "is not YAML: it has 'K' twice"),
         ("max_steps: many", "--max_steps: invalid int value: 'many'"),
         ("max_steps: null", "max_steps: it cannot be null"),
         ("original_split: null", "original_split: it cannot be null"),

@@ -88,6 +88,28 @@ def test_files_that_are_none(tmp_path):
         load_domain(tmp_path / "empty")
 
 
+def test_a_spreadsheet_may_write_semicolons_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text('text;label\n"one, two";yes\n"two ""one""";no\n', encoding="utf-8-sig")
+    assert load_domain(path).to_dict() == {"text": ["one, two", 'two "one"'], "label": ["yes", "no"]}
+    path.write_text("text;label\n")
+    with pytest.raises(ValueError, match="mine.csv' holds no examples"):
+        load_domain(path)
+
+
+def test_pictures_are_found_beside_their_texts(tmp_path):
+    for name in ("train/a/0", "train/b/1", "test/a/2", "test/b/3"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        picture("RGB", seed=int(path.stem)).save(path)
+        path.with_suffix(".txt").write_text("a caption")
+    training, test = load_splits(tmp_path)
+    assert [part.features["label"].names for part in (training, test)] == [["a", "b"]] * 2 and len(training) == 2
+    (tmp_path / "test").rename(tmp_path / "Test")
+    with pytest.raises(ValueError, match=r"The folders \['Test'\] of .* are splits only in lower case"):
+        load_domain(tmp_path)
+
+
 def test_folders_with_a_table_of_labels(tmp_path):
     for kind in ("images", "sounds"):
         (tmp_path / kind).mkdir()
@@ -189,7 +211,7 @@ def test_two_columns_of_text_are_one_input():
     assert domain.rows(ALL(2))["input_ids"].tolist() == [[1, 2, 2], [2, 1, 3]]
     swapped = build_domain(table, TEXT, tokenizer(), input_column=("hypothesis", "premise"))
     assert swapped.rows(ALL(1))["input_ids"].tolist() == [[2, 2, 1]]
-    with pytest.raises(ValueError, match=r"columns of text, \[.*\]: name one as `input_column`, or two for pairs"):
+    with pytest.raises(ValueError, match=r"columns of text, \[.*\]: name one, or two texts that are one input"):
         build_domain(table, TEXT, tokenizer())
     with pytest.raises(ValueError, match="has no column 'conclusion'"):
         build_domain(table, TEXT, tokenizer(), input_column=["premise", "conclusion"])
@@ -260,6 +282,17 @@ def test_examples_without_a_label_are_left_out_with_those_that_cannot_be_read(va
     )
     assert (message in caplog.text) == (len(kept) == 2)
     assert len(load_domain(images, skip_unreadable=True)) == 4, "another column may be empty"
+
+
+def test_data_for_another_kind_of_model_and_names_of_examples_are_refused():
+    with pytest.raises(ValueError, match="Column 'image' holds images, but the model's .* prepares text: give such"):
+        build_domain(pictures([picture("RGB")] * 2), TEXT, tokenizer())
+    rows = {"text": ["one two"] * 30, "label": [f"id {i}" for i in range(30)]}
+    with pytest.raises(ValueError, match="has 30 different values in 30 rows, which are names of examples"):
+        build_domain(datasets.Dataset.from_dict(rows), TEXT, tokenizer(), name="restricted")
+    rows = {"text": ["one", " "], "label": ["a", "b"]}
+    with pytest.raises(ValueError, match="Row 1 of the restricted domain cannot be read: column 'text': it "):
+        build_domain(datasets.Dataset.from_dict(rows), TEXT, tokenizer(), name="restricted")
 
 
 def test_a_class_label_of_minus_one_is_none(caplog):

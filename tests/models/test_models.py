@@ -20,6 +20,7 @@ from labelled_data import (
     unet,
 )
 from points import TinyNet, make_points
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from torch import nn
 
@@ -216,6 +217,28 @@ def test_a_missing_image_processor_is_told_in_one_sentence(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert load_processor(tmp_path / "model", model) is None
     assert "No AutoImageProcessor is saved with" in caplog.text and "huggingface.co" not in caplog.text
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path):
+    case = next(case for case in CASES if case.family.startswith("ResNet"))
+    model, path = case.build(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    whole = load_file(path)
+    for change, told in (
+        (lambda name, values: {} if "classifier" in name else {name: values}, "lack 2 of the"),
+        (
+            lambda name, values: {f"net.{name}": values},
+            r"lack (\d+) of the \1 tensors of a ResNetForImageClassification",
+        ),
+        (lambda name, values: {name: values[:1] if "classifier" in name else values}, "or have other shapes"),
+    ):
+        changed = [change(name, values.clone()) for name, values in whole.items()]
+        save_file({n: v for part in changed for n, v in part.items()}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=told):
+            load_model(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n")
+    with pytest.raises(ValueError, match="a pointer of Git LFS"):
+        load_model(tmp_path)
 
 
 def test_a_model_by_its_folder_comes_with_its_processor(tmp_path):

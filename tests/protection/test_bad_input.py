@@ -15,7 +15,7 @@ from points import TinyNet, make_points
 from torch import nn
 from transformers import TrainerCallback
 
-from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer
+from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer, split_domain
 from sophon_hf.protection.checks import refuse_model
 
 SPACE = {"learning_rates": [1e-2], "batch_sizes": [8]}
@@ -135,7 +135,7 @@ BAD_DOMAINS = {
     "two columns to choose from": (
         lambda: make_points(1).rename_column("x", "a").add_column("b", make_points(2)["x"]),
         ValueError,
-        r"{name} domain has several columns of tensors, \['a', 'b'\]: name one as `input_column`",
+        r"{name} domain has several columns of tensors, \['a', 'b'\]: name one",
     ),
     "examples of different sizes": (
         lambda: datasets.Dataset.from_dict(
@@ -223,10 +223,22 @@ def test_domains_and_held_out_data_are_apart(build):
             build(eval_dataset=data)
 
 
-def test_a_model_that_predicts_no_number_is_refused(build, model):
+def test_a_part_of_the_original_domain_is_no_restricted_one(build, caplog):
+    with pytest.raises(ValueError, match="are the same data"):
+        build(restricted=split_domain(make_points(2))[0], original=make_points(2))
+    mixed = datasets.concatenate_datasets([make_points(1), make_points(2).select(range(3))])
+    build(restricted=mixed, original=make_points(2))
+    assert "examples are in the original domain too, which is to be kept: drop them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(float("nan"), "parameters hold NaN or infinity, head.weight"), (3e38, "prediction for the original domain is not")],
+)
+def test_a_model_that_predicts_no_number_is_refused(build, model, value, told):
     with torch.no_grad():
-        model.head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="prediction for the original domain is not finite"):
+        model.head.weight[0] = value
+    with pytest.raises(ValueError, match=told):
         build()
 
 
@@ -437,6 +449,14 @@ def test_one_restricted_image_is_refused(build):
         ({"gamma": [1, -1]}, "none below 0"),
         ({"gamma": [[1, 2], [3]]}, "gamma is .*give K = 2 finite weights"),
         ({"gamma": '["a", 1]'}, "gamma is .*give K = 2 finite weights"),
+        ({"log_level": "loud"}, "log_level is 'loud', but must be one of detail, debug"),
+        ({"report_to": "wandbb"}, r"report_to is \['wandbb'\], which cannot be used: wandbb is not supported"),
+        ({"adam_beta1": 2.0}, "optim is .*cannot be used: Invalid beta parameter at index 0: 2.0"),
+        ({"optim_args": "foo"}, "optim is .*cannot be used"),
+        ({"seed": -1}, "seed is -1, but must be a whole number of at least 0"),
+        ({"eval_steps": -3}, "eval_steps is -3, but must be a number above 0"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model is 'f1', but would change nothing"),
+        ({"save_strategy": "best"}, "save_strategy 'best' knows of one metric"),
         ({"K": True}, "K is True"),
         ({"alpha": True}, "alpha is True"),
         ({"strategy_space": {"learning_rates": None}}, "learning_rates is None: give a non-empty list"),
