@@ -23,6 +23,7 @@ from baselines import BASELINES
 from condition_number import ConditionNumber
 
 from sophon_hf import AttackSuite, SophonConfig, SophonTrainer
+from sophon_hf.attacks.run import PAPER_EPOCHS
 from sophon_hf.attacks.score import RecoveredTransfer
 from sophon_hf.attacks.sweeps import load_sweep
 from sophon_hf.benchmarking.benchmark import machine, to_record
@@ -124,6 +125,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="of every attack; the sweep's by default")
     parser.add_argument("--examples", type=int, default=500, help="the adversary's; 0 for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the attacks")
+    parser.add_argument("--bf16", action="store_true", help="attack in mixed precision")
+    parser.add_argument("--measured_epochs", type=float, nargs="+", default=PAPER_EPOCHS, help="of the attacks")
     parser.add_argument("--seed", type=int, default=0, help="of the protection")
     parser.add_argument("--ntl_steps", type=int, default=1000, help="of the NTL baseline; 0 leaves it out")
     parser.add_argument(
@@ -151,7 +154,13 @@ def main() -> None:
     if options.batch_size:
         strategies = [strategy.with_changes(batch_size=options.batch_size) for strategy in strategies]
     start = time.time()
-    results = AttackSuite(strategies, options.work / "attacks", seeds=options.seeds).run(
+    results = AttackSuite(
+        strategies,
+        options.work / "attacks",
+        seeds=options.seeds,
+        bf16=options.bf16,
+        measured_epochs=options.measured_epochs,
+    ).run(
         protected=protected,
         original=pair.model,
         restricted_dataset=adversary,
