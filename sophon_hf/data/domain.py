@@ -119,29 +119,32 @@ class Domain:
         return error
 
     def _materialize(self, memory_limit: int) -> Example | None:
-        examples: list[Example] = []
-        too_large = False
+        chunks: list[Example] = []
+        hashes: list[str] = []
+        lengths: dict[str, list[int]] = {}
+        fits, sequences = True, []
         for start in range(0, len(self), CHUNK):
-            examples += self._prepare(list(range(start, min(start + CHUNK, len(self)))))
+            examples = self._prepare(list(range(start, min(start + CHUNK, len(self)))))
             size = sum(t.numel() * t.element_size() for t in examples[0].values())
-            too_large |= size * len(self) > memory_limit
-            if too_large:
+            fits &= size * len(self) <= memory_limit
+            if not fits:
+                chunks = []
                 # Without a mask the model reads its padding, so all batches have to be as wide as the longest example.
                 sequences = [n for n, t in examples[0].items() if t.ndim == 1 and "attention_mask" not in examples[0]]
-                for name in sequences:
-                    self._widths[name] = max(self._widths.get(name, 0), *(len(e[name]) for e in examples))
                 if not sequences:
                     return None
-                del examples[1:]
-        if too_large:
+            for name in (name for name, values in examples[0].items() if values.ndim):
+                lengths.setdefault(name, []).extend(len(example[name]) for example in examples)
+            if fits:
+                hashes += map(_hash_inputs, examples)
+                chunks.append(self.preprocessor.stack(examples))
+        if not fits:
+            self._widths = {name: max(lengths[name]) for name in sequences}
             return None
-        self.hashes = [_hash_inputs(example) for example in examples]
-        tensors = self.preprocessor.stack(examples)
-        for name in tensors:
-            if tensors[name].ndim > 1 and "attention_mask" in tensors:
-                lengths = torch.tensor([len(example[name]) for example in examples])
-                if lengths.min() < lengths.max():
-                    self._lengths[name] = lengths
+        self.hashes, tensors = hashes, self.preprocessor.join(chunks)
+        for name, of_rows in lengths.items():
+            if "attention_mask" in tensors and min(of_rows) < max(of_rows):
+                self._lengths[name] = torch.tensor(of_rows)
         self._check_finite(tensors, torch.arange(len(self)))
         return tensors
 

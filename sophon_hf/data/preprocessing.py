@@ -84,26 +84,39 @@ class Preprocessor:
             examples: At least one.
             widths: The length that inputs get at least, by name.
         """
+        return self.join([{name: value[None] for name, value in example.items()} for example in examples], widths)
+
+    def join(self, batches: list[Example], widths: Mapping[str, int] | None = None) -> Example:
+        """Return batches as one, filled up as `stack` does it; they are emptied, so that memory holds them once."""
         return {
-            name: _stack([e[name] for e in examples], self.padding.get(name, 0), (widths or {}).get(name, 0))
-            for name in examples[0]
+            name: _join([b.pop(name) for b in batches], self.padding.get(name, 0), (widths or {}).get(name, 0))
+            for name in list(batches[0])
         }
 
 
-def _stack(tensors: list[Tensor], fill: float, width: int) -> Tensor:
-    if all(t.shape == tensors[0].shape for t in tensors) and (not width or width == len(tensors[0])):
-        return torch.stack(tensors)
-    if any(t.shape[1:] != tensors[0].shape[1:] for t in tensors):
-        shapes = sorted({tuple(t.shape) for t in tensors})
+def _join(parts: list[Tensor], fill: float, width: int) -> Tensor:
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len({shape[1:] for shape in shapes}) > 1:
         raise ValueError(
-            f"The examples have different sizes, {shapes[0]} and {shapes[-1]} among them. Pass a `processing_class` "
+            f"The examples have different sizes, {min(shapes)} and {max(shapes)} among them. Pass a `processing_class` "
             "that resizes them, or a dataset whose images all have one size."
         )
-    width = max(width, *(len(t) for t in tensors))
-    stacked = tensors[0].new_full((len(tensors), width, *tensors[0].shape[1:]), fill)
-    for row, tensor in zip(stacked, tensors, strict=True):
-        row[: len(tensor)] = tensor
-    return stacked
+    shape = parts[0].shape[1:]
+    if shape:
+        shape = torch.Size((max(width, *(part.shape[1] for part in parts)), *shape[1:]))
+    if shapes == {tuple(shape)} and len(parts[-1]) == 1:
+        return torch.cat(parts)  # Single examples, of one size: faster than one by one.
+    joined = parts[0].new_empty((sum(map(len, parts)), *shape))
+    if shapes != {tuple(shape)}:
+        joined.fill_(fill)
+    parts.reverse()
+    row = 0
+    while parts:
+        part = parts.pop()
+        rows = joined[row : row + len(part)]
+        (rows[:, : part.shape[1]] if shape else rows).copy_(part)
+        row += len(part)
+    return joined
 
 
 def make_preprocessor(

@@ -54,7 +54,7 @@ def test_labels_that_are_no_classes():
             read_labels(labels(values), "label")
     named = labels([1, -1], datasets.ClassLabel(names=["a", "b"]))
     with pytest.raises(
-        ValueError, match=r"1 examples have no label .*, the first at row 1: .*as `skip_unreadable` does"
+        ValueError, match=r"1 examples have no label .*, the first at row 1 .*as `skip_unreadable` does"
     ):
         read_labels(named, "label")
     with pytest.raises(ValueError, match="olumn 'label' of the restricted domain"):
