@@ -85,7 +85,7 @@ def with_head(model: nn.Module) -> nn.Module:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model that lies inside another module, or has adapters beside its layers.
+    """Refuse a model that lies inside another module, has adapters beside its layers, or no weights to be trained.
 
     Raises:
         ValueError: It does; the message tells how to get at the model itself.
@@ -98,6 +98,14 @@ def _refuse_wrapped(model: nn.Module) -> None:
     inner: Any = getattr(model, "_orig_mod", None)
     if isinstance(inner, nn.Module):
         raise ValueError(f"Pass the model that torch.compile made it of: its `_orig_mod`, a {type(inner).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"Pass the module that this {name} was compiled from.")
+    if getattr(model, "is_quantized", False) or any("quantized" in type(m).__module__ for m in model.modules()):
+        raise ValueError(
+            f"This {name} is quantised, and rounded weights cannot be protected: load it in full precision."
+        )
+    if any(values.is_meta for values in model.parameters()):
+        raise ValueError(f"This {name} has parameters on the device meta, which hold nothing: load its weights first.")
     if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         inner = type(model.module).__name__
         raise ValueError(f"Pass the model that the {name} was made of: its `module`, a {inner}.")

@@ -141,6 +141,8 @@ def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = 
     """
     if isinstance(source, nn.Module):
         return with_head(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"A model is a Hub id, a folder or an nn.Module, not a {type(source).__name__}.")
     source = os.fspath(source)
     try:
         loaded = _load(source, trust_remote_code)
