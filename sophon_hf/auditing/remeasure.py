@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import transformers
 from evaluate import EvaluationModule
 from huggingface_hub import load_torch_model
 from torch import nn
@@ -89,6 +91,8 @@ def load_models(
     configured = (folder / "config.json").exists() or (folder / "model_index.json").exists()
     if configured:
         load = partial(load_model, folder)
+    elif hasattr(transformers, claim.model) or hasattr(diffusers, claim.model):
+        return Verdict("state", TAMPERED, why=f"config.json is missing, without which no {claim.model} can be loaded"), None
     elif unprotected is not None:
         load = partial(_like, unprotected, folder)
     else:

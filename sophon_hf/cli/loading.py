@@ -106,8 +106,10 @@ def look_for(model: str) -> str | None:
     folder = Path(model)
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "model_index.json")):
+            begun = " A protection that has not ended is there: go on with it by `--resume`."
             raise FileNotFoundError(
                 f"{model!r} holds neither config.json nor model_index.json: no model is saved there."
+                + (begun if any(folder.glob("checkpoint-*")) else "")
             )
         return None
     try:
