@@ -92,7 +92,9 @@ def load_models(
     if configured:
         load = partial(load_model, folder)
     elif hasattr(transformers, claim.model) or hasattr(diffusers, claim.model):
-        return Verdict("state", TAMPERED, why=f"config.json is missing, without which no {claim.model} can be loaded"), None
+        return Verdict(
+            "state", TAMPERED, why=f"config.json is missing, without which no {claim.model} can be loaded"
+        ), None
     elif unprotected is not None:
         load = partial(_like, unprotected, folder)
     else:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.training_args import trainer_log_levels
+from transformers import TrainingArguments
 
 from sophon_hf.finetuning.strategy import StrategySpace, check_choice
+from sophon_hf.protection.libraries import try_libraries
 from sophon_hf.protection.presets import PRESETS
 from sophon_hf.utils import refuse_unwritable
 
@@ -273,7 +272,7 @@ class SophonConfig(TrainingArguments):
 
         if "warm_up" in self.space.preparations:
             self._check_warm_up()
-        self._try_libraries()
+        try_libraries(self)
         refuse_unwritable(self.output_dir)
 
     @classmethod
@@ -290,29 +289,6 @@ class SophonConfig(TrainingArguments):
         """
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
-
-    def _try_libraries(self) -> None:
-        """Make once what only other libraries can tell to be wrong: loggers, optimizer and schedule.
-
-        Raises:
-            ValueError: One of them cannot be made.
-        """
-        for name in ("log_level", "log_level_replica"):
-            check_choice(getattr(self, name), trainer_log_levels, name)
-        made, layer = "report_to", torch.nn.Linear(1, 1)
-        try:
-            for callback in get_reporting_integration_callbacks(self.report_to):
-                callback()
-            made = "optim"
-            kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self, layer)
-            optimizer = kind(layer.parameters(), **{**arguments, "lr": self.beta})
-            made = "lr_scheduler_type"
-            steps = {"num_warmup_steps": self.get_warmup_steps(self.max_steps), "num_training_steps": self.max_steps}
-            get_scheduler(
-                self.lr_scheduler_type, optimizer, scheduler_specific_kwargs=self.lr_scheduler_kwargs, **steps
-            )
-        except Exception as error:  # They raise what they like.
-            raise ValueError(f"{made} is {getattr(self, made)!r}, which cannot be used: {error}") from error
 
     def _check_warm_up(self) -> None:
         if not self.probe_depths:

@@ -46,8 +46,10 @@ def build_domains(
         columns: "input" and "label": the raw column of each domain, where it is not found by itself.
 
     Raises:
-        ValueError: An unknown key, too few examples, or data that does not fit the model.
+        ValueError: A tolerance beyond any accuracy, an unknown key, too few examples, or data that do not fit.
     """
+    if needs.labelled and args.tolerance > 1:
+        raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
     if evaluation is not None and (not isinstance(evaluation, dict) or set(evaluation) != set(sources)):
         what = f"the keys {sorted(evaluation)}" if isinstance(evaluation, dict) else f"type {type(evaluation).__name__}"
         raise ValueError(f"eval_dataset has {what}: give a dict with the keys 'original' and 'restricted'.")

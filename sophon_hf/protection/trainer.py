@@ -104,8 +104,6 @@ class SophonTrainer(Trainer):
         self._input_columns = input_columns or {}
         sources = {"original": original_dataset, "restricted": restricted_dataset}
         columns, needs = {"input": self._input_columns, "label": label_columns or {}}, self.task.inputs(model)
-        if needs.labelled and args.tolerance > 1:
-            raise ValueError(f"tolerance is {args.tolerance:g}, but it is a share of accuracy: 0.05 means 5 points.")
         self.domains = build_domains(needs, args, sources, eval_dataset, processing_class, columns)
         checks.check_domains(self.domains, model)
         self.guard = Guard(

@@ -56,6 +56,9 @@ def test_a_configuration_that_does_not_fit_the_weights_is_found(folder, tmp_path
     (folder / "config.json").write_text(json.dumps({**config, "hidden_sizes": [8, 32]}))
     audit = audit_model(folder, tmp_path / "audit")
     assert verdict_of(audit, "state") == TAMPERED and audit.exit_code == 1
+    (folder / "config.json").unlink()
+    audit = audit_model(folder, tmp_path / "audit")
+    assert "config.json is missing" in why_of(audit, "state") and audit.exit_code == 1
 
 
 @pytest.mark.parametrize(
