@@ -88,10 +88,10 @@ class Run:
         self._started, self._seconds = time.monotonic(), 0.0
         return checkpoint
 
-    def end(self) -> None:
-        """Stop the clock, and let the guard choose the state that the model is left in."""
+    def end(self, measure: Callable[[], float]) -> None:
+        """Let the guard choose the state that the model is left in, as `Guard.finish` does, and stop the clock."""
+        self.guard.finish(measure)
         self._started, self._seconds = None, self.seconds()
-        self.guard.finish()
 
     def seconds(self) -> float:
         """Return the wall-clock time spent on protection, in the runs before a resumption too."""

@@ -39,7 +39,7 @@ class GuardState:
         early: The simulated metric before protection where only the first third of the blocks keeps its weights.
         gap: How far apart the domains lie in the first block's output, in standard deviations (`domain_gap`).
         best_step: Iteration of the best state, or None where no suppressed state was inside the tolerance yet.
-        best_score: Its simulated metric in the restricted domain.
+        best_score: Its simulated metric in the restricted domain; at the end by adversaries that did not choose it.
         least_score: The least (for an MSE: the greatest) simulated metric inside the tolerance.
         best_original: Its original metric.
         good_step: Iteration of the last state inside the tolerance.
@@ -279,11 +279,18 @@ class Guard(TrainerCallback):
         self._put_back(self.good)
         self.on_change(True)
 
-    def finish(self) -> None:
-        """Leave the model in the best state inside the tolerance, or in the last good one, and say which."""
+    def finish(self, measure: Callable[[], float] | None = None) -> None:
+        """Leave the model in the best state inside the tolerance, or in the last good one, and say which.
+
+        Args:
+            measure: Returns the best state's simulated metric, by other adversaries than those that chose it: the least
+                of many figures flatters.
+        """
         state = self.state
         if self.best is not None:
             self._put_back(self.best)
+            if measure is not None:
+                state.best_score = measure()
             logger.info(
                 "The protected model is the state of iteration %s: original %s %.4f (start %.4f). %s",
                 *(state.best_step, self.metric, state.best_original, state.start, self.simulated),

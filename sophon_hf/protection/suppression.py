@@ -176,7 +176,13 @@ class Suppression:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def simulated_metric(
-        self, starts: set[str], restricted: Domain, held_out: Domain, args: SophonConfig, blocks: int = 0
+        self,
+        starts: set[str],
+        restricted: Domain,
+        held_out: Domain,
+        args: SophonConfig,
+        blocks: int = 0,
+        draw: str = "fixed",
     ) -> float:
         """Return the metric that the strongest of some fixed few-shot adversaries reaches on held-out restricted data.
 
@@ -186,6 +192,7 @@ class Suppression:
             held_out: What they are measured on.
             args: `simulated_examples`, the seed, and how many examples are measured at a time.
             blocks: How many of the last blocks they re-initialise.
+            draw: Another one has other examples and other new heads.
 
         Returns:
             NaN without starts, or where no model can be newly initialised from this one's parts.
@@ -200,7 +207,7 @@ class Suppression:
                 restricted,
                 self.task,
                 strategy,
-                derive_seed(args.seed, "fixed"),
+                derive_seed(args.seed, draw),
                 updates,
                 held_out=held_out,
                 examples=examples,

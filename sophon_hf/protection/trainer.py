@@ -328,7 +328,9 @@ class SophonTrainer(Trainer):
         finally:
             self.is_in_train = False  # The Trainer leaves it so where it is interrupted.
         restore_precision(self.model)
-        self.run.end()
+        known = self.domains["restricted"], self.domains["eval_restricted"], self.args
+        starts, measure = set(self.space.initializations), self.suppression.simulated_metric
+        self.run.end(lambda: measure(starts, *known, draw="for the chosen state"))
         if self.args.save_strategy != "no":
             self.save_model()
         return output

@@ -236,6 +236,25 @@ def test_ties_within_the_error_go_to_the_later_state(model):
     assert chosen == [None, 1, 2, 3, 4, 4, 4, 4]
 
 
+def test_the_chosen_state_is_told_by_a_figure_that_it_was_not_chosen_by(model, caplog):
+    guard = Guard(model, tolerance=1.0, greater_is_better=True)
+    guard.state.applied, guard.state.scratch, weights = 1, 0.1, []
+    for step, simulated in enumerate((0.6, 0.2, 0.4)):
+        with torch.no_grad():
+            model.body.weight.fill_(step)
+        guard.observe(step, original=1.0, simulated=simulated)
+
+    def measure() -> float:
+        weights.append(model.body.weight.mean().item())
+        return 0.3
+
+    caplog.set_level("INFO")
+    guard.finish(measure)
+    assert weights == [1.0], "it is measured where it is left"
+    assert guard.state.best_score == 0.3
+    assert "reach 0.3000 in the restricted domain" in caplog.text
+
+
 @pytest.mark.parametrize(
     "greater, simulated, warned",  # By 0.03, and an MSE by 3 %.
     [(True, (0.6, 0.58), True), (True, (0.6, 0.56), False), (False, (0.6, 0.61), True), (False, (0.6, 0.62), False)],
