@@ -80,6 +80,10 @@ def check(results: AttackResults) -> list[FailedCheck]:
         found.append(
             FailedCheck("selection on the test split", "attacks were chosen on the split that reports", voids=True)
         )
+    weights = results.facts.get("weights", {})
+    if weights and weights.get("protected") == weights.get("original"):
+        why = "the protected and the original model hold the same parameters: is one of them named twice?"
+        found.append(FailedCheck("one model", why))
     return found
 
 

@@ -158,7 +158,9 @@ class Domain:
                 )
 
     def refuse_constant(self) -> None:
-        """Raise a ValueError where the model is given the same numbers for every example."""
+        """Raise a ValueError where the model is given the same numbers for every example, or there is only one."""
+        if len(self) == 1:
+            raise ValueError(f"The {self.name} domain has one example, of which nothing can be learned: give more.")
         first = self.rows(torch.arange(1))
         for indices in torch.arange(len(self)).split(CHUNK):
             for name, values in self.rows(indices).items():

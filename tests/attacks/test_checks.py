@@ -42,6 +42,16 @@ def test_an_attack_that_broke_off_on_the_protected_model_only_voids(clean):
     assert clean.recovered_transfer([A]).value == pytest.approx(1 / 3), "it is not among these"
 
 
+def test_one_model_under_two_names_is_told(clean):
+    clean.facts["weights"] = {"protected": "a", "original": "b"}
+    assert "one model" not in found(clean)
+    clean.facts["weights"]["original"] = "a"
+    assert found(clean)["one model"] == (
+        "the protected and the original model hold the same parameters: is one of them named twice?",
+        False,
+    )
+
+
 def test_a_seed_that_ended_on_the_protected_model_is_a_result(clean):
     clean.runs += [*runs("original", [0.9] * 3, B), *broken("protected")[1:], *runs("protected", [0.7], B)]
     assert clean.recovered_transfer().void is None and not found(clean)["runs failed"][1]
