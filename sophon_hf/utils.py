@@ -105,3 +105,12 @@ def kept_random_state(devices: Sequence[Any] = ()) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def process_state() -> Any:
+    """Return accelerate's `PartialState`: which process this is, of how many, and its device."""
+    import torch
+    from accelerate import PartialState
+
+    # Else accelerate would start every process of a machine without a GPU on its own.
+    return PartialState(cpu=not torch.accelerator.is_available())

@@ -41,7 +41,7 @@ from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, l
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
-from sophon_hf.utils import refuse_unwritable, write_atomically
+from sophon_hf.utils import process_state, refuse_unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -392,11 +392,3 @@ def _draw(task: Task, domain: Domain, path: Path, model: nn.Module) -> None:
         draw_denoised(task, model, domain, path)
     except Exception as error:
         logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
-
-
-def process_state() -> Any:
-    """Return accelerate's `PartialState`: which process this is, of how many, and its device."""
-    from accelerate import PartialState
-
-    # Else accelerate would start every process of a machine without a GPU on its own.
-    return PartialState(cpu=not torch.accelerator.is_available())

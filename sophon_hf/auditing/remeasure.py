@@ -21,7 +21,7 @@ from sophon_hf.attacks.checks import check
 from sophon_hf.attacks.report import write_report
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.run import EVALUATION_BATCH
-from sophon_hf.attacks.suite import AttackSuite, process_state
+from sophon_hf.attacks.suite import AttackSuite
 from sophon_hf.attacks.sweeps import scratch
 from sophon_hf.auditing.download import check_configurations, fetch
 from sophon_hf.auditing.verdicts import (
@@ -41,6 +41,7 @@ from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, l
 from sophon_hf.tasks.base import Task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
 from sophon_hf.tasks.metrics import Metric
+from sophon_hf.utils import process_state
 
 # A stranger's strategy that takes longer than so many times the longest of the sweep is not run.
 _LONGEST = 10

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sophon_hf import __version__
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.score import RecoveredTransfer
-from sophon_hf.attacks.suite import AttackSuite, process_state
+from sophon_hf.attacks.suite import AttackSuite
 from sophon_hf.attacks.sweeps import load_sweep
 from sophon_hf.benchmarking import BUDGETS
 from sophon_hf.benchmarking.pairs import Pair, load_pair
@@ -30,7 +30,7 @@ from sophon_hf.models.loading import load_model
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.presets import PRESETS
 from sophon_hf.protection.trainer import SophonTrainer
-from sophon_hf.utils import hint, write_atomically
+from sophon_hf.utils import hint, process_state, write_atomically
 
 
 class Defence(Protocol):

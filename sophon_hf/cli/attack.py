@@ -9,7 +9,7 @@ import datasets
 
 from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
-from sophon_hf.attacks.suite import AttackSuite, process_state
+from sophon_hf.attacks.suite import AttackSuite
 from sophon_hf.cli.loading import (
     input_columns,
     label_columns,
@@ -24,6 +24,7 @@ from sophon_hf.cli.timing import attack_seconds, duration
 from sophon_hf.data.domain import build_domain
 from sophon_hf.models.loading import agree_on_padding, load_model, load_processor
 from sophon_hf.tasks.base import load_task
+from sophon_hf.utils import process_state
 
 _DOMAINS = ("original", "restricted", "benign")
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from sophon_hf.attacks.suite import process_state
 from sophon_hf.auditing.audit import audit
 from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, protected_model
+from sophon_hf.utils import process_state
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from sophon_hf.attacks.suite import process_state
 from sophon_hf.benchmarking.benchmark import benchmark
+from sophon_hf.utils import process_state
 
 
 def run(options: argparse.Namespace) -> None:

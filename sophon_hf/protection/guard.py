@@ -103,13 +103,8 @@ class Guard(TrainerCallback):
         on_change: Callable[[bool], None] = lambda rolled_back: None,
     ):
         self.model, self.tolerance, self.greater_is_better, self.metric = model, tolerance, greater_is_better, metric
-        self.error, self.examples, self.own_loss, self.on_violation, self.on_change = (
-            error,
-            examples,
-            own_loss,
-            on_violation,
-            on_change,
-        )
+        self.error, self.examples, self.own_loss = error, examples, own_loss
+        self.on_violation, self.on_change = on_violation, on_change
         self.begin()
 
     def begin(self) -> None:

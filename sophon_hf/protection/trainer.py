@@ -14,9 +14,7 @@ from evaluate import EvaluationModule
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import HubStrategy
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from sophon_hf.data.loading import Source
 from sophon_hf.data.preprocessing import InputColumn
@@ -75,6 +73,7 @@ class SophonTrainer(Trainer):
     model: nn.Module
     optimizer: Any
     control: Any
+    _micro_step: int
 
     def __init__(
         self,
@@ -144,15 +143,12 @@ class SophonTrainer(Trainer):
         self.guard.error = simulated_error(self.task, self.domains["eval_restricted"])
         loss, depths = checks.choose_loss(self.task, args.suppression_loss), args.probe_depths
         probes = Probes(self.model, self.structure, depths, restricted.num_classes, loss) if depths else None
-        self.suppression = (SecondOrderSuppression if args.second_order else Suppression)(
-            self.model,
-            self.task,
-            self.structure,
-            loss,
-            num_classes=restricted.num_classes or None,
-            autocast=self.accelerator.autocast,
-            probes=probes,
+        kind, parts = (
+            SecondOrderSuppression if args.second_order else Suppression,
+            (self.model, self.task, self.structure),
         )
+        classes = restricted.num_classes or None
+        self.suppression = kind(*parts, loss, num_classes=classes, autocast=self.accelerator.autocast, probes=probes)
         process = 0 if is_sharded(self.model) else args.process_index
         self.adversaries = Adversaries(restricted, original, self.task, self.space, args, process)
         # Claim and checkpoints tell what was done, not what was asked for.
@@ -170,7 +166,6 @@ class SophonTrainer(Trainer):
             self.add_callback(self.keep_norms)
         names = (self.accelerator.mixed_precision, getattr(own_loss, "__qualname__", None))
         self.run = Run(args, self.task, self.space, self.domains, self.guard, base_state, *names)
-        self.step_log, self._micro_step = StepLog(self.task), 0
 
     # ---- Algorithm 1 ----
 
@@ -404,5 +399,5 @@ class SophonTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint's model, without its states."""
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
             publish_checkpoint(checkpoint_folder, self.repository_name, self.state.global_step, self.args.hub_revision)

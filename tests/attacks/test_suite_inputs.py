@@ -19,7 +19,7 @@ from transformers import ViTImageProcessor
 
 from sophon_hf import DiffusionTask
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.suite import process_state
+from sophon_hf.utils import process_state
 
 
 @pytest.fixture
