@@ -93,6 +93,8 @@ class AttackSuite:
         label_columns: Mapping[str, str | None] | None = None,
     ):
         strategies = load_sweep(sweep) if isinstance(sweep, (str, Path)) else list(sweep)
+        if wrong := [entry for entry in strategies if not isinstance(entry, FineTuningStrategy)]:
+            raise TypeError(f"The sweep holds {wrong[0]!r}: give FineTuningStrategy objects (or a file of mappings).")
         if not strategies:
             raise ValueError("The sweep is empty: name at least one strategy.")
         if epochs is not None:

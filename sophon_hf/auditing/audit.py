@@ -33,7 +33,7 @@ from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.tasks.metrics import Metric
-from sophon_hf.utils import write_atomically
+from sophon_hf.utils import refuse_unwritable, write_atomically
 
 
 @dataclass
@@ -147,6 +147,7 @@ def audit(
         )
     if isinstance(sweep, (str, Path)):
         load_sweep(sweep)  # A misspelt name is refused even where no sweep is run.
+    refuse_unwritable(output_dir)
     output_dir = Path(output_dir)
     found = Audit(str(source) if not os.path.isdir(source) else Path(source).resolve().name)
     with tempfile.TemporaryDirectory(prefix="sophon-audit-") as stage:
@@ -156,7 +157,7 @@ def audit(
         if claim is None or not _check_files(found, download, claim):
             found.write(output_dir)
             return found
-        found.write(output_dir)  # Before hours of attacks: a folder that cannot be written is refused now.
+        found.write(output_dir)
         state, models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected, metric)
         found.verdicts.append(state)
         if models is not None:

@@ -284,7 +284,7 @@ def select_classes(
         column: The label column, where it is not found by itself.
 
     Raises:
-        ValueError: A name that is no class of the data set.
+        ValueError: No name, one twice, or one that is no class of the data set.
     """
     dataset = load_domain(dataset)
     column = label_column(dataset, column)
@@ -296,13 +296,15 @@ def select_classes(
     feature = dataset.features[column]
     known = feature.names if isinstance(feature, datasets.ClassLabel) else _sorted(set(labels))
     wanted = [str(name) for name in names]
+    renamed = [str(name) for name in names.values()] if isinstance(names, Mapping) else wanted
+    if not renamed or len(set(renamed)) < len(renamed):
+        raise ValueError(f"The classes to keep are called {renamed}: give at least one, and each name once.")
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"{unknown} are no classes of the data set, which has {_shown(known)}.")
     number = {name: i for i, name in enumerate(wanted)}
     rows = [row for row, label in enumerate(labels) if label in number]
     kept = dataset.select(rows).remove_columns(column)
     kept = kept.add_column(column, [number[labels[row]] for row in rows])
-    renamed = [str(name) for name in names.values()] if isinstance(names, Mapping) else wanted
     kept = kept.cast_column(column, datasets.ClassLabel(names=renamed))
     columns = None if form["type"] == "custom" else form["columns"]
     return kept.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
@@ -322,7 +324,12 @@ def split_domain(
 
     Returns:
         The defender's part and the adversary's part, disjoint, in the data set's order.
+
+    Raises:
+        ValueError: A share outside (0, 1); else as `load_domain` does.
     """
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}, but must lie between 0 and 1, so that both parts hold examples.")
     dataset = load_domain(dataset)
     first, second = split_indices(dataset, seed, share, label_column(dataset, column))
     return dataset.select(first), dataset.select(second)

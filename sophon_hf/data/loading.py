@@ -151,7 +151,7 @@ def _load_from(source: str) -> Any:
     if os.path.isfile(source):
         return _load_file(source)
     on_hub = not os.path.isdir(source)
-    local = os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
+    local = os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1
     if on_hub and (local or os.path.splitext(source)[1].lower() in _FILES):
         raise FileNotFoundError(
             f"There is no file or folder {source!r}, and it is not the form of a Hub id ('owner/name')."

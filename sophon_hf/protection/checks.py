@@ -39,8 +39,13 @@ def refuse_arguments(args: SophonConfig, reinforcement_loss: Any, task: Task | N
     """Refuse what does not go together with any model.
 
     Raises:
+        TypeError: No SophonConfig.
         ValueError: Several GPUs in one process, a loss of one's own beside distillation, or a metric beside a task.
     """
+    if not isinstance(args, SophonConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}: give a SophonConfig, which has all fields of TrainingArguments."
+        )
     refuse_two_metrics(task, metric)
     if args.n_gpu > 1:
         raise ValueError(

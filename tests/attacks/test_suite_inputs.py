@@ -198,12 +198,13 @@ def test_an_example_twice_under_a_random_transform_is_not_validated_on(tmp_path,
     "settings, message",
     [
         ({"sweep": []}, "sweep is empty"),
+        ({"sweep": [{"optimizer": "adam"}]}, "holds {'optimizer': 'adam'}: give FineTuningStrategy objects"),
         ({"seeds": []}, "at least one, each once"),
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_suite(tmp_path, **settings)
 
 

@@ -216,6 +216,11 @@ def test_select_classes_refuses_what_it_does_not_know():
         select_classes(named, ["cat", "cow"])
     with pytest.raises(ValueError, match="has no label column"):
         select_classes(named.remove_columns("label"), ["cat"])
+    for names in ([], ["cat", "cat"], {"cat": "dog", "dog": "dog"}):
+        with pytest.raises(ValueError, match="give at least one, and each name once"):
+            select_classes(named, names)
+    with pytest.raises(ValueError, match="share is 2, but must lie between 0 and 1"):
+        split_domain(named, share=2)
 
 
 def test_select_classes_keeps_images_and_the_rest_of_a_selection():

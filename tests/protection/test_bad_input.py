@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 from points import TinyNet, make_points
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer, split_domain
 from sophon_hf.protection.checks import refuse_model
@@ -208,6 +208,11 @@ def test_a_hub_id_without_a_network_is_refused(build):
 def test_a_missing_folder_of_a_model_is_refused(build):
     with pytest.raises(OSError, match="no/such/folder"):
         build(model="./no/such/folder")
+
+
+def test_arguments_of_the_trainer_alone_are_refused(model, tmp_path):
+    with pytest.raises(TypeError, match="args is a TrainingArguments: give a SophonConfig"):
+        SophonTrainer(model, make_points(1), make_points(2), TrainingArguments(str(tmp_path), use_cpu=True))
 
 
 # ---- Classes ----
