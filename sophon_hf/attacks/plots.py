@@ -72,6 +72,7 @@ def plot_curves(
         axes[0][0].legend(frameon=False)
     if title:
         figure.suptitle(title)
+    figure.tight_layout()
     return _save(figure, path)
 
 
@@ -184,7 +185,6 @@ def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> N
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path

@@ -68,7 +68,18 @@ def load_domain(
         ConnectionError: A Hub id cannot be looked up.
         FileNotFoundError: `source` is neither a file, a folder nor a data set on the Hub.
     """
-    loaded = open_source(source)
+    return take_split(open_source(source), source, split, skip_unreadable, pixel_range, label)
+
+
+def take_split(
+    loaded: datasets.Dataset | Mapping[str, datasets.Dataset],
+    source: Source,
+    split: str,
+    skip_unreadable: bool = False,
+    pixel_range: tuple[float, float] | None = None,
+    label: str | None = None,
+) -> datasets.Dataset:
+    """Return one split of what `open_source` has loaded from `source`; arguments and errors as of `load_domain`."""
     if isinstance(loaded, Mapping):
         if split not in loaded:
             raise ValueError(f"The data set has no split {split!r}; it has {sorted(loaded)}. Name one of them.")
@@ -167,14 +178,15 @@ def _load_from(source: str) -> Any:
             where = (kind, None, source)
             builder = datasets.load_dataset_builder(*where)
         if builder.name == "audiofolder":
-            features = next(iter(datasets.load_dataset(*where, streaming=True).values())).features
+            features = next(iter(builder.as_streaming_dataset().values())).features
             sounds = _media_columns(features, datasets.Audio)
             files = datasets.Features({**features, **dict.fromkeys(sounds, _SoundFile(decode=False))})
             loaded = datasets.load_dataset(*where, features=files)
             for column in sounds:
                 loaded = loaded.cast_column(column, datasets.Audio(decode=False))
         else:
-            loaded = datasets.load_dataset(*where)
+            builder.download_and_prepare()  # `load_dataset` would look up every file again.
+            loaded = builder.as_dataset()
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{source!r} is neither a file or folder here nor a data set on the Hub that you can read. Check the "

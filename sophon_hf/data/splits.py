@@ -14,7 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 from sophon_hf.data.labels import select_classes, split_indices
-from sophon_hf.data.loading import Source, label_column, load_domain, open_source
+from sophon_hf.data.loading import Source, label_column, open_source, take_split
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,7 @@ def load_part(
     if isinstance(loaded, Mapping):
         # A source of several splits is not cut: the one that is meant has a name of its own.
         whole = list(loaded) == [split]
-        loaded = datasets.DatasetDict(loaded)
-    # By its path, messages can tell which it is.
-    named = source if isinstance(source, (str, os.PathLike)) else loaded
-    dataset = load_domain(named, test_split if test and not whole else split, label=column, **reading)
+    dataset = take_split(loaded, source, test_split if test and not whole else split, label=column, **reading)
     if classes:
         dataset = select_classes(dataset, classes, column)
     if not whole:

@@ -151,11 +151,11 @@ def test_sources_that_are_none(tmp_path):
 
 
 def test_a_configuration_of_a_hub_data_set_is_named_behind_a_colon(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: SimpleNamespace(name="parquet", hash="a" * 40))
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *names: asked.append(names) or datasets.DatasetDict(train=points())
+    asked, loaded = [], datasets.DatasetDict(train=points())
+    builder = SimpleNamespace(
+        name="parquet", hash="a" * 40, download_and_prepare=lambda: None, as_dataset=lambda: loaded
     )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: asked.append(names) or builder)
     load_domain("owner/name:small")
     load_domain("owner/name")
     assert asked == [("owner/name", "small"), ("owner/name", None)]
