@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sophon_hf.attacks.plots import plot_curves
 from sophon_hf.attacks.run import AttackRun, Curve
 from sophon_hf.attacks.score import AttackSummary, RecoveredTransfer, Scores, mean_of_finite
 from sophon_hf.finetuning.strategy import FineTuningStrategy
@@ -169,6 +168,8 @@ class AttackResults:
 
         Where the suite measured every so many steps, the axis shows steps.
         """
+        from sophon_hf.attacks.plots import plot_curves  # Who protects a model needs no matplotlib.
+
         by_step = self.facts.get("measured_every") is not None
         scores, curves = self.scores(), {model: self.curves(model) for model in self.models()}
         starts: dict[str, list[FineTuningStrategy]] = {}

@@ -11,10 +11,9 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluate import EvaluationModule
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -42,6 +41,9 @@ from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
 from sophon_hf.utils import process_state, refuse_unwritable, write_atomically
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluate import EvaluationModule
 from torch import nn
 
 from sophon_hf.attacks.adversary import AdversaryData
@@ -34,6 +33,9 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.tasks.metrics import Metric
 from sophon_hf.utils import refuse_unwritable, write_atomically
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 
 @dataclass

@@ -8,11 +8,10 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import transformers
-from evaluate import EvaluationModule
 from huggingface_hub import load_torch_model
 from torch import nn
 
@@ -42,6 +41,9 @@ from sophon_hf.tasks.base import Task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
 from sophon_hf.tasks.metrics import Metric
 from sophon_hf.utils import process_state
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 # A stranger's strategy that takes longer than so many times the longest of the sweep is not run.
 _LONGEST = 10

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import evaluate
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -134,6 +133,8 @@ def load_metric(options: argparse.Namespace) -> str | Metric | None:
     name, arguments = next(iter(named.items())) if isinstance(named, dict) and len(named) == 1 else (named, {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(f"--metric is {named!r}: give a name, or one with arguments: {{f1: {{average: macro}}}}.")
+    import evaluate
+
     try:
         module = evaluate.load(name)
     except FileNotFoundError as error:

@@ -15,7 +15,6 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-from sophon_hf.attacks.report import write_plots
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.hub.card import CARD, update_card
 from sophon_hf.hub.claim import FILE_NAME, AttackReport, Claim, hash_weights
@@ -182,6 +181,8 @@ def write_card_and_claim(folder: Path, claim: Claim, repo_id: str, results: Atta
         False where the card was edited and left as it is.
     """
     if results is not None:
+        from sophon_hf.attacks.report import write_plots  # Who protects a model needs no matplotlib.
+
         write_plots(results, folder / "plots")
     # All that can fail, a full disk or a card that cannot be read, fails before the first of the two takes its place.
     staged = folder / f".{FILE_NAME}.new"

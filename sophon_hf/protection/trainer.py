@@ -7,10 +7,9 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluate import EvaluationModule
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,6 +38,9 @@ from sophon_hf.protection.suppression import Suppression, simulated_error
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import first_rows
 from sophon_hf.tasks.metrics import Metric
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 logger = logging.getLogger(__name__)
 

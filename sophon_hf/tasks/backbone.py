@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,9 @@ from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.losses import at_least_float32
 from sophon_hf.tasks.metrics import Metric
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 # As `protection.probes` has them: of the features' variance, and of the logits.
 _RIDGE, _TEMPERATURE = 0.1, 20.0

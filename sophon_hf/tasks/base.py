@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from evaluate import EvaluationModule
 from torch import Tensor, nn
 
 from sophon_hf.data.batches import Batch
@@ -19,6 +18,9 @@ from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
 from sophon_hf.tasks.metrics import Metric
 from sophon_hf.tasks.multi_label import MultiLabelTask
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 
 class Task(Protocol):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,9 @@ from sophon_hf.models.loading import as_integers, forward_names, main_input, pad
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
 from sophon_hf.tasks.metrics import Metric, load_metric
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 
 class ClassificationTask:

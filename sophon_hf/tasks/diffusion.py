@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,9 @@ from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_mse
 from sophon_hf.tasks.metrics import Metric, load_metric
 from sophon_hf.utils import derive_seed
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 # Shares of the noise schedule, from hardly any noise to nothing else.
 BANDS = (0.0, 0.1, 0.25, 0.5, 1.0)

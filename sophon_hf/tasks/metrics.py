@@ -9,41 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import evaluate
 import numpy as np
 
-
-class Accuracy(evaluate.Metric):
-    """ACC-k: the share of right labels, in [0, 1]. It loads from this package, so it needs no network."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of examples whose predicted class is the labelled one.",
-            citation="",
-            inputs_description="predictions, references: class indices",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-        )
-
-    def _compute(self, predictions, references) -> dict[str, float]:
-        return {"accuracy": _accuracy({"predictions": predictions, "references": references})}
-
-
-class MeanSquaredError(evaluate.Metric):
-    """MSE-k: the mean over examples of the squared error of the predicted noise, per element. It needs no network."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Mean squared error of the predicted noise.",
-            citation="",
-            inputs_description="predictions: squared error of each example, averaged over its elements",
-            features=datasets.Features({"predictions": datasets.Value("float64")}),
-        )
-
-    def _compute(self, predictions) -> dict[str, float]:
-        return {"mse": _mean_squared_error({"predictions": predictions})}
+if TYPE_CHECKING:
+    import evaluate  # It takes a second to import, and few pass one.
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def attack(folder, digits, protected, original, **settings) -> AttackResults:
     )
 
 
-def test_an_unprotected_model_is_recovered_in_full(tmp_path, digits, original):
-    transfer = attack(tmp_path, digits, copy.deepcopy(original), original).recovered_transfer()
+def test_an_unprotected_model_is_recovered_in_full(folder, digits, original):
+    transfer = attack(folder, digits, copy.deepcopy(original), original).recovered_transfer()
     assert transfer.value == 1.0
     assert 0 < transfer.interval[0] <= 1 <= transfer.interval[1]
 

@@ -66,8 +66,8 @@ def test_a_true_claim_is_reproduced_on_other_data_of_the_same_domains(truth, tmp
         truth,
         truth["folder"],
         tmp_path / "audit",
-        eval_dataset=make_images(14, 4000, shift=1),
-        original_eval_dataset=make_images(12, 4000),
+        eval_dataset=make_images(14, 2000, shift=1),
+        original_eval_dataset=make_images(12, 2000),
     )
     assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
     assert verdict_of(audit, "recovered transfer") == REPRODUCED
@@ -406,14 +406,14 @@ def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
         "eval_dataset": pixels(4, "sample"),
         "original_eval_dataset": pixels(6, "sample"),
     }
-    sweep = [FineTuningStrategy(batch_size=12, epochs=2)]
-    AttackSuite(sweep, tmp_path / "attacks", task=trainer.task).run(protected=trainer.model, original=original, **data)
+    sweep = [FineTuningStrategy(batch_size=12, epochs=1)]
+    suite = AttackSuite(sweep, tmp_path / "attacks", task=trainer.task, seeds=[0])
+    suite.run(protected=trainer.model, original=original, **data)
     claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
     write_card_and_claim(tmp_path / "out", claim, "alice/model")
     original.save_pretrained(tmp_path / "original")
-    audit = audit_model(
-        tmp_path / "out", tmp_path / "audit", unprotected=str(tmp_path / "original"), sweep=sweep, **data
-    )
+    told = {"unprotected": str(tmp_path / "original"), "sweep": sweep, "seeds": [0]}
+    audit = audit_model(tmp_path / "out", tmp_path / "audit", **told, **data)
     assert verdict_of(audit, "state") == REPRODUCED and audit.exit_code == 0
     assert verdict_of(audit, "strongest attack's mse") == REPRODUCED
     assert verdict_of(audit, "original mse after protection") in (REPRODUCED, NOT_CHECKABLE)

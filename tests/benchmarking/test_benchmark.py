@@ -158,11 +158,11 @@ def test_a_model_protected_against_direct_attacks_only_deceives_paper_and_not_st
         "alpha": 1e-3,
         "beta": 1e-3,
         "per_device_train_batch_size": 64,
-        "eval_steps": 10,
+        "eval_steps": 20,
         "simulated_examples": 30,
         "strategy_space": space,
     }
-    given = replace(pair, presets={"paper": fields})
+    given = replace(pair, presets={"paper": fields}, seeds=(0,))
     paper = benchmark("paper", given, "paper", tmp_path, name="direct-only")
     assert paper.record["budget"] == "paper" and paper.path == tmp_path / "turned-direct-only-paper.json"
     assert paper.record["protection_run"]["config"] == {"preset": "paper", **fields}
@@ -184,21 +184,21 @@ def test_a_model_protected_against_direct_attacks_only_deceives_paper_and_not_st
         benchmark("paper", pair, "paper", tmp_path, name="direct-only")
 
 
-def test_inflated_weights_are_undone_by_adaptive(pair, tmp_path, original):
+def test_inflated_weights_are_undone_by_adaptive(pair, folder, original):
     """Weights before a normalisation, 30 times as large, hardly move at usual rates; `rescale` puts them back."""
     protected = copy.deepcopy(original)
     layers = scale_invariant_layers(protected, lambda: predict(protected, pair))
     assert len(layers) > 3
     for layer, norms in layers.items():
         set_norm(layer, norms, 30 * layer.weight.detach().norm())
-    plain = benchmark(protected, pair, SWEEP, tmp_path, name="inflated")
+    plain = benchmark(protected, pair, SWEEP, folder, seeds=[0], name="inflated")
     assert plain.recovered_transfer.value < 0.6
     adaptive = [
         s.with_changes(batch_size=10)
         for s in load_sweep("adaptive")
         if s.preparation == "rescale" and not s.reinitialized_blocks and s.learning_rate == 3e-3
     ]
-    undone = benchmark(protected, pair, [*SWEEP, *adaptive], tmp_path, name="inflated")
+    undone = benchmark(protected, pair, [*SWEEP, *adaptive], folder, seeds=[0], name="inflated")
     assert undone.recovered_transfer.value > 0.9
     assert undone.record["original_accuracy"]["before"] == pytest.approx(
         undone.record["original_accuracy"]["after"], abs=0.01
@@ -232,8 +232,8 @@ def test_mistakes_are_told(arguments, error, message, pair, folder, original):
 
 
 def test_the_suite_itself_finds_the_same(pair, folder, original, tmp_path):
-    found = benchmark(original, pair, SWEEP, folder, name="unprotected")
-    suite = AttackSuite(SWEEP, tmp_path, seeds=pair.seeds, epochs=10, measured_epochs=(0, 5, 10), examples=30)
+    found = benchmark(original, pair, SWEEP, folder, seeds=[1], name="one-seed")
+    suite = AttackSuite(SWEEP, tmp_path, seeds=[1], epochs=10, measured_epochs=(0, 5, 10), examples=30)
     results = suite.run(
         protected=original, original=original, restricted_dataset=pair.adversary, eval_dataset=pair.test
     )
