@@ -407,12 +407,12 @@ def test_a_diffusion_model_is_audited_by_its_error(tmp_path):
         "original_eval_dataset": pixels(6, "sample"),
     }
     sweep = [FineTuningStrategy(batch_size=12, epochs=1)]
-    suite = AttackSuite(sweep, tmp_path / "attacks", task=trainer.task, seeds=[0])
+    suite = AttackSuite(sweep, tmp_path / "attacks", task=trainer.task)
     suite.run(protected=trainer.model, original=original, **data)
     claim, _ = with_report(tmp_path / "out", Claim.read(tmp_path / "out"), tmp_path / "attacks")
     write_card_and_claim(tmp_path / "out", claim, "alice/model")
     original.save_pretrained(tmp_path / "original")
-    told = {"unprotected": str(tmp_path / "original"), "sweep": sweep, "seeds": [0]}
+    told = {"unprotected": str(tmp_path / "original"), "sweep": sweep}
     audit = audit_model(tmp_path / "out", tmp_path / "audit", **told, **data)
     assert verdict_of(audit, "state") == REPRODUCED and audit.exit_code == 0
     assert verdict_of(audit, "strongest attack's mse") == REPRODUCED

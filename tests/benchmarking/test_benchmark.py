@@ -191,14 +191,14 @@ def test_inflated_weights_are_undone_by_adaptive(pair, folder, original):
     assert len(layers) > 3
     for layer, norms in layers.items():
         set_norm(layer, norms, 30 * layer.weight.detach().norm())
-    plain = benchmark(protected, pair, SWEEP, folder, seeds=[0], name="inflated")
+    plain = benchmark(protected, pair, SWEEP, folder, name="inflated")
     assert plain.recovered_transfer.value < 0.6
     adaptive = [
         s.with_changes(batch_size=10)
         for s in load_sweep("adaptive")
         if s.preparation == "rescale" and not s.reinitialized_blocks and s.learning_rate == 3e-3
     ]
-    undone = benchmark(protected, pair, [*SWEEP, *adaptive], folder, seeds=[0], name="inflated")
+    undone = benchmark(protected, pair, [*SWEEP, *adaptive], folder, name="inflated")
     assert undone.recovered_transfer.value > 0.9
     assert undone.record["original_accuracy"]["before"] == pytest.approx(
         undone.record["original_accuracy"]["after"], abs=0.01

@@ -26,3 +26,7 @@ def make_metric(compute, features: dict = LABELS) -> evaluate.Metric:
 
 def f1(predictions, references, average="binary"):
     return {"f1": f1_score(references, predictions, average=average)}
+
+
+def accuracy(predictions, references):
+    return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(references)}

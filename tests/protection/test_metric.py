@@ -7,14 +7,13 @@ import re
 import pytest
 import torch
 from attacked import make_data, make_model, make_suite
-from own_metrics import f1, make_metric
+from own_metrics import accuracy, f1, make_metric
 from points import fitted, make_points
 from sklearn.metrics import accuracy_score, f1_score
 
 from sophon_hf import ClassificationTask, SophonConfig, SophonTrainer, load_metric
 from sophon_hf.attacks.report import write_report
 from sophon_hf.hub.claim import Claim
-from sophon_hf.tasks.metrics import Accuracy
 
 MACRO = load_metric(make_metric(f1), compute_kwargs={"average": "macro"})
 
@@ -64,7 +63,7 @@ def test_attacks_are_chosen_and_reported_by_it(tmp_path):
     page = (tmp_path / "report" / "report.md").read_text()
     assert "restricted f1_macro" in page and "accuracy" not in page.lower()
     # What was measured by another metric is measured again.
-    again = make_suite(tmp_path, seeds=[0], metric=Accuracy()).run(**data)
+    again = make_suite(tmp_path, seeds=[0], metric=make_metric(accuracy)).run(**data)
     assert again.metric == "accuracy"
     for run, other in zip(results.runs, again.runs, strict=True):
         assert run.curve.test != other.curve.test
