@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -209,7 +208,7 @@ def _load_from(source: str) -> Any:
 
 
 def _kind_of_folder(source: str, builder: datasets.DatasetBuilder) -> str | None:
-    """Return "imagefolder" or "audiofolder" where pictures or sounds lie beside as many texts; None where it is clear.
+    """Return "imagefolder" or "audiofolder" where texts lie beside pictures or sounds of the same names; else None.
 
     Raises:
         ValueError: Folders called as splits are, but for the case, would be taken for classes.
@@ -218,12 +217,13 @@ def _kind_of_folder(source: str, builder: datasets.DatasetBuilder) -> str | None
     splits = [name for name in top if name.lower() in _SPLIT_FOLDERS]
     if len(splits) > 1 and (misread := [name for name in splits if name not in _SPLIT_FOLDERS]):
         raise ValueError(f"The folders {misread} of {source!r} are splits only in lower case: rename them.")
-    suffixes = Counter(os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names)
-    taken = sum(len(files) for files in (builder.config.data_files or {}).values())
+    if isinstance(builder, (ImageFolder, AudioFolder)):
+        return None
+    read = {os.path.splitext(str(file))[0] for files in (builder.config.data_files or {}).values() for file in files}
+    found = [os.path.splitext(os.path.join(place, name)) for place, _, names in os.walk(source) for name in names]
     for kind in (ImageFolder, AudioFolder):
-        if isinstance(builder, kind):
-            return None
-        if sum(suffixes[suffix] for suffix in kind.EXTENSIONS) >= taken:
+        media = {os.path.abspath(stem) for stem, suffix in found if suffix.lower() in kind.EXTENSIONS}
+        if read and 2 * len(media & read) >= len(read):
             return kind.__name__.lower()
     return None
 

@@ -15,6 +15,8 @@ import datasets
 import pytest
 import torch
 import yaml
+from classifiers import CASES
+from labelled_data import sentences, tokenizer
 from PIL import Image, ImageFont
 from transformers import ResNetConfig, ResNetForImageClassification
 from two_processes import forked
@@ -375,3 +377,14 @@ def test_a_model_that_lost_the_original_domain_is_not_called_protected(tmp_path,
     kept = ["--tolerance", "1", "--output_dir", str(tmp_path / "kept")]
     cli.main(["protect", str(tmp_path / "protect.yaml"), "--max_steps", "1", *kept])
     assert f"Protected model (iteration 1) saved in {tmp_path / 'kept'}." in capsys.readouterr().out
+
+
+def test_the_time_of_attacks_on_a_model_without_a_padding_token_is_told(tmp_path, capsys):
+    model = next(case for case in CASES if case.family.startswith("GPT2")).build()
+    model.config.pad_token_id = None
+    for saved in (model, tokenizer()):
+        saved.save_pretrained(tmp_path / "model")
+    sentences(0).to_json(tmp_path / "texts.jsonl")
+    told = {"model": "model", "protected": "model", "restricted": "texts.jsonl"}
+    cli.main(["attack", *(word for name in told for word in (f"--{name}", str(tmp_path / told[name]))), "--dry_run"])
+    assert "In all about " in capsys.readouterr().out

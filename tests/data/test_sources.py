@@ -105,6 +105,11 @@ def test_pictures_are_found_beside_their_texts(tmp_path):
         path.with_suffix(".txt").write_text("a caption")
     training, test = load_splits(tmp_path)
     assert [part.features["label"].names for part in (training, test)] == [["a", "b"]] * 2 and len(training) == 2
+    write_file(tmp_path / "test", ".csv")
+    for split in ("train", "test"):
+        for path in (tmp_path / split).rglob("*.txt"):
+            path.unlink()
+    assert load_domain(tmp_path).column_names == ["image", "label"]
     (tmp_path / "test").rename(tmp_path / "Test")
     with pytest.raises(ValueError, match=r"The folders \['Test'\] of .* are splits only in lower case"):
         load_domain(tmp_path)
