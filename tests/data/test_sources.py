@@ -115,6 +115,13 @@ def test_pictures_are_found_beside_their_texts(tmp_path):
         load_domain(tmp_path)
 
 
+def test_figures_beside_a_table_are_no_data(tmp_path):
+    for number in range(3):
+        picture("RGB", seed=number).save(tmp_path / f"figure {number}.png")
+    write_file(tmp_path, ".parquet")
+    assert load_domain(tmp_path).column_names == ["text", "label"]
+
+
 def test_folders_with_a_table_of_labels(tmp_path):
     for kind in ("images", "sounds"):
         (tmp_path / kind).mkdir()
