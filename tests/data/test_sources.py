@@ -118,7 +118,8 @@ def test_pictures_are_found_beside_their_texts(tmp_path):
 def test_figures_beside_a_table_are_no_data(tmp_path):
     for number in range(3):
         picture("RGB", seed=number).save(tmp_path / f"figure {number}.png")
-    write_file(tmp_path, ".parquet")
+    (tmp_path / "data").mkdir()
+    write_file(tmp_path, ".parquet").rename(tmp_path / "data" / "train.parquet")
     assert load_domain(tmp_path).column_names == ["text", "label"]
 
 
