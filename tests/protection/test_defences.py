@@ -134,14 +134,17 @@ def test_mixing_needs_distillation_and_continuous_inputs(tmp_path, caplog):
     config = BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2
     )
-    tokens = datasets.Dataset.from_dict(
-        {"input_ids": [[i % 20, 3, 4] for i in range(40)], "label": [i % 2 for i in range(40)]},
-        features=datasets.Features(
-            {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=["a", "b"])}
-        ),
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    tokens, others = (
+        datasets.Dataset.from_dict(
+            {"input_ids": [[i % 20, 3, last] for i in range(40)], "label": [i % 2 for i in range(40)]}, features
+        )
+        for last in (4, 5)
     )
     args = SophonConfig(str(tmp_path), distillation=1.0, mixup=True, use_cpu=True)
-    trainer = SophonTrainer(BertForSequenceClassification(config), tokens, tokens.select(range(30)), args)
+    trainer = SophonTrainer(BertForSequenceClassification(config), tokens, others, args)
     assert "'input_ids' holds torch.int64: left out" in caplog.text
     assert not trainer.args.mixup
 
