@@ -187,7 +187,8 @@ def number_classes(
         return Classes(column, tuple(known), numbers, width)
     if "original" not in name and not conditioned:
         count = sum(map(len, parts))
-        if width is None and len(present) > max(_SINGLE, count / 2):
+        # Who declares classes means them, however few examples of each there are.
+        if width is None and not declared and len(present) > max(_SINGLE, count / 2):
             raise ValueError(
                 f"Column {column!r} of the {name} domain has {len(present)} different values in {count} rows, which "
                 "are names of examples, not of classes: name another label column."

@@ -243,9 +243,8 @@ def _load_file(path: str) -> datasets.DatasetDict:
     if suffix == ".csv":
         with open(path, encoding="utf-8", errors="replace") as file:
             head = file.readline()
-        settings = (
-            {"sep": ";"} if ";" in head and "," not in head else {}
-        )  # As spreadsheets write it in much of Europe.
+        if ";" in head and "," not in head:
+            settings = {"sep": ";"}  # As spreadsheets write it in much of Europe.
     try:
         loaded = datasets.load_dataset(kind, data_files=path, **settings)
     except datasets.exceptions.DatasetGenerationError as error:

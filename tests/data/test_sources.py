@@ -303,6 +303,8 @@ def test_data_for_another_kind_of_model_and_names_of_examples_are_refused():
     rows = {"text": ["one two"] * 30, "label": [f"id {i}" for i in range(30)]}
     with pytest.raises(ValueError, match="has 30 different values in 30 rows, which are names of examples"):
         build_domain(datasets.Dataset.from_dict(rows), TEXT, tokenizer(), name="restricted")
+    declared = datasets.Dataset.from_dict(rows).class_encode_column("label")
+    assert build_domain(declared, TEXT, tokenizer(), name="restricted").num_classes == 30, "classes by declaration"
     rows = {"text": ["one", " "], "label": ["a", "b"]}
     with pytest.raises(ValueError, match="Row 1 of the restricted domain cannot be read: column 'text': it "):
         build_domain(datasets.Dataset.from_dict(rows), TEXT, tokenizer(), name="restricted")
