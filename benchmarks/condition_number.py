@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datasets
 import torch
 from torch import Tensor, nn
 
 from sophon_hf.data.batches import Stream
-from sophon_hf.data.domain import Domain
+from sophon_hf.data.domain import build_domain
 from sophon_hf.models.loading import evaluation_mode
-from sophon_hf.tasks.base import Task
+from sophon_hf.tasks.base import infer_task
+from sophon_hf.tasks.evaluation import first_rows
 
 
 class ConditionNumber:
@@ -18,16 +20,17 @@ class ConditionNumber:
     original domain, which is small where S is well-conditioned, and 1 / (largest eigenvalue - 1) of the restricted one.
 
     Args:
-        task: What is learned.
-        head: The head's name.
-        restricted: The restricted domain.
+        model: The classifier that is going to be protected.
+        restricted: The restricted domain, as `build_domain` takes it.
         weight: Of both terms.
         size: Restricted examples a step.
     """
 
-    def __init__(self, task: Task, head: str, restricted: Domain, weight: float = 0.1, size: int = 128):
-        self.task, self.head, self.weight, self.size, self.step = task, head, weight, size, 0
-        self.restricted = Stream(restricted, task.collate, 0)
+    def __init__(self, model: nn.Module, restricted: datasets.Dataset, weight: float = 0.1, size: int = 128):
+        self.task, self.weight, self.size, self.step = infer_task(model), weight, size, 0
+        domain = build_domain(restricted, self.task.inputs(model), name="restricted")
+        self.head = self.task.structure(model, first_rows(self.task, domain, next(model.parameters()).device)).head
+        self.restricted = Stream(domain, self.task.collate, 0)
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         features: list[Tensor] = []

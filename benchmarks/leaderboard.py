@@ -70,10 +70,10 @@ def by_settings(
             **{"save_strategy": "no", "report_to": "none", "use_cpu": not torch.cuda.is_available(), **fields},
         )
         validation = {"original": original["validation"], "restricted": restricted["validation"]}
-        trainer = SophonTrainer(model, restricted["train"], original["train"], config, eval_dataset=validation)
-        if not config.l_FTS:
-            head = trainer.structure.head
-            trainer.reinforcement_loss = ConditionNumber(trainer.task, head, trainer.domains["restricted"])
+        # Of the field's, the one without suppression loops.
+        loss = None if config.l_FTS else ConditionNumber(model, restricted["train"])
+        halves = restricted["train"], original["train"]
+        trainer = SophonTrainer(model, *halves, config, eval_dataset=validation, reinforcement_loss=loss)
         trainer.train()
         return trainer.model
 

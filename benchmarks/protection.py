@@ -76,11 +76,8 @@ def protect(pair: pairs.Pair, folder: Path, options: argparse.Namespace) -> tupl
         pair.original,
         config,
         eval_dataset={"original": pair.original_validation, "restricted": pair.defender_validation},
+        reinforcement_loss=ConditionNumber(model, pair.defender) if options.preset == "condition-number-like" else None,
     )
-    if options.preset == "condition-number-like":
-        trainer.reinforcement_loss = ConditionNumber(
-            trainer.task, trainer.structure.head, trainer.domains["restricted"]
-        )
     started = any(folder.glob("checkpoint-*")) if folder.exists() else False
     trainer.train(resume_from_checkpoint=started or None)
     record = {
