@@ -11,7 +11,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,11 +39,8 @@ from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotA
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
-from sophon_hf.tasks.metrics import Metric, refuse_two_metrics
+from sophon_hf.tasks.metrics import MetricSource, refuse_two_metrics
 from sophon_hf.utils import process_state, refuse_unwritable, write_atomically
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +86,7 @@ class AttackSuite:
         examples: int | None = None,
         bf16: bool = False,
         task: Task | None = None,
-        metric: str | EvaluationModule | Metric | None = None,
+        metric: MetricSource | None = None,
         processing_class: Any | None = None,
         input_columns: Mapping[str, InputColumn] | None = None,
         label_columns: Mapping[str, str | None] | None = None,
@@ -309,8 +306,8 @@ class AttackSuite:
         state = process_state()
         if self.bf16:
             # Every forward pass of an attack, its preparation and its measurement is one of the task.
-            task = copy.copy(task)
-            task.predict = torch.autocast(state.device.type, torch.bfloat16)(task.predict)  # type: ignore[method-assign]
+            task, mixed = copy.copy(task), torch.autocast(state.device.type, torch.bfloat16)
+            task.predict = mixed(task.predict)  # type: ignore[method-assign]
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -31,11 +31,8 @@ from sophon_hf.data.loading import Source
 from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
-from sophon_hf.tasks.metrics import Metric
+from sophon_hf.tasks.metrics import MetricSource
 from sophon_hf.utils import refuse_unwritable, write_atomically
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 
 @dataclass
@@ -115,7 +112,7 @@ def audit(
     seeds: Sequence[int] = (0, 1, 2),
     epochs: float | None = None,
     examples: int | None = None,
-    metric: str | EvaluationModule | Metric | None = None,
+    metric: MetricSource | None = None,
     input_columns: Mapping[str, InputColumn] | None = None,
     label_columns: Mapping[str, str | None] | None = None,
 ) -> Audit:
@@ -159,7 +156,7 @@ def audit(
         if claim is None or not _check_files(found, download, claim):
             found.write(output_dir)
             return found
-        found.write(output_dir)
+        found.write(output_dir)  # What needs no data is there, should the rest be interrupted.
         state, models = load_models(claim, download.folder, Path(stage) / "unprotected", unprotected, metric)
         found.verdicts.append(state)
         if models is not None:

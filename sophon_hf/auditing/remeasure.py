@@ -8,7 +8,7 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import transformers
@@ -39,11 +39,8 @@ from sophon_hf.hub.claim import Claim
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor
 from sophon_hf.tasks.base import Task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model
-from sophon_hf.tasks.metrics import Metric
+from sophon_hf.tasks.metrics import MetricSource
 from sophon_hf.utils import process_state
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 # A stranger's strategy that takes longer than so many times the longest of the sweep is not run.
 _LONGEST = 10
@@ -73,7 +70,7 @@ def load_models(
     folder: Path,
     stage: Path,
     given: nn.Module | str | None,
-    metric: str | EvaluationModule | Metric | None = None,
+    metric: MetricSource | None = None,
 ) -> tuple[Verdict, Models | None]:
     """Load both models from safetensors and JSON.
 

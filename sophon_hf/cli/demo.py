@@ -142,7 +142,7 @@ def _table(results: AttackResults, pair: Pair) -> str:
         "",
         "Algorithm 1 suppresses direct fine-tuning, and a new head undoes much of it. The preset `representation`",
         "suppresses what new heads could do with the features. Both raise the cost of misuse; neither prevents it.",
-        "These attacks are a few of Adam's; with original data and another optimizer an adversary reaches 78 % on the",
-        "preset's model of another seed (docs/results.md).",
+        "These attacks are a few of Adam's: with original data and another optimizer an adversary recovers far more",
+        "(docs/results.md).",
     ]
     return "\n".join(lines)

@@ -302,7 +302,7 @@ class SophonConfig(TrainingArguments):
         updates = iterations * self.N * self.l_FTS * self.K / self.num_persistent
         if iterations < self.max_steps and updates <= self.horizon / 2:
             raise ValueError(
-                f"save_steps is {self.save_steps:g}: persistent adversaries start anew at every checkpoint, after "
+                f"save_steps is {self.save_steps:g}: persistent adversaries start again at every checkpoint, after "
                 f"{updates:g} updates, and one that warms up would never end its warm-up of {self.horizon // 2}. Save "
                 "less often, or lower `horizon`."
             )

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -37,10 +37,7 @@ from sophon_hf.protection.simulation import Adversaries
 from sophon_hf.protection.suppression import Suppression, simulated_error
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import first_rows
-from sophon_hf.tasks.metrics import Metric
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
+from sophon_hf.tasks.metrics import MetricSource
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +84,7 @@ class SophonTrainer(Trainer):
         eval_dataset: dict[str, Source] | None = None,
         processing_class: Any | None = None,
         task: Task | None = None,
-        metric: str | EvaluationModule | Metric | None = None,
+        metric: MetricSource | None = None,
         input_columns: Mapping[str, InputColumn] | None = None,
         label_columns: Mapping[str, str | None] | None = None,
         reinforcement_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from sophon_hf.models.loading import unwrap
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.losses import at_least_float32
-from sophon_hf.tasks.metrics import Metric
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
+from sophon_hf.tasks.metrics import MetricSource
 
 # As `protection.probes` has them: of the features' variance, and of the logits.
 _RIDGE, _TEMPERATURE = 0.1, 20.0
@@ -34,7 +31,7 @@ class BackboneTask(ClassificationTask):
     probe on them: ridge regression to the labels, which predicts each example from all others (leave-one-out).
     """
 
-    def __init__(self, metric: str | EvaluationModule | Metric = "accuracy"):
+    def __init__(self, metric: MetricSource = "accuracy"):
         super().__init__("head", metric)
 
     def inputs(self, model: nn.Module) -> ModelInputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,11 +16,8 @@ from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.backbone import BackboneTask
 from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.diffusion import DiffusionTask
-from sophon_hf.tasks.metrics import Metric
+from sophon_hf.tasks.metrics import MetricSource
 from sophon_hf.tasks.multi_label import MultiLabelTask
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 
 class Task(Protocol):
@@ -42,7 +39,7 @@ class Task(Protocol):
     def compute_metric(self, scores: dict[str, list]) -> float: ...
 
 
-def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None = None) -> Task:
+def infer_task(model: nn.Module, metric: MetricSource | None = None) -> Task:
     """Return the task that a model is for.
 
     It is a `DiffusionTask` for a denoiser of diffusers, a `BackboneTask` for a `Backbone`, a `MultiLabelTask` for a
@@ -68,9 +65,7 @@ def infer_task(model: nn.Module, metric: str | EvaluationModule | Metric | None 
     return MultiLabelTask(**given) if problem == "multi_label_classification" else ClassificationTask(**given)
 
 
-def load_task(
-    source: str | os.PathLike, model: nn.Module, metric: str | EvaluationModule | Metric | None = None
-) -> Task:
+def load_task(source: str | os.PathLike, model: nn.Module, metric: MetricSource | None = None) -> Task:
     """Return the task of a model from `source`: a pipeline's denoiser keeps the noise scheduler it was trained with.
 
     Args:

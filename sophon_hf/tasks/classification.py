@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +13,7 @@ from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.models.loading import as_integers, forward_names, main_input, padding_id, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
-from sophon_hf.tasks.metrics import Metric, load_metric
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
+from sophon_hf.tasks.metrics import MetricSource, load_metric
 
 
 class ClassificationTask:
@@ -42,7 +39,7 @@ class ClassificationTask:
         "negated_cross_entropy": negated_cross_entropy,
     }
 
-    def __init__(self, head: str | None = None, metric: str | EvaluationModule | Metric = "accuracy"):
+    def __init__(self, head: str | None = None, metric: MetricSource = "accuracy"):
         self.head, self._metric = head, load_metric(metric)
         if not self._metric.needs_references:
             raise ValueError(f"The metric {self._metric.name!r} takes no references, so it measures no classifier.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,8 @@ from sophon_hf.data.preprocessing import ModelInputs
 from sophon_hf.models.loading import as_integers, evaluation_mode, forward_names, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_mse
-from sophon_hf.tasks.metrics import Metric, load_metric
+from sophon_hf.tasks.metrics import MetricSource, load_metric
 from sophon_hf.utils import derive_seed
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationModule  # It takes a second to import, and few pass one.
 
 # Shares of the noise schedule, from hardly any noise to nothing else.
 BANDS = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -62,7 +59,7 @@ class DiffusionTask:
         self,
         noise_scheduler: Any | None = None,
         head: str | None = None,
-        metric: str | EvaluationModule | Metric = "mse",
+        metric: MetricSource = "mse",
         null_label: int | None = None,
         pipeline: str | None = None,
     ):

@@ -1,7 +1,9 @@
 """Suppression losses L_alpha of the SOPHON paper, section 4.3, and the two it compares them with in section 5.8.
 
-Every function takes a prediction first and returns a scalar that is *minimised* while protecting. It computes in
-float32, or in float64 where the prediction has it; half-precision predictions are converted, so the tails stay exact.
+L_alpha is minimised while protecting; `information_maximization` by an adversary without labels.
+
+Every function takes a prediction first and returns a scalar that is *minimised*. It computes in float32, or in float64
+where the prediction has it; half-precision predictions are converted, so the tails stay exact.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     Args:
         logits: Shape (batch, classes), any floating dtype.
-        labels: Ignored: KLU suppresses every task on the restricted data, whatever its labels.
+        labels: Ignored: KLU suppresses every task on the restricted data.
 
     Returns:
         Scalar, float32 or float64, zero where every prediction is uniform.

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import evaluate  # It takes a second to import, and few pass one.
+    import evaluate
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class Metric:
     multi_label: bool = False
 
 
+# A name, since `evaluate` takes a second to import, and few pass a module of it.
+MetricSource: TypeAlias = "str | evaluate.EvaluationModule | evaluate.CombinedEvaluations | Metric"
+
+
 def load_metric(
-    metric: str | evaluate.EvaluationModule | evaluate.CombinedEvaluations | Metric,
+    metric: MetricSource,
     greater_is_better: bool | None = None,
     compute_kwargs: Mapping[str, Any] | None = None,
 ) -> Metric:
