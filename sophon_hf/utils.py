@@ -6,6 +6,7 @@ Nothing heavy is imported here before it is used, so that the command line start
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import random
@@ -38,6 +39,19 @@ def refuse_unwritable(folder: str | os.PathLike) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "may not be written to" if place.is_dir() else "is no folder"
         raise OSError(f"output_dir is {os.fspath(folder)!r}, but {str(place)!r} {why}: choose another one.")
+
+
+@contextmanager
+def quiet(*loggers: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Keep what is below `level` from the loggers of these names in the block."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sophon_hf.data.labels import Classes, number_classes
-from sophon_hf.data.media import read_cell
+from sophon_hf.data.media import media_columns, read_cell, undecoded
 from sophon_hf.data.preprocessing import Example, InputColumn, ModelInputs, Preprocessor, make_preprocessor
 from sophon_hf.data.splits import hash_row
 from sophon_hf.utils import kept_random_state
@@ -97,7 +97,7 @@ class Domain:
 
     def _prepare(self, indices: list[int]) -> list[Example]:
         try:
-            examples = self.preprocessor(self.dataset[indices])
+            examples = self.preprocessor.prepare(self.dataset[indices])
         except ImportError:
             raise  # What is missing here is a library.
         except Exception as error:  # Pillow, soundfile, a tokenizer or a user's transform may raise anything.
@@ -112,7 +112,7 @@ class Domain:
         """Return an error that names the row and the column; the one that was raised where no row has it alone."""
         for index in indices:
             try:
-                self.preprocessor(self.dataset[[index]])
+                self.preprocessor.prepare(self.dataset[[index]])
             except Exception as reason:
                 columns = [c for c in self.preprocessor.columns if c in self.dataset.column_names]
                 return _unreadable(self.dataset, index, self.name, int(self._row_numbers[index]), reason, columns)
@@ -123,8 +123,8 @@ class Domain:
         hashes: list[str] = []
         lengths: dict[str, list[int]] = {}
         fits, sequences = True, []
-        for start in range(0, len(self), CHUNK):
-            examples = self._prepare(list(range(start, min(start + CHUNK, len(self)))))
+        for indices in torch.arange(len(self)).split(CHUNK):
+            examples = self._prepare(indices.tolist())
             size = sum(t.numel() * t.element_size() for t in examples[0].values())
             fits &= size * len(self) <= memory_limit
             if not fits:
@@ -180,12 +180,12 @@ class Domain:
                 ones.
         """
         if raw:
-            return [hash_row(row, self.preprocessor.label_column) for row in self.dataset.with_format(None)]
+            label = None if self.classes is None else self.classes.column
+            return [hash_row(row, label) for row in self.dataset.with_format(None)]
         if self.hashes is not None:
             return self.hashes
-        starts = range(0, len(self), CHUNK)
-        chunks = (self._prepare(list(range(start, min(start + CHUNK, len(self))))) for start in starts)
-        return [_hash_inputs(example) for chunk in chunks for example in chunk]
+        chunks = torch.arange(len(self)).split(CHUNK)
+        return [_hash_inputs(example) for indices in chunks for example in self._prepare(indices.tolist())]
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -267,7 +267,7 @@ def build_domain(
     candidates = {c: row[c] for c in chosen or row if c != labels}
     if empty := [c for c, value in candidates.items() if value is None and (chosen or len(candidates) == 1)]:
         raise _unreadable(dataset, 0, name, number, ValueError("it is missing"), empty)
-    preprocessor = make_preprocessor(candidates, needs, processing_class, labels, name, pair=len(chosen) == 2)
+    preprocessor = make_preprocessor(candidates, needs, processing_class, name, pair=len(chosen) == 2)
     return Domain(dataset, preprocessor, name, memory_limit, row_numbers, classes, needs.conditioned is not None)
 
 
@@ -275,15 +275,11 @@ def _unreadable(
     dataset: datasets.Dataset, index: int, name: str, number: int, reason: Exception, columns: Sequence[str] = ()
 ) -> ValueError:
     """Return the error that an example cannot be read, by domain, row and column; `columns` are looked at first."""
-    media = [c for c, f in dataset.features.items() if isinstance(f, (datasets.Audio, datasets.Image))]
     guilty, file = columns[0] if columns else None, ""
-    for column in dict.fromkeys([*columns, *media]):
-        feature, one = dataset.features.get(column), dataset.with_format(None).select_columns([column])
-        if column in media:
-            one = one.cast_column(column, type(feature)(decode=False))
-        cell = one[index][column]
+    for column in dict.fromkeys([*columns, *media_columns(dataset.features)]):
+        cell = undecoded(dataset.with_format(None).select_columns([column]))[index][column]
         try:
-            read_cell(cell, feature)
+            read_cell(cell, dataset.features[column])
         except Exception:
             guilty = column
             path = cell.get("path") if isinstance(cell, dict) else None
@@ -303,5 +299,5 @@ def _with_plain_media(dataset: datasets.Dataset) -> datasets.Dataset:
             dataset = dataset.cast_column(column, datasets.Audio(decode=False))
         if isinstance(feature, datasets.Image) and not feature.decode:
             dataset = dataset.cast_column(column, datasets.Image())
-    media = any(isinstance(feature, (datasets.Audio, datasets.Image)) for feature in dataset.features.values())
-    return dataset.with_format(None) if media and dataset.format["type"] != "custom" else dataset
+    plain = media_columns(dataset.features) and dataset.format["type"] != "custom"
+    return dataset.with_format(None) if plain else dataset

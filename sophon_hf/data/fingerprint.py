@@ -7,11 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 
-import datasets
 import torch
 
 from sophon_hf.data.domain import CHUNK, Domain
-from sophon_hf.data.loading import HUB_SOURCE
+from sophon_hf.data.loading import hub_source
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,9 @@ def fingerprint_domain(domain: Domain) -> DataFingerprint:
         for column, values in sorted(domain.rows(indices).items()):
             digest.update(f"{column} {tuple(values.shape)} {values.dtype}".encode())
             digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data if values.ndim else b"")
-    name, revision = _source(domain.dataset.info)
+    name, revision = hub_source(domain.dataset)
+    if name is None and (folder := domain.dataset.info.dataset_name):
+        folder = os.path.basename(folder.rstrip("/\\").replace("\\", "/")).strip()
+        name = folder if is_base_name_or_hub_id(folder) else None
     split = domain.dataset.split
     return DataFingerprint(name, revision, None if split is None else str(split), digest.hexdigest(), len(domain))
-
-
-def _source(info: datasets.DatasetInfo) -> tuple[str | None, str | None]:
-    # `remember_source` writes this note, and `datasets` keeps it through selections and casts.
-    for url in info.download_checksums or {}:
-        if found := HUB_SOURCE.match(url):
-            return found["name"], None if found["revision"] == "unknown" else found["revision"]
-    name = info.dataset_name and os.path.basename(info.dataset_name.rstrip("/\\").replace("\\", "/")).strip()
-    return (name if name and is_base_name_or_hub_id(name) else None), None

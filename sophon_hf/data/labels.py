@@ -261,16 +261,17 @@ def _tell(name: str, how: str, numbers: Mapping[Hashable, int], declared: Sequen
     own = dict(zip(declared, range(len(declared)), strict=True))
     if all(number == own.get(value, value) and not isinstance(value, bool) for value, number in numbers.items()):
         return
-    pairs = ", ".join(
-        f"{number} = {str(value)!r}" for value, number in sorted(numbers.items(), key=itemgetter(1))[:_SHOWN]
-    )
-    more = f", ... ({len(numbers)} in all)" if len(numbers) > _SHOWN else ""
-    logger.warning("The %s domain's classes %s: %s%s.", name, how, pairs, more)
+    pairs = [f"{number} = {str(value)!r}" for value, number in sorted(numbers.items(), key=itemgetter(1))]
+    logger.warning("The %s domain's classes %s: %s.", name, how, _first_of(pairs))
 
 
 def _shown(values: Sequence[Hashable]) -> str:
-    listed = ", ".join(repr(str(value)) for value in values[:_SHOWN])
-    return f"[{listed}{f', ... ({len(values)} in all)' if len(values) > _SHOWN else ''}]"
+    return f"[{_first_of([repr(str(value)) for value in values])}]"
+
+
+def _first_of(words: Sequence[str]) -> str:
+    more = [f"... ({len(words)} in all)"] if len(words) > _SHOWN else []
+    return ", ".join([*words[:_SHOWN], *more])
 
 
 def select_classes(

@@ -6,23 +6,20 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import datasets
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from sophon_hf.data.media import read_cell, with_pixel_range
-from sophon_hf.utils import unreachable
+from sophon_hf.data.media import media_columns, read_cell, undecoded, with_pixel_range
+from sophon_hf.utils import quiet, unreachable
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | os.PathLike | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict
 
-# What a data set of the Hub keeps of where it is from, in the form that `datasets` records downloads in.
-HUB_SOURCE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)")
 _STREAM_LIMIT = 100_000
 _LABEL_COLUMNS = ("labels", "label")
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
@@ -120,7 +117,7 @@ def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset
     loaded: Any = source
     if isinstance(source, (str, os.PathLike)):
         try:
-            with _silent("datasets", "huggingface_hub.repocard"):  # They tell of each file what an error says once.
+            with quiet("datasets", "huggingface_hub.repocard"):  # They tell of each file what an error says once.
                 loaded = _load_from(os.fspath(source))
         except ValueError as error:
             if "corresponds to no data" not in str(error):
@@ -129,19 +126,6 @@ def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset
     if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return {name: _as_table(part) for name, part in loaded.items()}
     return _as_table(loaded)
-
-
-@contextmanager
-def _silent(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
 
 
 def _as_table(loaded: Any) -> datasets.Dataset:
@@ -178,7 +162,7 @@ def _load_from(source: str) -> Any:
             builder = datasets.load_dataset_builder(*where)
         if builder.name == "audiofolder":
             features = next(iter(builder.as_streaming_dataset().values())).features
-            sounds = _media_columns(features, datasets.Audio)
+            sounds = [column for column, feature in features.items() if isinstance(feature, datasets.Audio)]
             files = datasets.Features({**features, **dict.fromkeys(sounds, _SoundFile(decode=False))})
             loaded = datasets.load_dataset(*where, features=files)
             for column in sounds:
@@ -264,8 +248,8 @@ def _without_split_names(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
 
 
 def _readable(dataset: datasets.Dataset, source: Source, label: str | None) -> datasets.Dataset:
-    media = _media_columns(dataset.features)
-    plain, reasons = _undecoded(dataset.with_format(None), media), {}
+    media = media_columns(dataset.features)
+    plain, reasons = undecoded(dataset.with_format(None)), {}
     try:
         label = label_column(dataset, label)
     except ValueError:
@@ -297,11 +281,11 @@ def _readable(dataset: datasets.Dataset, source: Source, label: str | None) -> d
 
 def _read_stream(source: datasets.IterableDataset) -> datasets.Dataset:
     features = source.features
-    media = _media_columns(features or {})
-    if features is not None and media:
+    media = media_columns(features or {})
+    if media:
         files = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         features = datasets.Features({**features, **dict.fromkeys(media, files)})
-    rows = list(_undecoded(source, media).take(_STREAM_LIMIT + 1))
+    rows = list(undecoded(source).take(_STREAM_LIMIT + 1))
     if len(rows) > _STREAM_LIMIT:
         logger.warning("Only the first %d examples of the iterable data set are read: shuffle it first.", _STREAM_LIMIT)
     table = datasets.Dataset.from_list(rows[:_STREAM_LIMIT], features=features)
@@ -313,20 +297,8 @@ def _read_stream(source: datasets.IterableDataset) -> datasets.Dataset:
     return table
 
 
-def _media_columns(
-    features: Mapping[str, Any], kinds: tuple[type, ...] = (datasets.Image, datasets.Audio)
-) -> list[str]:
-    return [column for column, feature in features.items() if isinstance(feature, kinds)]
-
-
-def _undecoded(dataset: Any, columns: list[str]) -> Any:
-    for column in columns:
-        dataset = dataset.cast_column(column, type(dataset.features[column])(decode=False))
-    return dataset
-
-
 def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) -> None:
-    """Note the Hub id and commit that a data set was loaded from, in the form that `datasets` records downloads in.
+    """Note where a data set was loaded from, for `hub_source`, in the form that `datasets` records downloads in.
 
     Args:
         dataset: As it was loaded; what is selected from it keeps the note.
@@ -336,3 +308,11 @@ def remember_source(dataset: datasets.Dataset, name: str, revision: str | None) 
     commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else "unknown"
     url = f"hf://datasets/{name}@{commit}"
     dataset.info.download_checksums = {url: {"num_bytes": None, "checksum": None}}
+
+
+def hub_source(dataset: datasets.Dataset) -> tuple[str | None, str | None]:
+    """Return the Hub id and commit that `remember_source` noted, or that `datasets` did; None for what is unknown."""
+    for url in dataset.info.download_checksums or {}:
+        if found := re.match(r"hf://datasets/([^@]+)@([^/]+)", url):
+            return found[1], None if found[2] == "unknown" else found[2]
+    return None, None

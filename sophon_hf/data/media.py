@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-_DEEP = ("I", "F")
+
+def media_columns(features: Mapping[str, Any]) -> list[str]:
+    """Return the columns of pictures and sounds."""
+    return [column for column, feature in features.items() if isinstance(feature, (datasets.Image, datasets.Audio))]
+
+
+def undecoded(dataset: Any) -> Any:
+    """Return a data set, or a stream, whose pictures and sounds are read as their bytes and paths."""
+    for column in media_columns(dataset.features or {}):
+        dataset = dataset.cast_column(column, type(dataset.features[column])(decode=False))
+    return dataset
 
 
 def read_cell(cell: Any, feature: Any) -> None:
@@ -41,7 +51,7 @@ def convert_picture(image: Image | None, mode: str, exact: bool) -> Image:
     """
     if image is None:
         raise ValueError("it is missing")
-    if image.mode in _DEEP:
+    if image.mode in ("I", "F"):
         raise ValueError(
             f"its mode is {image.mode}, whose values have no known range: give `pixel_range`, what is black and what "
             "is white, such as 0 and 4095"
@@ -90,9 +100,8 @@ def read_sound(cell: Mapping[str, Any] | None) -> tuple[np.ndarray, int]:
         if samples.ndim > 2 or samples.size == 0:
             raise ValueError(f"its samples have shape {samples.shape}, not (samples,) or (channels, samples)")
         # Libraries differ in which axis comes first; a sound has more samples than channels.
-        return (samples if samples.ndim == 1 else samples.mean(axis=int(np.argmin(samples.shape)))), int(
-            cell["sampling_rate"]
-        )
+        mono = samples if samples.ndim == 1 else samples.mean(axis=int(np.argmin(samples.shape)))
+        return mono, int(cell["sampling_rate"])
     try:
         import soundfile
     except ImportError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -52,30 +52,20 @@ class ModelInputs:
     conditioned: int | None = None
     null_label: int | None = None
 
-    def accepts(self, name: str) -> bool:
-        """Return whether the model's `forward` has a parameter of this name."""
-        return name in self.names
-
 
 @dataclass(frozen=True)
 class Preprocessor:
     """Turn rows of a dataset into examples ready for the model.
 
     Attributes:
-        inputs: Takes rows (column name -> list) and returns a dict of tensors for each example.
-        label_column: Where the labels are, or None.
+        prepare: Takes rows (column name -> list) and returns a dict of tensors for each example.
         columns: Where the inputs are.
         padding: What variable-length inputs are filled up with, by input name; 0 where not named.
     """
 
-    inputs: Callable[[_Rows], list[Example]]
-    label_column: str | None
-    columns: tuple[str, ...] = ()
-    padding: Mapping[str, float] = field(default_factory=dict)
-
-    def __call__(self, rows: _Rows) -> list[Example]:
-        """Return one example for each row."""
-        return self.inputs(rows)
+    prepare: Callable[[_Rows], list[Example]]
+    columns: tuple[str, ...]
+    padding: Mapping[str, float]
 
     def stack(self, examples: list[Example], widths: Mapping[str, int] | None = None) -> Example:
         """Return one tensor for each input, filled up at the end of the first dimension where lengths differ.
@@ -123,7 +113,6 @@ def make_preprocessor(
     row: Mapping[str, Any],
     needs: ModelInputs,
     processing_class: Any | None,
-    label_column: str | None,
     name: str,
     pair: bool = False,
 ) -> Preprocessor:
@@ -133,7 +122,6 @@ def make_preprocessor(
         row: One row, without its label: column name -> value.
         needs: What the model takes.
         processing_class: Image processor, tokenizer or feature extractor. Images can do without.
-        label_column: Where the labels are, or None.
         name: What messages call the domain.
         pair: Whether two columns of text are one input, as for entailment.
 
@@ -143,13 +131,13 @@ def make_preprocessor(
     pad = getattr(processing_class, "pad_token_id", None)
     # The model's own goes first: one that looks for the last token would take another one's padding for text.
     padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
-    inputs: Callable[[_Rows], list[Example]] | None = None
+    prepare: Callable[[_Rows], list[Example]] | None = None
     columns: list[str] = []
-    ready = {column: column for column, v in row.items() if needs.accepts(column) and _kind(v) == "tensors"}
+    ready = {column: column for column, v in row.items() if column in needs.names and _kind(v) == "tensors"}
     if "latents" in row and "encoder_hidden_states" in ready:
         ready["latents"] = needs.main
     if ready:
-        inputs = partial(_ready, columns=ready, masked="input_ids" in ready and needs.accepts("attention_mask"))
+        prepare = partial(_ready, columns=ready, masked="input_ids" in ready and "attention_mask" in needs.names)
         columns = list(ready)
     # A row of ready inputs may hold more columns, which are left out.
     for kind in () if ready else ("images", "audio", "text", "tensors"):
@@ -161,14 +149,14 @@ def make_preprocessor(
                 "`--restricted_input` or `--original_input` (in Python `input_columns`)."
             )
         if columns:
-            inputs = _prepare_columns(kind, columns, needs, processing_class)
+            prepare = _prepare_columns(kind, columns, needs, processing_class)
             break
-    if inputs is None:
+    if prepare is None:
         raise ValueError(
             f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
             f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
         )
-    return Preprocessor(inputs, label_column, tuple(columns), padding)
+    return Preprocessor(prepare, tuple(columns), padding)
 
 
 def _kind(value: Any) -> str | None:
@@ -254,11 +242,11 @@ def _text(rows: _Rows, columns: list[str], needs: ModelInputs, processing_class:
     # Many saved tokenizers know no length, and would cut nothing. RoBERTa's kind counts its positions from the padding
     # token on, which takes two of them.
     longest = min(processing_class.model_max_length, (needs.longest or 10**9) - 2)
-    masked = {"return_attention_mask": True} if needs.accepts("attention_mask") else {}
+    masked = {"return_attention_mask": True} if "attention_mask" in needs.names else {}
     encoded = processing_class(*texts, truncation=True, max_length=longest, **masked)
     if not all(encoded["input_ids"]):
         raise ValueError("it has no words")
-    names = [name for name in encoded if needs.accepts(name)]
+    names = [name for name in encoded if name in needs.names]
     return [{name: torch.tensor(encoded[name][i]) for name in names} for i in range(len(texts[0]))]
 
 
@@ -266,5 +254,5 @@ def _audio(rows: _Rows, column: str, needs: ModelInputs, processing_class: Any) 
     examples, rate = [], processing_class.sampling_rate
     for cell in rows[column]:
         encoded = processing_class(resample(*read_sound(cell), rate), sampling_rate=rate, return_tensors="pt")
-        examples.append({name: encoded[name][0] for name in encoded if needs.accepts(name)})
+        examples.append({name: encoded[name][0] for name in encoded if name in needs.names})
     return examples

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sophon_hf.models.backbone import is_backbone, with_head
-from sophon_hf.utils import kept_random_state, set_seed, unreachable
+from sophon_hf.utils import kept_random_state, quiet, set_seed, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -214,14 +214,9 @@ def _complete(cls: Any, source: str, **options: Any) -> nn.Module:
 
     if issubclass(cls, transformers.PreTrainedModel) or cls.__name__.startswith("Auto"):
         options["ignore_mismatched_sizes"] = True  # They are told below.
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # It would list every name.
-    try:
-        with kept_random_state():
-            set_seed(0)
-            model, report = cls.from_pretrained(source, output_loading_info=True, **options)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    with quiet("transformers", level=logging.ERROR), kept_random_state():  # It would list every name.
+        set_seed(0)
+        model, report = cls.from_pretrained(source, output_loading_info=True, **options)
     missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lacking := [name for name in missing if "pooler" not in name.split(".")]:
         raise ValueError(
@@ -249,10 +244,8 @@ def load_processor(source: str | os.PathLike, model: nn.Module) -> Any | None:
     try:
         processor, why = cls.from_pretrained(source), "what is there has no vocabulary"
     except absent as error:
-        processor, why = (
-            None,
-            str(error).split(". ")[0],
-        )  # What follows speaks of the Hub, also where a folder was read.
+        # What follows speaks of the Hub, also where a folder was read.
+        processor, why = None, str(error).split(". ")[0]
     if processor is None or (cls is AutoTokenizer and not _has_words(processor)):
         logger.warning(
             "No %s is saved with %s, so raw images are only scaled, and raw text or audio cannot be used: %s",

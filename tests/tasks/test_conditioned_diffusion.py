@@ -85,7 +85,7 @@ def test_a_class_conditional_model_is_attacked(tmp_path):
 def test_images_without_labels_are_given_the_null_label():
     model, task = unet(classes=4), DiffusionTask(null_label=3)
     plain, data = images(1).remove_columns("label"), images(1)
-    assert build_domain(plain, task.inputs(model)).preprocessor.label_column is None
+    assert build_domain(plain, task.inputs(model)).classes is None
     rows = torch.arange(48)
     without = task.collate(build_domain(plain, task.inputs(model)).rows(rows), rows.tolist())
     assert (without["class_labels"] == 3).all()
