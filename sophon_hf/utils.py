@@ -128,3 +128,10 @@ def process_state() -> Any:
 
     # Else accelerate would start every process of a machine without a GPU on its own.
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def has_bf16() -> bool:
+    """Return whether the device of this process computes in bfloat16."""
+    import transformers.utils
+
+    return transformers.utils.is_torch_bf16_available_on_device(process_state().device.type)

@@ -62,7 +62,6 @@ def check(results: AttackResults) -> list[FailedCheck]:
         *_broken_attacks(results, scores),
         *_still_improving(results, scores),
         *_gradients(results),
-        *_at_chance(results, scores),
         *check_scores(scores),
     ]
     examples = results.facts.get("validation_examples")
@@ -89,7 +88,7 @@ def check(results: AttackResults) -> list[FailedCheck]:
 
 def check_scores(scores: Scores) -> list[FailedCheck]:
     """Return the failed checks that need no curve: also the summaries in a claim can be checked by them."""
-    found = []
+    found = _at_chance(scores)
     lost = [
         f"{len(attack.seeds) - len(kept)} of {len(attack.seeds)} of {attack.name} on {attack.model}"
         for attack in scores.attacks
@@ -133,16 +132,16 @@ def void_reason(failed: Iterable[FailedCheck]) -> str | None:
     return next((check.message for check in failed if check.voids), None)
 
 
-def _at_chance(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+def _at_chance(scores: Scores) -> list[FailedCheck]:
     """Find a domain in which the unprotected model is no better than a guess: no attack and no protection moves it."""
     best, found = scores.best("original"), []
     strongest = None if best is None else best.mean
-    examples = results.facts.get("fingerprints", {}).get("original_test", {}).get("examples")
+    intact = scores.original_metric.get("original")
     for domain, reached, count, whose in (
-        ("original", results.original_metric.get("original"), examples, "the original model"),
-        ("restricted", strongest, results.test_examples, "the best attack on the original model"),
+        ("original", intact, scores.original_examples, "the original model"),
+        ("restricted", strongest, scores.test_examples, "the best attack on the original model"),
     ):
-        chance = results.facts.get("chance", {}).get(domain)
+        chance = scores.chance.get(domain)
         if chance is None or reached is None or not count:
             continue
         least = _LEARNED * abs(chance)

@@ -195,6 +195,10 @@ def _about(results: AttackResults) -> dict[str, str]:
     facts = results.facts
     about = {f"{role} model": name for role, name in facts.get("models", {}).items()}
     about["metric"] = f"{results.metric} ({'higher' if results.greater_is_better else 'lower'} is better)"
+    chance = results.scores().chance
+    if chance:
+        levels = ", ".join(f"{domain} {results.scores().figure(level)}" for domain, level in chance.items())
+        about["chance level"] = f"{levels} (the best answer that looks at no input)"
     for name, data in facts.get("fingerprints", {}).items():
         source = f"{data['name']}, " if data["name"] else ""
         about[_DATA.get(name, name)] = f"{source}{data['examples']} examples"

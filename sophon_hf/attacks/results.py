@@ -100,8 +100,16 @@ class AttackResults:
         """Return what scores this sweep; it goes through all runs, so take it once where several figures are wanted."""
         fingerprints = self.facts.get("fingerprints", {})
         chose = fingerprints.get("validation") or fingerprints.get("training") or {}
-        settings = self.test_examples, self.original_metric, chose.get("examples")
-        return Scores(self.summaries(), self.metric, self.greater_is_better, *settings)
+        return Scores(
+            self.summaries(),
+            self.metric,
+            self.greater_is_better,
+            self.test_examples,
+            self.original_metric,
+            chose.get("examples"),
+            {domain: level for domain, level in self.facts.get("chance", {}).items() if level is not None},
+            fingerprints.get("original_test", {}).get("examples"),
+        )
 
     def best(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
         """Return the strongest attack on a model, as `Scores.best` chooses it."""

@@ -151,6 +151,9 @@ class Scores:
         test_examples: Size of the test split.
         original_metric: The original domain's test metric of each model, where it was measured.
         validation_examples: How many chose the attacks, where known.
+        chance: By domain ("original", "restricted") the test metric of the best answer that looks at no input, where
+            known.
+        original_examples: Size of the original domain's test split, where known.
     """
 
     attacks: Sequence[AttackSummary]
@@ -159,6 +162,8 @@ class Scores:
     test_examples: int
     original_metric: dict[str, float] = field(default_factory=dict)
     validation_examples: int | None = None
+    chance: dict[str, float] = field(default_factory=dict)
+    original_examples: int | None = None
 
     @property
     def sign(self) -> int:

@@ -40,7 +40,7 @@ from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, l
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import MetricSource, refuse_two_metrics
-from sophon_hf.utils import process_state, refuse_unwritable, write_atomically
+from sophon_hf.utils import has_bf16, process_state, refuse_unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ class AttackSuite:
             raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
         if examples is not None and examples < 1:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
+        if bf16 and not has_bf16():
+            raise ValueError(f"bf16 is True, but this {process_state().device.type} has no bfloat16: leave it out.")
         refuse_two_metrics(task, metric)
         refuse_unwritable(output_dir)
         strategies = list(dict.fromkeys(strategies))

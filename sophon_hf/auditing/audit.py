@@ -32,7 +32,7 @@ from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.hub.claim import FILE_NAME, Claim, hash_weights, printable
 from sophon_hf.tasks.metrics import MetricSource
-from sophon_hf.utils import refuse_unwritable, write_atomically
+from sophon_hf.utils import has_bf16, refuse_unwritable, write_atomically
 
 
 @dataclass
@@ -176,6 +176,7 @@ def audit(
                 seeds=seeds,
                 epochs=claimed_epochs(claim) if epochs is None and str(sweep) in SWEEPS else epochs,
                 examples=data.examples,
+                bf16=claim.attacks is not None and claim.attacks.precision == "bf16" and has_bf16(),
                 task=models.task,
                 processing_class=models.processor,
                 input_columns=data.input_columns,
@@ -199,10 +200,10 @@ def _measure(found: Audit, claim: Claim, models: Models, data: AdversaryData, su
         return
     verdicts, notes, results = measure_resistance(claim, models, data, suite)
     intact, fingerprint = measure_intactness(claim, models, data, results)
-    found.verdicts += [*verdicts, intact]
+    found.verdicts += [*verdicts, *intact]
     found.notes += notes
     if results is not None:
-        found.facts |= {name: results.facts[name] for name in ("seeds", "versions", "fingerprints")}
+        found.facts |= {name: results.facts[name] for name in ("seeds", "precision", "versions", "fingerprints")}
         found.facts["attacks"] = [strategy.to_dict() for strategy in suite.strategies]
     if fingerprint is not None:
         found.facts["original_test"] = fingerprint

@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import load_torch_model
 from torch import nn
 
-from sophon_hf.attacks.adversary import AdversaryData
+from sophon_hf.attacks.adversary import AdversaryData, chance_level
 from sophon_hf.attacks.checks import check
 from sophon_hf.attacks.report import write_report
 from sophon_hf.attacks.results import AttackResults
@@ -28,6 +28,7 @@ from sophon_hf.auditing.verdicts import (
     REPRODUCED,
     TAMPERED,
     Verdict,
+    judge_chance,
     judge_intactness,
     judge_strongest,
     judge_transfer,
@@ -172,8 +173,11 @@ def measure_resistance(
     """
     if claim.attacks is None:
         return [], ["The claim holds no attack report: no resistance is claimed, and none was measured."], None
-    if models.unprotected is None or data.training is None or data.test is None:
-        why = models.why if data.training is not None else "needs data of the restricted domain (--restricted)"
+    other_precision = suite.bf16 != (claim.attacks.precision == "bf16")
+    if models.unprotected is None or data.training is None or data.test is None or other_precision:
+        why = models.why or f"the claim's attacks ran in {claim.attacks.precision}, which this machine does not have"
+        if data.training is None:
+            why = "needs data of the restricted domain (--restricted)"
         names = (f"strongest attack's {claim.metric}", "recovered transfer")
         return [Verdict(name, NOT_CHECKABLE, why=why) for name in names], [], None
     suite.strategies, left_out = _with_claimed(suite.strategies, claim)
@@ -191,6 +195,8 @@ def measure_resistance(
     write_report(results, suite.output_dir / "report")
     fingerprints, theirs = results.facts["fingerprints"], claim.attacks.data
     same_data = all(n in theirs and fingerprints[n]["hash"] == theirs[n].hash for n in ("training", "test"))
+    same_test = "test" in theirs and fingerprints["test"]["hash"] == theirs["test"].hash
+    chance = judge_chance(claim, "restricted", results.facts["chance"]["restricted"], same_test)
     verdicts = [judge_strongest(claim, results, same_data), judge_transfer(claim, results, same_data)]
     # A verdict on resistance passes only where the adversary was at least the claim's.
     ours, weaker = fingerprints["training"]["examples"], None
@@ -204,20 +210,20 @@ def measure_resistance(
     notes = [f"The attacks ran on {whose}; their report is in report/index.html."]
     for prefix, checks in (("In the audit", check(results)), ("In the claim", claim.attacks.failed_checks)):
         notes += [f"{prefix}, {found.name}: {' '.join(found.message.split())}." for found in checks]
-    return verdicts, notes, results
+    return [*verdicts, chance], notes, results
 
 
 def measure_intactness(
     claim: Claim, models: Models, data: AdversaryData, results: AttackResults | None
-) -> tuple[Verdict, dict[str, Any] | None]:
+) -> tuple[list[Verdict], dict[str, Any] | None]:
     """Measure both models on the auditor's test split of the original domain, and judge what the claim says of it.
 
     Returns:
-        The verdict, and the fingerprint of the split.
+        Verdicts, and the fingerprint of the split.
     """
     if data.original_test is None:
         why = "needs data of the original domain (--original)"
-        return Verdict(f"original {claim.metric} after protection", NOT_CHECKABLE, why=why), None
+        return [Verdict(f"original {claim.metric} after protection", NOT_CHECKABLE, why=why)], None
     split = load_domain(data.original_test, "test")
     domain = data.domain(split, "original", models.task.inputs(models.protected), models.processor)
     fingerprint, theirs = fingerprint_domain(domain), claim.intactness_data
@@ -227,8 +233,12 @@ def measure_intactness(
         if name not in measured and model is not None:
             measured[name] = evaluate_model(models.task, model, domain, EVALUATION_BATCH).metric
     same_data = theirs is not None and theirs.hash == fingerprint.hash
-    verdict = judge_intactness(claim, measured.get("original"), measured["protected"], len(domain), same_data)
-    return verdict, asdict(fingerprint)
+    verdicts = [judge_intactness(claim, measured.get("original"), measured["protected"], len(domain), same_data)]
+    if claim.attacks is not None:
+        tested = claim.attacks.data.get("original_test")
+        same_test = tested is not None and tested.hash == fingerprint.hash
+        verdicts.append(judge_chance(claim, "original", chance_level(models.task, domain), same_test))
+    return verdicts, asdict(fingerprint)
 
 
 def claimed_epochs(claim: Claim) -> float | None:

@@ -145,6 +145,28 @@ def judge_intactness(claim: Claim, before: float | None, after: float, examples:
     return Verdict(name, worst[0], claimed, measured, worst[1])
 
 
+def judge_chance(claim: Claim, domain: str, measured: float | None, same_data: bool) -> Verdict:
+    """Judge what the best answer that looks at no input reaches, which follows from the data alone.
+
+    Args:
+        claim: With the chance level that it states.
+        domain: "original" or "restricted".
+        measured: On the auditor's test split; None where it cannot be computed.
+        same_data: Whether that is the claim's own.
+    """
+    name = f"chance level in the {domain} domain"
+    stated = None if claim.attacks is None else claim.attacks.chance.get(domain)
+    ours, theirs = ("not known" if value is None else claim.scores.figure(value) for value in (measured, stated))
+    if stated is None or measured is None:
+        whose = "the claim holds no figure" if stated is None else "it cannot be computed here"
+        return Verdict(name, NOT_CHECKABLE, theirs, ours, whose)
+    if not same_data:
+        return Verdict(name, NOT_CHECKABLE, theirs, ours, "other data than the claim's, to which it belongs")
+    if abs(measured - stated) <= _ROUNDING * (1.0 if claim.greater_is_better else abs(measured)):
+        return Verdict(name, REPRODUCED, theirs, ours, "the same figure on the same data")
+    return Verdict(name, TAMPERED, theirs, ours, "it follows from the claim's own data, and is another")
+
+
 def judge_strongest(claim: Claim, results: AttackResults, same_data: bool) -> Verdict:
     """Judge what the strongest attack on the protected model reaches, where both were measured on the same data."""
     name = f"strongest attack's {claim.metric}"

@@ -105,6 +105,9 @@ class AttackReport:
         versions: Libraries that the attacks ran on.
         data: "training" and "validation" (the adversary's), "test", and where given "original" (to warm up on) and
             "original_test".
+        precision: Of the attacks' forward passes; weights are float32 in both.
+        chance: By domain the test metric of the best answer that looks at no input (the commonest class, say), where it
+            can be computed.
         original_metric: The original domain's test metric of each model, where measured.
         attacks: All of them, on all models.
         recovered_transfer: The score of the whole sweep.
@@ -115,6 +118,8 @@ class AttackReport:
     seeds: Annotated[list[int], Field(min_length=1)]
     versions: dict[str, str]
     data: dict[str, DataFingerprint]
+    precision: Annotated[str, Field(pattern="^(float32|bf16)$")]
+    chance: dict[Annotated[str, Field(pattern="^(original|restricted)$")], float]
     original_metric: dict[str, float]
     attacks: list[AttackSummary]
     recovered_transfer: RecoveredTransfer
@@ -142,6 +147,8 @@ class AttackReport:
             seeds=list(facts.get("seeds") or sorted({run.seed for run in runs})),
             versions=dict(facts.get("versions", {})),
             data={name: DataFingerprint(**values) for name, values in facts.get("fingerprints", {}).items()},
+            precision=facts.get("precision", "float32"),
+            chance=scores.chance,
             original_metric={n: float(v) for n, v in results.original_metric.items() if math.isfinite(v)},
             attacks=list(scores.attacks),
             recovered_transfer=scores.recovered_transfer()
@@ -209,8 +216,17 @@ class Claim:
             return Scores((), self.metric, self.greater_is_better, 1)
         examples = report.data["test"].examples if "test" in report.data else 1
         chose = report.data.get("validation") or report.data.get("training")
-        settings = examples, report.original_metric, None if chose is None else chose.examples
-        return Scores(report.attacks, self.metric, self.greater_is_better, *settings)
+        original = report.data.get("original_test")
+        return Scores(
+            report.attacks,
+            self.metric,
+            self.greater_is_better,
+            examples,
+            report.original_metric,
+            None if chose is None else chose.examples,
+            report.chance,
+            None if original is None else original.examples,
+        )
 
     @property
     def intactness(self) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from audited import (
     EXAMPLES,
     SWEEP,
@@ -29,7 +30,7 @@ from published import make_trainer, pixels, protect, unet
 from sophon_hf import AttackSuite, FineTuningStrategy, load_metric
 from sophon_hf.auditing import verdicts
 from sophon_hf.auditing.audit import audit as audit_model
-from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, WEAKER, compare
+from sophon_hf.auditing.verdicts import NOT_CHECKABLE, REPRODUCED, TAMPERED, WEAKER, compare
 from sophon_hf.cli import main as cli
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.fingerprint import fingerprint_domain
@@ -57,6 +58,10 @@ def test_a_true_claim_is_reproduced_on_its_own_data(truth, tmp_path):
     audit = full_audit(truth, truth["folder"], tmp_path / "audit", fresh=True)
     assert {v.verdict for v in audit.verdicts} == {REPRODUCED} and audit.exit_code == 0
     assert why_of(audit, "recovered transfer") == "the same figure on the same data"
+    assert {f"chance level in the {name} domain" for name in ("original", "restricted")} < {
+        verdict.claim for verdict in audit.verdicts
+    }
+    assert audit.facts["precision"] == "float32"
     assert (tmp_path / "audit" / "report" / "index.html").exists()
     assert any("the claim's own data" in note for note in audit.notes)
 
@@ -72,7 +77,8 @@ def test_a_true_claim_is_reproduced_on_other_data_of_the_same_domains(truth, tmp
     assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
     assert verdict_of(audit, "recovered transfer") == REPRODUCED
     # An accuracy is one on certain data; only the score can be carried over.
-    assert verdict_of(audit, "strongest attack's accuracy") == NOT_CHECKABLE
+    for name in ("strongest attack's accuracy", "chance level in the original domain"):
+        assert verdict_of(audit, name) == NOT_CHECKABLE
     assert audit.exit_code == 0
 
 
@@ -150,6 +156,31 @@ def test_a_score_that_was_forged_with_care_is_found_by_measuring(truth, folder, 
     assert verdict_of(audit, "recovered transfer") == WEAKER
     assert verdict_of(audit, "strongest attack's accuracy") == WEAKER
     assert audit.exit_code == 1
+
+
+def test_a_chance_level_that_its_own_data_contradict_is_found(truth, folder, tmp_path):
+    """Stated too low, it hides that a model is no better than a guess; too high, that an attack is."""
+    edit_claim(folder, attacks__chance__original=0.2, attacks__chance__restricted=0.3)
+    audit = full_audit(truth, folder, tmp_path / "audit")
+    for name in ("original", "restricted"):
+        found = next(v for v in audit.verdicts if v.claim == f"chance level in the {name} domain")
+        # Every fourth example is of one class.
+        assert found.verdict == TAMPERED and found.measured == "0.250"
+    assert audit.exit_code == 1
+
+
+def test_an_audit_attacks_in_the_precision_of_the_claim(truth, folder, tmp_path, monkeypatch):
+    edit_claim(folder, attacks__precision="bf16")
+    few = {"sweep": SWEEP[:1], "seeds": [0]}
+    assert full_audit(truth, folder, tmp_path / "audit", **few).facts["precision"] == "bf16"
+    monkeypatch.setattr(transformers.utils, "is_torch_bf16_available_on_device", lambda device: False)
+    audit = full_audit(truth, folder, tmp_path / "without", **few)
+    assert verdict_of(audit, "recovered transfer") == NOT_CHECKABLE
+    why = "the claim's attacks ran in bf16, which this machine does not have"
+    assert why_of(audit, "strongest attack's accuracy") == why
+    assert verdict_of(audit, "original accuracy after protection") == REPRODUCED
+    with pytest.raises(ValueError, match="bf16 is True, but this .* has no bfloat16"):
+        AttackSuite(SWEEP, tmp_path / "attacks", bf16=True)
 
 
 def test_a_broken_model_that_claims_to_be_intact_is_found(truth, tmp_path):

@@ -68,6 +68,7 @@ def test_a_configuration_that_does_not_fit_the_weights_is_found(folder, tmp_path
         ({"attacks__recovered_transfer__interval": [-1.0, 3.0]}, "its own attacks give"),
         ({"attacks__recovered_transfer__interval": None}, "its own attacks give"),
         ({"attacks__original_metric": {"original": 0.9, "protected": 0.5}}, "its own figures void"),
+        ({"attacks__chance__restricted": 0.99}, "its own figures void"),
         ({"metric": "mse"}, "greater_is_better is True, which does not go with mse"),
         ({"schema": 99}, "update sophon_hf"),
         ({"extra": 1}, "extra: Unexpected keyword argument"),

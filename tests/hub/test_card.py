@@ -100,6 +100,15 @@ def test_an_untrained_model_is_explained_where_one_was_attacked(tmp_path, saved)
     assert "*untrained*: a newly initialised model that warms up" in body(card)
 
 
+def test_chance_level_and_precision_stand_beside_the_figures(saved):
+    folder, claim, results = saved
+    text = body(make_card(folder, with_attacks(claim, results), "alice/model"))
+    assert "accuracy 35.0% on the restricted test split and 35.0% on the original test split." in text
+    assert "The attacks ran in float32." in text
+    mixed = body(make_card(folder, with_attacks(claim, results, precision="bf16", chance={}), "alice/model"))
+    assert "The attacks ran in bf16, with weights in float32." in mixed and "Chance level" not in mixed
+
+
 def test_a_strategy_space_is_told_in_words(saved):
     folder, claim, _ = saved
     method = replace(claim.method, strategy_space=StrategySpace(preparations=(None, "warm_up")))

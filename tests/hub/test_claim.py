@@ -96,6 +96,8 @@ def test_attack_figures_are_those_of_the_results(saved):
     ]
     assert report.original_metric == results.original_metric
     assert set(report.data) == {"training", "test", "original", "original_test"}
+    # Of 40 examples in turn of three classes, 14 are of the commonest.
+    assert report.precision == "float32" and report.chance == {"restricted": 0.35, "original": 0.35}
     transfer, scored = results.recovered_transfer(), report.recovered_transfer
     assert scored == transfer or scored.void
 
@@ -167,6 +169,10 @@ def changed(values: dict, place: str, value) -> dict:
         ("method.hyper_parameters", {"K": ["a", {"b": "c\u202e"}]}, r"hyper_parameters\.K\[1\]\.b holds"),
         ("versions", {"to\nrch": "1"}, "a name in versions holds characters"),
         ("attacks.seeds", [], "attacks.*seeds"),
+        ("attacks.precision", "fp8", "attacks.precision: .*float32"),
+        ("attacks.precision", KeyError, "attacks.precision: Field required"),
+        ("attacks.chance", {"benign": 0.1}, r"attacks\.chance"),
+        ("attacks.chance.restricted", None, r"attacks\.chance\.restricted"),
         ("attacks.attacks.0.strategy", {"learning_rate": -1}, r"attacks\.attacks\[0\].*learning_rate"),
         ("attacks.attacks.0.strategy", {"optimizer": {}}, r"attacks\.attacks\[0\].*optimizer"),
         ("attacks.attacks.0.strategy", {"magic": 1}, r"attacks\.attacks\[0\]\.strategy\.magic: Unexpected"),
