@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from sophon_hf.attacks.adversary import AdversaryDomains
+from sophon_hf.attacks.adversary import AdversaryDomains, head_fits
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import Domain
 from sophon_hf.finetuning.initialization import initialize
 from sophon_hf.finetuning.kernel import KernelRegression
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
-from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy
+from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import restore_precision
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.base import Task
@@ -161,6 +161,21 @@ def run_attack(
     return curve
 
 
+def try_attack(model: nn.Module, task: Task, strategy: FineTuningStrategy, data: AdversaryDomains) -> None:
+    """Take the first step of an attack on a copy of `model`, after one step of its preparation, to see that it can.
+
+    A kernel regression, which takes no steps, is computed on the smallest of the adversary's parts.
+
+    Raises:
+        NotApplicableError: As `run_attack`.
+    """
+    training, steps = data.training, strategy.total_steps(len(data.training))
+    if strategy.transfer == "kernel":
+        parts = [data.training, *(held_out for _, held_out in data.folds)]
+        training = min(parts if data.validation is None else [*parts, data.validation], key=len)
+    _fine_tune(model, task, strategy, data, training, 0, steps, (), lambda *_: None, None, trial=True)
+
+
 def _fine_tune(
     model: nn.Module,
     task: Task,
@@ -172,15 +187,21 @@ def _fine_tune(
     points: Collection[int],
     measure: Callable[[nn.Module, list[torch.Tensor], float], Any],
     after_step: Callable[[int, int], Any] | None,
+    trial: bool = False,
 ) -> nn.Module:
-    """Fine-tune a copy on `training`, call `measure` with the losses since the point before at each, and return it."""
+    """Fine-tune a copy on `training`, call `measure` with the losses since the point before at each, and return it.
+
+    A `trial` ends after the first step.
+    """
+    if strategy.needs_original_head and not head_fits(task, model, data.training):
+        raise NotApplicableError(f"the head has fewer outputs than the {data.training.num_classes} restricted classes")
     copied = copy.deepcopy(model)
     restore_precision(copied)  # A model fresh from a bf16 training would be attacked in bf16, and others not.
     device = next(model.parameters()).device
     structure = task.structure(copied, first_rows(task, training, device))
     with kept_random_state([device] if device.type == "cuda" else []):
         set_seed(derive_seed(seed, "attack"))
-        prepare_model(copied, task, strategy, training, data.original, seed)
+        prepare_model(copied, task, strategy, training, data.original, seed, most_steps=1 if trial else None)
         if strategy.transfer == "kernel":
             if strategy.initialization == "scratch":
                 initialize(copied, strategy, structure, training.num_classes or None)
@@ -217,6 +238,8 @@ def _fine_tune(
             if update.step in points:
                 measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
                 losses = []
+            if trial:
+                break
     return fine_tuning.result
 
 

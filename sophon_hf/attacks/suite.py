@@ -31,6 +31,7 @@ from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, mea
 from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
 from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
+from sophon_hf.attacks.trial import try_kinds
 from sophon_hf.data.domain import Domain
 from sophon_hf.data.loading import Source
 from sophon_hf.data.preprocessing import InputColumn
@@ -226,7 +227,10 @@ class AttackSuite:
             found = [self._read(key, run) for key, run in zip(new, runs, strict=True)]
             # A run that failed is tried again; one that is not applicable stays so.
             missing = [i for i, run in enumerate(found) if run is None or run.failed]
-            self._compute(task, models, data, [(new[i], runs[i]) for i in missing])
+            if not keys:  # What a search proposes later costs only itself.
+                lost = [runs[i] for i in missing]
+                try_kinds(lost, models, self._in_precision(task), data, required=len(lost) == len(runs))
+            self._compute(self._in_precision(task), models, data, [(new[i], runs[i]) for i in missing])
             for i in missing:
                 found[i] = self._read(new[i], runs[i])
             results.runs += [run if done is None else done for run, done in zip(runs, found, strict=True)]
@@ -301,15 +305,18 @@ class AttackSuite:
         # one object of it for all runs is what a sweep of thousands has room for.
         return replace(read, model=run.model, strategy=run.strategy)
 
+    def _in_precision(self, task: Task) -> Task:
+        """Return a task whose every forward pass, of an attack, its preparation and its measurement, has `bf16`."""
+        if self.bf16:
+            task, mixed = copy.copy(task), torch.autocast(process_state().device.type, torch.bfloat16)
+            task.predict = mixed(task.predict)  # type: ignore[method-assign]
+        return task
+
     def _compute(
         self, task: Task, models: dict[str, nn.Module], data: AdversaryDomains, missing: list[tuple[str, AttackRun]]
     ) -> None:
         """Compute this process's share of what is missing, each run a file when it ends."""
         state = process_state()
-        if self.bf16:
-            # Every forward pass of an attack, its preparation and its measurement is one of the task.
-            task, mixed = copy.copy(task), torch.autocast(state.device.type, torch.bfloat16)
-            task.predict = mixed(task.predict)  # type: ignore[method-assign]
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
@@ -319,10 +326,6 @@ class AttackSuite:
                 bar.set_postfix_str(f"attack {number}/{len(mine)}: {run.model}, {run.strategy.name}")
                 victim = models["original" if run.model in ("scratch", UNTRAINED) else run.model]
                 try:
-                    if run.strategy.needs_original_head and not head_fits(task, victim, data.training):
-                        raise NotApplicableError(
-                            f"the head has fewer outputs than the {data.training.num_classes} restricted classes"
-                        )
                     if run.model == UNTRAINED:
                         victim = untrained_copy(victim, task, data.training, run.seed)
                     run.curve = run_attack(

@@ -37,7 +37,13 @@ DISTILLATION_STEPS = 500
 
 
 def prepare_model(
-    model: nn.Module, task: Task, strategy: FineTuningStrategy, training: Domain, original: Domain | None, seed: int
+    model: nn.Module,
+    task: Task,
+    strategy: FineTuningStrategy,
+    training: Domain,
+    original: Domain | None,
+    seed: int,
+    most_steps: int | None = None,
 ) -> None:
     """Carry out the strategy's preparation, in place.
 
@@ -48,6 +54,7 @@ def prepare_model(
         training: The adversary's data.
         original: Data of the original domain, for warm-up and distillation.
         seed: Decides noise and order.
+        most_steps: A preparation of several steps, or batches, ends after so many.
 
     Raises:
         NotApplicableError: The model has nothing that the preparation acts on, or original data are missing.
@@ -57,7 +64,7 @@ def prepare_model(
         return
     before = _weights_and_statistics(model)
     if strategy.preparation == "batch_norm":
-        reestimate_batch_norm(model, task, training, seed)
+        reestimate_batch_norm(model, task, training, seed, most_steps or _STATISTICS_BATCHES)
     elif strategy.preparation == "rescale":
         rescale_weights(model, task, training)
     elif strategy.preparation == "shrink_and_perturb":
@@ -71,7 +78,8 @@ def prepare_model(
             warm_up = warm_up.with_changes(initialization="scratch")
         batches = Stream(original, task.collate, derive_seed(seed, "warm-up")).batches(warm_up.batch_size)
         structure = task.structure(model, first_rows(task, original, next(model.parameters()).device))
-        for _ in FineTuning(model, learned, warm_up, batches, steps, structure=structure):
+        tuning = FineTuning(model, learned, warm_up, batches, most_steps or steps, structure=structure)
+        for _ in tuning:
             pass
     if all(map(torch.equal, before, _weights_and_statistics(model))):
         raise RuntimeError(f"The preparation {strategy.preparation!r} changed nothing of {type(model).__name__}.")
@@ -100,8 +108,10 @@ class _Distillation:
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: int = 0) -> None:
-    """Replace batch-norm statistics by the plain average over batches of `domain`."""
+def reestimate_batch_norm(
+    model: nn.Module, task: Task, domain: Domain, seed: int = 0, count: int = _STATISTICS_BATCHES
+) -> None:
+    """Replace batch-norm statistics by the plain average over `count` batches of `domain`."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not layers:
         raise NotApplicableError(f"{type(model).__name__} has no batch norm to re-estimate")
@@ -112,7 +122,7 @@ def reestimate_batch_norm(model: nn.Module, task: Task, domain: Domain, seed: in
     device = next(model.parameters()).device
     model.train()
     stream = Stream(domain, task.collate, derive_seed(seed, "batch norm"))
-    for _, batch in zip(range(_STATISTICS_BATCHES), stream.batches(min(100, len(domain))), strict=False):
+    for _, batch in zip(range(count), stream.batches(min(100, len(domain))), strict=False):
         task.predict(model, to_device(batch, device))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
