@@ -11,8 +11,7 @@ from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
 from sophon_hf.attacks.suite import AttackSuite
 from sophon_hf.cli.loading import (
-    input_columns,
-    label_columns,
+    columns,
     load_half,
     load_metric,
     load_split,
@@ -25,8 +24,6 @@ from sophon_hf.data.domain import build_domain
 from sophon_hf.models.loading import agree_on_padding, load_model, load_processor
 from sophon_hf.tasks.base import load_task
 from sophon_hf.utils import process_state
-
-_DOMAINS = ("original", "restricted", "benign")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -43,8 +40,7 @@ def run(options: argparse.Namespace) -> None:
         examples=options.examples,
         bf16=options.bf16,
         metric=load_metric(options),
-        input_columns=input_columns(options, _DOMAINS),
-        label_columns=label_columns(options, _DOMAINS),
+        **columns(options),
     )
     remarks = [remark for source in (protected, options.model) if (remark := look_for(source))]
     training, test = load_half(options, defender=False), load_split(options, "restricted", test=True)
@@ -97,7 +93,7 @@ def _tell_plan(
             task.inputs(model),
             processor,
             name="restricted",
-            input_column=options.restricted_input,
+            input_column=columns(options)["input_columns"]["restricted"],
             label=options.restricted_label,
         )
         sizes = [min(strategy.batch_size, len(domain)) for strategy in suite.strategies]

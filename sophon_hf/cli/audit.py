@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from sophon_hf.auditing.audit import audit
-from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, protected_model
+from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, protected_model
 from sophon_hf.utils import process_state
 
 
@@ -28,8 +28,7 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         examples=options.examples,
         metric=load_metric(options),
-        input_columns=input_columns(options),
-        label_columns=label_columns(options),
+        **columns(options),
     )
     if process_state().is_main_process:
         print(found.to_text())

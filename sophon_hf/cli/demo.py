@@ -18,7 +18,7 @@ from sophon_hf.benchmarking.benchmark import attack, protect_by_preset
 from sophon_hf.benchmarking.pairs import Pair, load_pair
 from sophon_hf.models.loading import load_model
 
-MARK = ".sophon-demo"
+_MARK = ".sophon-demo"
 # The preset, as which model of the report, and in which folder.
 _PROTECTIONS = {"representation": ("representation", "protected"), "paper": ("Algorithm 1", "algorithm-1")}
 
@@ -97,14 +97,14 @@ def _attack(output_dir: Path, seeds: Sequence[int]) -> AttackResults:
 def _make_room(output_dir: Path) -> None:
     """Remove an earlier demo, which its mark tells from work under the same names, and nothing else."""
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    made = {"original", "protected", "algorithm-1", "attacks", "report", MARK}
-    others = sorted(found - made if MARK in found else found)
+    made = {"original", "protected", "algorithm-1", "attacks", "report", _MARK}
+    others = sorted(found - made if _MARK in found else found)
     if others:
         raise ValueError(f"{output_dir} holds {others[0]!r}, which no demo has made: choose an empty or a new folder.")
-    for name in found - {MARK}:
+    for name in found - {_MARK}:
         shutil.rmtree(output_dir / name)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / MARK).touch()
+    (output_dir / _MARK).touch()
 
 
 def _table(results: AttackResults, pair: Pair) -> str:

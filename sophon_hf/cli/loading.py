@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -13,7 +14,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from sophon_hf.data.labels import split_domain
-from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.data.splits import load_part
 from sophon_hf.tasks import metrics
 from sophon_hf.tasks.latents import encode_captions
@@ -31,7 +31,11 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
     if told[domain] is None:
         return None
     names = [name.partition("=")[::2] for name in told[f"{domain}_classes"] or ()]
-    pixel_range = _pair(told[f"{domain}_pixel_range"], domain)
+    pixel_range = told[f"{domain}_pixel_range"]
+    if pixel_range is not None and len(pixel_range) != 2:
+        raise ValueError(
+            f"{domain}_pixel_range is {pixel_range}, but takes two numbers: what is black and what is white."
+        )
     with _named(options, domain):
         dataset = load_part(
             told[domain],
@@ -62,14 +66,6 @@ def _named(options: argparse.Namespace, domain: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"--{domain} {getattr(options, domain)}: {error}") from error
-
-
-def _pair(values: list[float] | None, domain: str) -> tuple[float, float] | None:
-    if values is None:
-        return None
-    if len(values) != 2:
-        raise ValueError(f"{domain}_pixel_range is {values}, but takes two numbers: what is black and what is white.")
-    return values[0], values[1]
 
 
 def load_half(options: argparse.Namespace, defender: bool) -> datasets.Dataset | None:
@@ -145,17 +141,15 @@ def load_metric(options: argparse.Namespace) -> str | Metric | None:
     return metrics.load_metric(module, compute_kwargs=arguments)
 
 
-def label_columns(
-    options: argparse.Namespace, domains: Iterable[str] = ("original", "restricted")
-) -> dict[str, str | None]:
-    """Return the label column of each domain, where one is named."""
-    return {domain: getattr(options, f"{domain}_label") for domain in domains}
+def columns(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags name by domain, as "input_columns" (two of text make one input) and "label_columns".
 
-
-def input_columns(
-    options: argparse.Namespace, domains: Iterable[str] = ("original", "restricted")
-) -> dict[str, InputColumn]:
-    """Return the input column of each domain, where one is named and still there; two of text make one input."""
+    An input column that a caption was encoded with is no longer there, and counts as not named.
+    """
     told = vars(options)
+    domains = [domain for domain in ("original", "restricted", "benign") if domain in told]
     named = {domain: None if told[f"{domain}_caption"] else told[f"{domain}_input"] for domain in domains}
-    return {domain: names[0] if names and len(names) == 1 else names for domain, names in named.items()}
+    return {
+        "input_columns": {name: given[0] if given and len(given) == 1 else given for name, given in named.items()},
+        "label_columns": {domain: told[f"{domain}_label"] for domain in domains},
+    }

@@ -85,6 +85,27 @@ class _Flag:
     choices: Sequence[str] | None = None
 
 
+def _reading_flags(domain: str, commands: str) -> dict[str, _Flag]:
+    """Return the flags that say how a domain's data are read."""
+    return {
+        f"{domain}_split": _Flag(commands, f"split of --{domain} to learn from", default="train"),
+        f"{domain}_test_split": _Flag(commands, f"split of --{domain} to report on", default="test"),
+        f"{domain}_classes": _Flag(
+            commands, f"keep these classes of --{domain}, in this order; old=new renames one", "list[str]"
+        ),
+        f"{domain}_input": _Flag(
+            commands, f"input column of --{domain}, where it is not clear, or two columns of text", "list[str]"
+        ),
+        f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
+        f"{domain}_caption": _Flag(
+            commands, f"caption column of --{domain}, for a text-to-image pipeline, whose own parts encode it"
+        ),
+        f"{domain}_pixel_range": _Flag(
+            commands, f"black and white in pictures of --{domain} with more than 8 bits, as 0 4095", "list[float]"
+        ),
+    }
+
+
 _FLAGS = {
     "model": _Flag(
         "protect attack audit",
@@ -102,31 +123,9 @@ _FLAGS = {
         "protect attack audit", "restricted domain: Hub id or folder of a data set", required="protect attack"
     ),
     "benign": _Flag("attack", "an allowed task (Hub id or folder): what the protection costs an honest user"),
-    **{
-        name: flag
-        for domain, commands in (
-            ("original", "protect attack audit"),
-            ("restricted", "protect attack audit"),
-            ("benign", "attack"),
-        )
-        for name, flag in {
-            f"{domain}_split": _Flag(commands, f"split of --{domain} to learn from", default="train"),
-            f"{domain}_test_split": _Flag(commands, f"split of --{domain} to report on", default="test"),
-            f"{domain}_classes": _Flag(
-                commands, f"keep these classes of --{domain}, in this order; old=new renames one", "list[str]"
-            ),
-            f"{domain}_input": _Flag(
-                commands, f"input column of --{domain}, where it is not clear, or two columns of text", "list[str]"
-            ),
-            f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
-            f"{domain}_caption": _Flag(
-                commands, f"caption column of --{domain}, for a text-to-image pipeline, whose own parts encode it"
-            ),
-            f"{domain}_pixel_range": _Flag(
-                commands, f"black and white in pictures of --{domain} with more than 8 bits, as 0 4095", "list[float]"
-            ),
-        }.items()
-    },
+    **_reading_flags("original", "protect attack audit"),
+    **_reading_flags("restricted", "protect attack audit"),
+    **_reading_flags("benign", "attack"),
     "test_share": _Flag(
         "protect attack audit",
         "share of a domain without a test split that is kept for tests (seeded, stratified, copies on one side)",

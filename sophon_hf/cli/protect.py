@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import tempfile
 
-from sophon_hf.cli.loading import input_columns, label_columns, load_half, load_metric, load_split, look_for
+from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, look_for
 from sophon_hf.cli.timing import DryRunEnd, TellTime
 from sophon_hf.protection.checkpoints import checkpoint_in
 from sophon_hf.protection.config import SophonConfig
@@ -41,8 +41,7 @@ def _protect(options: argparse.Namespace) -> None:
         load_split(options, "original"),
         config,
         metric=metric,
-        input_columns=input_columns(options),
-        label_columns=label_columns(options),
+        **columns(options),
         callbacks=[TellTime(options.dry_run)],
     )
     try:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from sophon_hf import SophonConfig
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep
 from sophon_hf.cli.fields import sophon_fields, training_fields
-from sophon_hf.cli.loading import input_columns, load_metric, load_split
+from sophon_hf.cli.loading import columns, load_metric, load_split
 from sophon_hf.cli.options import COMMANDS, read_options
 from sophon_hf.cli.protect import build_config
 from sophon_hf.protection.presets import PRESETS
@@ -179,7 +179,7 @@ def test_captions_are_encoded_by_the_pipeline_that_is_named(tmp_path):
     assert set(training.column_names) == {"latents", "encoder_hidden_states"} and (len(training), len(test)) == (4, 1)
     expected = encode_captions(tmp_path / "pipeline", data, image_column="picture", caption_column="words")
     assert test["latents"][0] in expected["latents"][:]
-    assert input_columns(options)["restricted"] is None
+    assert columns(options)["input_columns"]["restricted"] is None
     options = read_options("audit", [write(tmp_path, restricted_caption="words", **told)])
     with pytest.raises(ValueError, match="restricted_caption is 'words': name by --model the pipeline"):
         load_split(options, "restricted")
