@@ -87,8 +87,7 @@ def main_input(model: nn.Module) -> str:
 
 def padding_id(model: nn.Module) -> int | None:
     """Return the token that the model takes for padding, or None where it names none that it could read."""
-    config: Any = getattr(unwrap(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_config(unwrap(model))
     token, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     return token if token is not None and 0 <= token < (words or token + 1) else None
 
@@ -101,10 +100,14 @@ def agree_on_padding(model: nn.Module, processing_class: Any | None) -> None:
     """
     ends = (getattr(processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
     token = next((token for token in ends if token is not None), None)
-    config: Any = getattr(model, "config", None)
-    if token is not None and config is not None and padding_id(model) is None:
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_config(model)
+    if token is not None and text is not None and padding_id(model) is None:
         text.pad_token_id = token
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def hash_state(model: nn.Module) -> str:
@@ -182,24 +185,23 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    names = config.architectures or []
-    if names and (is_backbone(names[0]) or names[0].endswith(("ForMaskedLM", "ForPreTraining"))):
-        # What it was pre-trained with is left behind, as anyone who fine-tunes it does.
-        cls = getattr(transformers, names[0] if is_backbone(names[0]) else "AutoModel", transformers.AutoModel)
-        return _complete(cls, source, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    kinds = ("Classification", "Classifier", "ClassificationWithTeacher")
-    if not names or not names[0].endswith(kinds) or names[0].endswith("TokenClassification"):
+    name = next(iter(config.architectures or ()), "")
+    kinds = ("ImageClassification", "SequenceClassification", "AudioClassification")
+    endings = ("Classification", "Classifier", "ClassificationWithTeacher")
+    if name.endswith(("ForMaskedLM", "ForPreTraining")):
+        name = auto = "AutoModel"  # What it was pre-trained with is left behind, as anyone who fine-tunes it does.
+    elif is_backbone(name):
+        auto = "AutoModel"
+    elif name.endswith(endings) and not name.endswith("TokenClassification"):
+        auto = next((f"AutoModelFor{kind}" for kind in kinds if kind in name), "AutoModelForImageClassification")
+    else:
         raise ValueError(
-            f"{source!r} holds {names or 'no named architecture'}: a classifier (…ForImageClassification, "
-            "…ForSequenceClassification, …ForAudioClassification), a backbone (…Model) or a denoiser of diffusers is "
-            "needed."
+            f"{source!r} holds {config.architectures or 'no named architecture'}: a classifier "
+            "(…ForImageClassification, …ForSequenceClassification, …ForAudioClassification), a backbone (…Model) or a "
+            "denoiser of diffusers is needed."
         )
-    cls = getattr(transformers, names[0], None)
-    if cls is None:
-        kind = next(
-            k for k in ("ImageClassification", "SequenceClassification", "AudioClassification") if k in names[0]
-        )
-        cls = getattr(transformers, f"AutoModelFor{kind}")
+    # Code of the repository's own has a class that transformers does not.
+    cls = getattr(transformers, name, None) or getattr(transformers, auto)
     # Not in the half precision that it may be stored in: small updates would be rounded away.
     return _complete(cls, source, trust_remote_code=trust_remote_code, dtype=torch.float32)
 

@@ -139,7 +139,7 @@ def _has_weight(module: nn.Module) -> bool:
     if isinstance(module, (*_LINEAR, *_CONVOLUTIONS)):
         return True
     known = (*NORMALISATIONS, *_CONTAINERS, nn.Embedding)
-    leaf = not isinstance(module, known) and not any(True for _ in module.children())
+    leaf = not isinstance(module, known) and not list(module.children())
     return leaf and any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 
@@ -208,10 +208,6 @@ def _blocks(modules: dict[str, nn.Module]) -> list[str]:
             return [found for n in outermost for found in collect(n, modules[n])]
         if name and is_candidate(module):
             return [name]
-        return [
-            found
-            for child, element in module.named_children()
-            for found in (collect(f"{prefix}{child}", element) if element is not module else [])
-        ]
+        return [n for child, element in module.named_children() for n in collect(f"{prefix}{child}", element)]
 
     return collect("", modules[""])
