@@ -68,7 +68,7 @@ class AdversaryDomains:
             "training_examples": len(self.training),
             "validation_examples": self.validation_examples,
             "folds": len(self.folds),
-            "chance": {name: chance_level(task, domain) for name, domain in tested.items() if domain is not None},
+            "chance": {name: _chance_level(task, domain) for name, domain in tested.items() if domain is not None},
             "data": {name: given[name].fingerprint for name in ("training", "validation", "test") if name in given},
             "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in given.items()},
         }
@@ -142,9 +142,13 @@ class AdversaryData:
             )
         elif self.examples is not None:
             dataset = at_most(dataset, self.examples, column=label)
-        training, tested = (self.domain(part, "restricted", needs, processor, classes) for part in (dataset, test))
+
+        def restricted(part: Source) -> Domain:
+            return self.domain(part, "restricted", needs, processor, classes)
+
+        training, tested = restricted(dataset), restricted(test)
         training.refuse_constant()
-        validated = None if held_out is None else self.domain(held_out, "restricted", needs, processor, classes)
+        validated = None if held_out is None else restricted(held_out)
         if carved and held_out is not None and validated is not None:
             # Data that hold an example twice would otherwise have it on both sides.
             raw = training.transformed
@@ -153,11 +157,9 @@ class AdversaryData:
             if not kept:
                 raise ValueError("Every validation example is a training example too: give a validation_dataset.")
             if len(kept) < len(hashes):
-                validated = self.domain(held_out.select(kept), "restricted", needs, processor, classes)
-        folds = []
-        for rows in _fold_rows(training) if cross else ():
-            both = (self.domain(dataset.select(part), "restricted", needs, processor, classes) for part in rows)
-            folds.append((next(both), next(both)))
+                validated = restricted(held_out.select(kept))
+        rows = _fold_rows(training) if cross else []
+        folds = [(restricted(dataset.select(kept)), restricted(dataset.select(out))) for kept, out in rows]
         original = original_test = None
         if self.original is not None:
             original = self.domain(self.original, "original", needs, processor)
@@ -229,7 +231,7 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     return task.fits(domain.labels, outputs) and domain.num_classes <= (outputs or domain.num_classes)
 
 
-def chance_level(task: Task, domain: Domain) -> float | None:
+def _chance_level(task: Task, domain: Domain) -> float | None:
     """Return the metric of the best answer that looks at no input; None where it cannot be computed.
 
     That answer is the commonest class, the commoner side of every label, or a prediction of zeros.

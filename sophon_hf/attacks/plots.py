@@ -37,7 +37,6 @@ def plot_curves(
     panels: Mapping[str, Mapping[str, _Line]],
     path: Path,
     metric: str = "accuracy",
-    title: str = "",
     unit: str = "epochs",
 ) -> Path:
     """Draw the metric in the restricted domain while an adversary fine-tunes, as in Fig. 3: one panel a strategy.
@@ -47,7 +46,6 @@ def plot_curves(
             mean over seeds, the band one standard deviation.
         path: Where the PNG goes.
         metric: Label of the y axis.
-        title: Above the panels.
         unit: Of the x axis.
     """
     columns = max(1, min(_PANELS_IN_A_ROW, len(panels)))
@@ -70,8 +68,6 @@ def plot_curves(
         row[0].set_ylabel(f"{metric} in the restricted domain")
     if panels:
         axes[0][0].legend(frameon=False)
-    if title:
-        figure.suptitle(title)
     figure.tight_layout()
     return _save(figure, path)
 
@@ -123,27 +119,6 @@ def plot_best_so_far(lines: Mapping[str, np.ndarray], path: Path, metric: str) -
     axis.grid(alpha=0.3)
     if lines:
         axis.legend(frameon=False)
-    return _save(figure, path)
-
-
-def plot_stability(lines: Mapping[str, Sequence[float]], path: Path, title: str = "") -> Path:
-    """Draw a suppression loss over the iterations, one line a run, as in Fig. 13 and 14; gaps where it is not finite.
-
-    Args:
-        lines: Label -> L_FTS of each iteration.
-        path: Where the PNG goes.
-        title: Above the plot.
-    """
-    figure = Figure(figsize=(6, 3.6))
-    axis = figure.subplots()
-    for label, values in lines.items():
-        axis.plot(np.where(np.isfinite(values), values, np.nan), label=label, linewidth=1)
-    axis.set_xlabel("iteration")
-    axis.set_ylabel("L_FTS")
-    axis.set_yscale("symlog")
-    axis.set_title(title)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
     return _save(figure, path)
 
 

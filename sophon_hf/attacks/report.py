@@ -22,7 +22,7 @@ from sophon_hf.tasks.diffusion import BANDS
 from sophon_hf.utils import write_atomically
 
 # A table for readers has a dozen columns, a heat map a few hundred rows; all points are in results.json.
-COLUMNS, ROWS = 12, 200
+_COLUMNS, _ROWS = 12, 200
 
 _DATA = {
     "training": "adversary's training data",
@@ -226,8 +226,8 @@ def _attack_tables(results: AttackResults) -> dict[str, _Table]:
     curves, figure = {model: results.curves(model) for model in results.models()}, results.scores().figure
     shown = [found for by_strategy in curves.values() for found in by_strategy.values()]
     epochs = sorted({round(epoch, 2) for found in shown for epoch in found[0].epoch})
-    if len(epochs) > COLUMNS:
-        epochs = list(dict.fromkeys([*epochs[:: -(-len(epochs) // COLUMNS)], epochs[-1]]))
+    if len(epochs) > _COLUMNS:
+        epochs = list(dict.fromkeys([*epochs[:: -(-len(epochs) // _COLUMNS)], epochs[-1]]))
     tables = {}
     for model, by_strategy in curves.items():
         rows = []
@@ -256,6 +256,6 @@ def _heat_map(scores: Scores) -> tuple[list[str], list[str], np.ndarray]:
         final = mean_of_finite([v for v in attack.final if v is not None])
         values[row[attack.name], models.index(attack.model)] = final
     # Strongest on the first model first, NaN last.
-    kept = np.sort(np.argsort(-scores.sign * values[:, 0])[:ROWS]) if models else np.array([], dtype=int)
+    kept = np.sort(np.argsort(-scores.sign * values[:, 0])[:_ROWS]) if models else np.array([], dtype=int)
     names = list(row)
     return [names[i] for i in kept], models, values[kept]

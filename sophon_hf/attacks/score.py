@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 
@@ -187,15 +188,8 @@ class Scores:
             model: Its name.
             among: Only these strategies.
         """
-        allowed = None if among is None else set(among)
-        found = [
-            (self.sign * attack.validation, attack)
-            for attack in self.attacks
-            if attack.model == model
-            and attack.validation is not None
-            and (allowed is None or attack.strategy in allowed)
-        ]
-        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+        found = [(self.sign * a.validation, a) for a in self._on(model, among) if a.validation is not None]
+        return max(found, key=itemgetter(0), default=(0.0, None))[1]
 
     def highest(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> AttackSummary | None:
         """Return the attack on a model with the strongest test metric of all (`AttackSummary.highest`).
@@ -203,13 +197,8 @@ class Scores:
         It is printed beside what validation data chose, and scores nothing by itself: a maximum over test figures is
         too large by luck alone.
         """
-        allowed = None if among is None else set(among)
-        found = [
-            (self.sign * attack.highest, attack)
-            for attack in self.attacks
-            if attack.model == model and attack.highest is not None and (allowed is None or attack.strategy in allowed)
-        ]
-        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+        found = [(self.sign * a.highest, a) for a in self._on(model, among) if a.highest is not None]
+        return max(found, key=itemgetter(0), default=(0.0, None))[1]
 
     def collapsed(self, model: str = "protected") -> str | None:
         """Say how a model lost the original domain; None where it did not, or where that was not measured."""
@@ -227,17 +216,9 @@ class Scores:
 
     def broken_off(self, model: str = "protected", among: Iterable[FineTuningStrategy] | None = None) -> str | None:
         """Say which attacks ended on the original model and failed with every seed on `model`; None where none did."""
-        allowed = None if among is None else set(among)
-        compared = {a.strategy for a in self.attacks if a.model == "original" and a.seeds}
-        names = dict.fromkeys(
-            a.name
-            for a in self.attacks
-            if a.model == model
-            and a.failed
-            and not a.seeds
-            and a.strategy in compared
-            and (allowed is None or a.strategy in allowed)
-        )
+        compared = {a.strategy for a in self._on("original") if a.seeds}
+        failed = (a for a in self._on(model, among) if a.failed and not a.seeds)
+        names = dict.fromkeys(a.name for a in failed if a.strategy in compared)
         if not names:
             return None
         return (
@@ -262,8 +243,7 @@ class Scores:
         if reason := self.collapsed(model) or self.broken_off(model, among):
             return RecoveredTransfer(None, None, reason)
         error = np.hypot(self._error(original), self._error(scratch))
-        least = _LEAST_TRANSFER * (1.0 if self.greater_is_better else abs(scratch.mean))
-        needed = max(least, _STANDARD_ERRORS * error)
+        needed = max(_LEAST_TRANSFER * self.scale, _STANDARD_ERRORS * error)
         # Written so that NaN is void too.
         if not (original.mean - scratch.mean) * self.sign >= needed:
             close, far, apart = (self.figure(value) for value in (original.mean, scratch.mean, needed))
@@ -289,7 +269,7 @@ class Scores:
 
         One row for each of 200 random orders, since that in which a sweep lists its attacks means nothing.
         """
-        attacks = self._choosable(model, None)
+        attacks = self._choosable(model)
         weakest_first = np.argsort([self.sign * (attack.validation or 0.0) for attack in attacks], kind="stable")
         generator = np.random.default_rng(0)
         orders = [np.maximum.accumulate(generator.permutation(len(attacks))) for _ in range(_ORDERS)]
@@ -323,7 +303,7 @@ class Scores:
             The expected excess of the chosen figure over what its attack is worth, and that of the highest; None of a
             single attack, or where no attack has two seeds.
         """
-        attacks = self._choosable(model, None)
+        attacks = self._choosable(model)
         variances = [attack.sd**2 / len(attack.finite) for attack in attacks if len(attack.finite) > 1]
         if len(attacks) < 2 or not variances:
             return None
@@ -346,15 +326,12 @@ class Scores:
         """Return the standard error of a test figure, by seeds and by test examples."""
         return float(np.hypot(attack.standard_error, self._test_noise(attack.mean)))
 
-    def _choosable(self, model: str, among: set | None) -> list[AttackSummary]:
-        return [
-            attack
-            for attack in self.attacks
-            if attack.model == model
-            and attack.validation is not None
-            and attack.finite
-            and (among is None or attack.strategy in among)
-        ]
+    def _on(self, model: str, among: Iterable[FineTuningStrategy] | None = None) -> list[AttackSummary]:
+        allowed = None if among is None else set(among)
+        return [a for a in self.attacks if a.model == model and (allowed is None or a.strategy in allowed)]
+
+    def _choosable(self, model: str, among: set | None = None) -> list[AttackSummary]:
+        return [attack for attack in self._on(model, among) if attack.validation is not None and attack.finite]
 
     def _validation_noise(self, attacks: Sequence[AttackSummary]) -> np.ndarray:
         """Return by how much other validation examples would change what each attack is chosen by."""

@@ -10,14 +10,7 @@ import datasets
 from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
 from sophon_hf.attacks.suite import AttackSuite
-from sophon_hf.cli.loading import (
-    columns,
-    load_half,
-    load_metric,
-    load_split,
-    look_for,
-    protected_model,
-)
+from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, look_for, protected_model
 from sophon_hf.cli.report import tell
 from sophon_hf.cli.timing import attack_seconds, duration
 from sophon_hf.data.domain import build_domain
