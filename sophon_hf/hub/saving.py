@@ -70,37 +70,37 @@ def save_protected(
         claim.write(beside)
 
 
-def _save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str = _SHARD_SIZE) -> None:
-    """Save as the model's own library does, so that `from_pretrained` loads it; a denoiser in its pipeline."""
+def _save_model_files(model: nn.Module, folder: Path, task: Task, max_shard_size: int | str) -> None:
+    """Save as the model's own library does, so that `from_pretrained` loads it."""
     saved: Any = library_model(model)
     if not hasattr(saved, "save_pretrained"):
         save_torch_model(saved, folder, max_shard_size=max_shard_size)
-    elif not isinstance(task, DiffusionTask):
-        saved.save_pretrained(folder, max_shard_size=max_shard_size)
+    elif isinstance(task, DiffusionTask):
+        _save_denoiser(saved, folder, task, max_shard_size)
     else:
-        # A copy, since saving writes into the configuration of what is saved.
-        scheduler = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
-        _save_denoiser(saved, folder, scheduler, task.pipeline, max_shard_size)
-        # diffusers notes where a model was loaded from, which may be a folder under the user's name.
-        for config in [*folder.rglob("config.json"), *folder.glob("model_index.json")]:
-            values = json.loads(config.read_text(encoding="utf-8"))
-            values.pop("_name_or_path", None)
-            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        saved.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def _save_denoiser(model: Any, folder: Path, scheduler: Any, pipeline: str | None, max_shard_size: int | str) -> None:
+def _save_denoiser(model: Any, folder: Path, task: DiffusionTask, max_shard_size: int | str) -> None:
     """Save a denoiser in the whole pipeline that it comes from; else in DDPM's, or beside its scheduler."""
     from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-    if pipeline is not None:
-        part = next(name for name, cls in pipeline_parts(pipeline).items() if cls == type(model).__name__)
-        whole = DiffusionPipeline.from_pretrained(pipeline, **{part: model})
-        whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    # A copy, since saving writes into the configuration of what is saved.
+    scheduler: Any = type(task.noise_scheduler).from_config(task.noise_scheduler.config)
+    saved = model
+    if task.pipeline is not None:
+        part = next(name for name, cls in pipeline_parts(task.pipeline).items() if cls == type(model).__name__)
+        saved = DiffusionPipeline.from_pretrained(task.pipeline, **{part: model})
     elif isinstance(model, UNet2DModel):
-        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder, max_shard_size=max_shard_size)
+        saved = DDPMPipeline(unet=model, scheduler=scheduler)
     else:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
         scheduler.save_pretrained(folder / "scheduler")
+    saved.save_pretrained(folder, max_shard_size=max_shard_size)
+    # diffusers notes where a model was loaded from, which may be a folder under the user's name.
+    for config in [*folder.rglob("config.json"), *folder.glob("model_index.json")]:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,9 +123,9 @@ def hash_state(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def as_integers(value: int | Iterable[int]) -> tuple[int, ...]:
-    """Return a size as a tuple."""
-    return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return a configured size, of which one number stands for both, as height and width."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
 
 
 def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> nn.Module:

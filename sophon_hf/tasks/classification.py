@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import as_integers, forward_names, main_input, padding_id, unwrap
+from sophon_hf.models.loading import forward_names, height_and_width, main_input, padding_id, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, inverse_cross_entropy, kl_from_uniform, negated_cross_entropy
 from sophon_hf.tasks.metrics import MetricSource, load_metric
@@ -122,8 +122,7 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     config: Any = getattr(unwrap(model), "config", None)
     if any(getattr(config, name, None) is None for name in ("image_size", "patch_size", "num_attention_heads")):
         return None
-    height_and_width = as_integers(config.image_size)
-    return height_and_width if len(height_and_width) == 2 else (height_and_width[0], height_and_width[0])
+    return height_and_width(config.image_size)
 
 
 def _class_names(model: nn.Module) -> tuple[str, ...]:

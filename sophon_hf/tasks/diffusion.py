@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sophon_hf.data.batches import Batch
 from sophon_hf.data.preprocessing import ModelInputs
-from sophon_hf.models.loading import as_integers, evaluation_mode, forward_names, unwrap
+from sophon_hf.models.loading import evaluation_mode, forward_names, height_and_width, unwrap
 from sophon_hf.models.structure import ModelStructure, find_structure
 from sophon_hf.tasks.losses import at_least_float32, denial_of_service, negated_mse
 from sophon_hf.tasks.metrics import MetricSource, load_metric
@@ -91,13 +91,13 @@ class DiffusionTask:
         if "added_cond_kwargs" in names and getattr(config, "addition_embed_type", None) == "text_time":
             names += _ADDED
         main, classes = _main(names), _number_of_classes(config) if "class_labels" in names else None
-        size = as_integers(config.sample_size) if getattr(config, "sample_size", None) is not None else ()
+        size = getattr(config, "sample_size", None)
         return ModelInputs(
             names=tuple(name for name in names if name != "class_labels" or classes is not None),
             main=main,
             labelled=False,
             channels=config.in_channels,
-            image_size=None if not size else (size[0], size[-1]),
+            image_size=None if size is None else height_and_width(size),
             symmetric=True,
             conditioned=classes,
             null_label=self.null_label,
@@ -199,9 +199,8 @@ class DiffusionTask:
         from diffusers import DDIMScheduler
 
         kind: Any = type(self.noise_scheduler) if self._flow else DDIMScheduler
-        scheduler = kind.from_config(
-            self.noise_scheduler.config, **({"use_dynamic_shifting": False} if self._flow else {})
-        )
+        static = {"use_dynamic_shifting": False} if self._flow else {}
+        scheduler = kind.from_config(self.noise_scheduler.config, **static)
         scheduler.set_timesteps(steps)
         main, device = _main(rows), next(model.parameters()).device
         examples = torch.randn(rows[main].shape, generator=torch.Generator().manual_seed(0), dtype=rows[main].dtype)
