@@ -107,7 +107,7 @@ def _reset(module: nn.Module) -> None:
         reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
         if reset is not None:
             reset()
-        elif any(True for _ in part.parameters(recurse=False)):
+        elif list(part.parameters(recurse=False)):
             raise NotApplicableError(
                 f"{name or type(module).__name__!r} ({type(part).__name__}) has parameters of its own but no "
                 "`reset_parameters`, so it cannot be re-initialised: give it that method."

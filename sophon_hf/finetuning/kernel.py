@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,22 +54,20 @@ def watched_features(model: nn.Module, blocks: Sequence[str], heads: Sequence[st
     A feature map is given by its means over a 2 x 2 grid, tokens by their mean; shape (batch, d).
     """
     features: list[Tensor] = []
-    handles = [model.get_submodule(block).register_forward_hook(_after(features)) for block in blocks]
-    for name in heads:
-        head = model.get_submodule(name)
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: features.append(_pooled(inputs[0]))))
+
+    def after(block: nn.Module, _: tuple, output: Tensor | tuple) -> None:
+        features.append(_pooled(output if isinstance(output, Tensor) else output[0]))
+
+    def before(head: nn.Module, inputs: tuple) -> None:
+        features.append(_pooled(inputs[0]))
+
+    handles = [model.get_submodule(name).register_forward_hook(after) for name in blocks]
+    handles += [model.get_submodule(name).register_forward_pre_hook(before) for name in heads]
     try:
         yield features
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _after(features: list[Tensor]) -> Callable:
-    def hook(block: nn.Module, _: tuple, output: Tensor | tuple) -> None:
-        features.append(_pooled(output if isinstance(output, Tensor) else output[0]))
-
-    return hook
 
 
 def _pooled(output: Tensor) -> Tensor:

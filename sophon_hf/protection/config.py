@@ -21,8 +21,6 @@ _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "
     "rounds the weights: use bf16=True or full precision."
 )
-
-
 # Fields of the Trainer's that nothing here reads, and what does what they are for.
 _WITHOUT_EFFECT = {
     "num_train_epochs": "`max_steps` is the number of iterations",
@@ -225,8 +223,9 @@ class SophonConfig(TrainingArguments):
             "per_device_train_batch_size": 1,
             "seed": 0,
             "dataloader_num_workers": 0,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
         }
-        whole |= {"per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -269,7 +268,6 @@ class SophonConfig(TrainingArguments):
                 "The exact gradient does not reach through preparations: leave `second_order` off, or 'warm_up' and "
                 "'shrink_and_perturb' out."
             )
-
         if "warm_up" in self.space.preparations:
             self._check_warm_up()
         try_libraries(self)

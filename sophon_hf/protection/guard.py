@@ -105,6 +105,7 @@ class Guard(TrainerCallback):
         self.model, self.tolerance, self.greater_is_better, self.metric = model, tolerance, greater_is_better, metric
         self.error, self.examples, self.own_loss = error, examples, own_loss
         self.on_violation, self.on_change = on_violation, on_change
+        self._sign = 1 if greater_is_better else -1
         self.begin()
 
     def begin(self) -> None:
@@ -163,7 +164,7 @@ class Guard(TrainerCallback):
             self._scale_alpha(1 / 4)
         elif self.stays_beyond(_SLACK * max(0.0, 1 - step / end)) and not self.comes_back(end):
             self._scale_alpha(1 / 2)
-        elif step > 0 and inside and self.state.alpha_scale < (_MOST if step < end else 1) and not self.settled:
+        elif step > 0 and inside and self.state.alpha_scale < (_MOST if step < end else 1) and not self._settled:
             self._scale_alpha(2)
         else:
             return
@@ -233,7 +234,7 @@ class Guard(TrainerCallback):
         return True
 
     @property
-    def settled(self) -> bool:
+    def _settled(self) -> bool:
         """Whether the last simulated adversaries recover nothing any more: more suppression gains nothing."""
         transfer = None if self.state.latest is None else self.recovered_transfer(self.state.latest)
         return transfer is not None and transfer <= 0
@@ -247,7 +248,7 @@ class Guard(TrainerCallback):
         """Return whether no earlier state was better by more than the error: ties go to the longer suppressed one."""
         if not math.isfinite(simulated):
             return False
-        sign = 1 if self.greater_is_better else -1
+        sign = self._sign
         least = simulated if self.state.least_score is None else self.state.least_score
         self.state.least_score = sign * min(sign * least, sign * simulated)
         return sign * (simulated - self.state.least_score) <= self.error
@@ -259,8 +260,7 @@ class Guard(TrainerCallback):
         """
         start = simulated if self.state.start_simulated is None else self.state.start_simulated
         scratch = math.nan if self.state.scratch is None else self.state.scratch
-        transfer = start - scratch if self.greater_is_better else scratch - start
-        if not transfer > 3 * self.error:
+        if not self._sign * (start - scratch) > 3 * self.error:
             return None
         return (simulated - scratch) / (start - scratch)
 
@@ -290,7 +290,7 @@ class Guard(TrainerCallback):
                 "The protected model is the state of iteration %s: original %s %.4f (start %.4f). %s",
                 *(state.best_step, self.metric, state.best_original, state.start, self.simulated),
             )
-            if not self.weakens_adversaries:
+            if not self._weakens_adversaries:
                 logger.warning(
                     "Hardly anything is suppressed. %s Raise alpha or max_steps, or allow more tolerance, and attack "
                     "the model before you publish it.",
@@ -308,13 +308,12 @@ class Guard(TrainerCallback):
             )
 
     @property
-    def weakens_adversaries(self) -> bool:
+    def _weakens_adversaries(self) -> bool:
         """Whether the best state's simulated metric is worse than at the start, by more than error (an MSE: 3 %)."""
         if self.state.start_simulated is None or self.state.best_score is None:
             return True  # There is nothing to compare.
-        sign = 1 if self.greater_is_better else -1
         least = self.error if self.greater_is_better else _LEAST_RISE * self.state.start_simulated
-        return sign * (self.state.start_simulated - self.state.best_score) > least
+        return self._sign * (self.state.start_simulated - self.state.best_score) > least
 
     @property
     def simulated(self) -> str:
@@ -338,7 +337,7 @@ class Guard(TrainerCallback):
         state, points = self.state, 100 if self.greater_is_better else 1
         if state.start_simulated is None or state.scratch is None or not math.isfinite(state.scratch):
             return "What pre-training is worth to an adversary was not measured."
-        transfer = (state.start_simulated - state.scratch) * (1 if self.greater_is_better else -1)
+        transfer = self._sign * (state.start_simulated - state.scratch)
         found = (
             f"Before protection, {self.examples} examples take an adversary to {self.metric} "
             f"{state.start_simulated:.3f}, from scratch to {state.scratch:.3f}: a transfer of {points * transfer:.3g}"

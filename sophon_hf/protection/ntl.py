@@ -13,7 +13,7 @@ from sophon_hf.tasks.classification import ClassificationTask
 from sophon_hf.tasks.evaluation import to_device
 from sophon_hf.utils import derive_seed
 
-KERNELS, MULTIPLIER = 5, 2.0
+_KERNELS, _MULTIPLIER = 5, 2.0
 
 
 def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
     both = torch.cat([source, target])
     distances = (both[:, None] - both[None]).square().sum(dim=2)
     count = len(both)
-    bandwidth = distances.detach().sum() / (count**2 - count) / MULTIPLIER ** (KERNELS // 2)
-    kernels = [torch.exp(-distances / (bandwidth * MULTIPLIER**i + 1e-12)) for i in range(KERNELS)]
+    bandwidth = distances.detach().sum() / (count**2 - count) / _MULTIPLIER ** (_KERNELS // 2)
+    kernels = [torch.exp(-distances / (bandwidth * _MULTIPLIER**i + 1e-12)) for i in range(_KERNELS)]
     kernel = sum(kernels[1:], kernels[0])
     n = len(source)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - kernel[:n, n:].mean() - kernel[n:, :n].mean()

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +137,17 @@ class SophonTrainer(Trainer):
             self.model = self.model_wrapped = shard(self.model, self.accelerator)
             unprotected = None if unprotected is None else shard(unprotected, self.accelerator)
         self.guard.model = self.model
-        restricted, original = self.domains["restricted"], self.domains["original"]
+        restricted, held_out, original = (self.domains[n] for n in ("restricted", "eval_restricted", "original"))
         with self.accelerator.autocast():
             self.structure, self.space, self.outputs = checks.fit_strategies(self.task, self.model, self.domains, args)
-        self.guard.error = simulated_error(self.task, self.domains["eval_restricted"])
+        self.guard.error = simulated_error(self.task, held_out)
         loss, depths = checks.choose_loss(self.task, args.suppression_loss), args.probe_depths
         probes = Probes(self.model, self.structure, depths, restricted.num_classes, loss) if depths else None
-        kind, parts = (
-            SecondOrderSuppression if args.second_order else Suppression,
-            (self.model, self.task, self.structure),
-        )
-        classes = restricted.num_classes or None
-        self.suppression = kind(*parts, loss, num_classes=classes, autocast=self.accelerator.autocast, probes=probes)
+        kind, classes = SecondOrderSuppression if args.second_order else Suppression, restricted.num_classes or None
+        parts, autocast = (self.model, self.task, self.structure), self.accelerator.autocast
+        self.suppression = kind(*parts, loss, num_classes=classes, autocast=autocast, probes=probes)
+        measure = self.suppression.simulated_metric
+        self._simulated_metric = partial(measure, restricted=restricted, held_out=held_out, args=args)
         process = 0 if is_sharded(self.model) else args.process_index
         self.adversaries = Adversaries(restricted, original, self.task, self.space, args, process)
         # Claim and checkpoints tell what was done, not what was asked for.
@@ -276,16 +276,15 @@ class SophonTrainer(Trainer):
             domains = as_domains(eval_dataset, self.domains, needs, self.processing_class, self._input_columns)
         found = evaluate_domains(task, self.model, domains, self.outputs, args, self.accelerator.autocast)
         if self.is_in_train and eval_dataset is None:
-            known, guard = (self.domains["restricted"], self.domains["eval_restricted"], args), self.guard
-            starts, measure = set(self.space.initializations), self.suppression.simulated_metric
-            if guard.state.scratch is None:
-                guard.state.scratch = measure({"scratch"}, *known)
-                guard.state.gap = domain_gap(self.task, self.model, self.structure, self.domains, args)
+            starts, state = set(self.space.initializations), self.guard.state
+            if state.scratch is None:
+                state.scratch = self._simulated_metric({"scratch"})
+                state.gap = domain_gap(self.task, self.model, self.structure, self.domains, args)
                 if late := 2 * len(self.structure.blocks) // 3:
-                    guard.state.early = measure(starts & {"new_head"}, *known, late)
-            simulated = measure(starts, *known)
+                    state.early = self._simulated_metric(starts & {"new_head"}, blocks=late)
+            simulated = self._simulated_metric(starts)
             found[f"restricted_simulated_{task.metric}"] = simulated
-            if (recovered := guard.recovered_transfer(simulated)) is not None:
+            if (recovered := self.guard.recovered_transfer(simulated)) is not None:
                 found["restricted_simulated_recovered_transfer"] = recovered
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -322,9 +321,8 @@ class SophonTrainer(Trainer):
         finally:
             self.is_in_train = False  # The Trainer leaves it so where it is interrupted.
         restore_precision(self.model)
-        known = self.domains["restricted"], self.domains["eval_restricted"], self.args
-        starts, measure = set(self.space.initializations), self.suppression.simulated_metric
-        self.run.end(lambda: measure(starts, *known, draw="for the chosen state"))
+        starts = set(self.space.initializations)
+        self.run.end(lambda: self._simulated_metric(starts, draw="for the chosen state"))
         if self.args.save_strategy != "no":
             self.save_model()
         return output
