@@ -334,7 +334,11 @@ class _Parser(argparse.ArgumentParser):
         for name, value in values.items():
             try:
                 if name not in actions:
-                    _check_known(str(name))
+                    # A key of another command's is left to it.
+                    known = {*_FLAGS, *(n for flags in _OWN_FLAGS.values() for n in flags)}
+                    known |= {*sophon_fields(), *training_fields()}
+                    if name not in known:
+                        raise ValueError(f"no command has such a key.{hint(name, known)}")
                 elif isinstance(value, bool) and actions[name].const is True:
                     # A switch, which may also take a text.
                     options[name] = value if value or actions[name].type is _truth else None
@@ -347,14 +351,6 @@ class _Parser(argparse.ArgumentParser):
             except ValueError as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
         return options
-
-
-def _check_known(name: str) -> None:
-    """Refuse a key that belongs to no command; one of another command's is left to it."""
-    own = {name for flags in _OWN_FLAGS.values() for name in flags}
-    known = {*_FLAGS, *own, *sophon_fields(), *training_fields()}
-    if name not in known:
-        raise ValueError(f"no command has such a key.{hint(name, known)}")
 
 
 def _as_texts(action: argparse.Action, value: Any) -> list[str]:

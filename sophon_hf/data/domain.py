@@ -40,11 +40,11 @@ class Domain:
         self,
         dataset: datasets.Dataset,
         preprocessor: Preprocessor,
-        name: str = "domain",
-        memory_limit: int = _MEMORY_LIMIT,
-        row_numbers: np.ndarray | None = None,
-        classes: Classes | None = None,
-        conditioned: bool = False,
+        name: str,
+        memory_limit: int,
+        row_numbers: np.ndarray | None,
+        classes: Classes | None,
+        conditioned: bool,
     ):
         self.name, self.dataset, self.preprocessor, self.classes = name, dataset, preprocessor, classes
         self._row_numbers = np.arange(len(dataset)) if row_numbers is None else row_numbers

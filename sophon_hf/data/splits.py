@@ -103,13 +103,11 @@ def hash_row(row: Mapping[str, Any], label: str | None, words: bool = False) -> 
         if isinstance(value, Image):
             value = (value.mode, value.size, value.tobytes())
         elif isinstance(value, dict):
-            value = value.get("bytes") or _file_of(value) or value
+            content, path = value.get("bytes"), value.get("path")
+            if not content and path and os.path.isfile(path):
+                content = Path(path).read_bytes()
+            value = content or value
         elif words and isinstance(value, str):
             value = " ".join(value.casefold().split())
         digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def _file_of(cell: Mapping[str, Any]) -> bytes | None:
-    path = cell.get("path")
-    return Path(path).read_bytes() if path and os.path.isfile(path) else None

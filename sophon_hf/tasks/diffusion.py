@@ -20,6 +20,8 @@ from sophon_hf.utils import derive_seed
 # Shares of the noise schedule, from hardly any noise to nothing else.
 BANDS = (0.0, 0.1, 0.25, 0.5, 1.0)
 _LABEL_DROPOUT = 0.1
+# Of DDIM without noise, or of the scheduler's own sampler of flows.
+_SAMPLING_STEPS = 20
 # Conditions that diffusers passes in a dictionary of their own.
 _ADDED = ("text_embeds", "time_ids")
 
@@ -185,13 +187,12 @@ class DiffusionTask:
         return noisy, estimate.clamp(-largest, largest) if scheduler.config.get("clip_sample") else estimate
 
     @torch.no_grad()
-    def generate(self, model: nn.Module, rows: Batch, steps: int = 20) -> Tensor:
+    def generate(self, model: nn.Module, rows: Batch) -> Tensor:
         """Generate one example for each of `rows`, from noise that follows from its place and from its conditions.
 
         Args:
             model: Run in evaluation mode, and left as it is.
             rows: Examples of a domain, of which conditions and shape are taken.
-            steps: Of DDIM without noise, or of the scheduler's own sampler of flows.
 
         Returns:
             Generated examples, on the CPU.
@@ -201,7 +202,7 @@ class DiffusionTask:
         kind: Any = type(self.noise_scheduler) if self._flow else DDIMScheduler
         static = {"use_dynamic_shifting": False} if self._flow else {}
         scheduler = kind.from_config(self.noise_scheduler.config, **static)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(_SAMPLING_STEPS)
         main, device = _main(rows), next(model.parameters()).device
         examples = torch.randn(rows[main].shape, generator=torch.Generator().manual_seed(0), dtype=rows[main].dtype)
         with evaluation_mode(model):
