@@ -151,21 +151,19 @@ def number_classes(
     conditioned = needs.conditioned is not None and all("class_labels" not in part.column_names for part in parts)
     if not needs.labelled and not conditioned:
         return None
-    columns = [label_column(part, label) for part in parts]
-    column = columns[0]
-    if conditioned and needs.null_label is not None and column is None:
+    columns = {label_column(part, label): part for part in parts}
+    column = next(iter(columns))
+    if column is None and conditioned and needs.null_label is not None:
         return None
     if column is None or None in columns:
-        lacking = parts[columns.index(None)].column_names
         what = "a model with class labels" if conditioned else "a classifier"
         raise ValueError(
-            f"The {name} domain has no label column among {lacking}: {what} needs one. Name it, where it is called "
-            "otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
+            f"The {name} domain has no label column among {columns[None].column_names}: {what} needs one. Name it, "
+            "where it is called otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
         )
-    if len(set(columns)) > 1:
-        raise ValueError(f"The {name} domain's splits call the label column {columns}: call it the same in all.")
-    known = needs.class_names
-    width = None
+    if len(columns) > 1:
+        raise ValueError(f"The {name} domain's splits call the label column {list(columns)}: call it the same in all.")
+    known, width = needs.class_names, None
     if needs.multi_label:
         read = [_read_label_sets(part, column, name)[1] for part in parts]
         # A label of one split only is a label of all.
@@ -173,15 +171,13 @@ def number_classes(
         width = len(known) or len(present)
     else:
         present, declared = _present_and_declared(name, parts, column, first)
-    lookup, nameless = _by_name(known), all(re.fullmatch(r"LABEL_\d+", label) for label in known)
-    found = {value: lookup.get(str(value), lookup.get(_plain(value))) for value in present}
-    if -1 in found and found[-1] is None and (0 in found or len(found) == 1):
+    numbers = _named_as_the_model(present, known)
+    if -1 in present and -1 not in numbers and (0 in present or len(present) == 1):
         raise ValueError(
-            f"Column {column!r} of the {name} domain holds -1{' beside 0' if 0 in found else ' only'}, which often "
+            f"Column {column!r} of the {name} domain holds -1{' beside 0' if 0 in present else ' only'}, which often "
             "stands for no label. List the classes that there are, with -1 or without it: `--restricted_classes` or "
             "`--original_classes` (in Python `select_classes`)."
         )
-    numbers = {value: number for value, number in found.items() if number is not None}
     if len(numbers) == len(present):
         _tell(name, "get the model's numbers by their names", numbers, declared)
         return Classes(column, tuple(known), numbers, width)
@@ -197,6 +193,30 @@ def number_classes(
         numbers = {value: number for number, value in enumerate(order)}
         _tell(name, "are numbered in sorted order", numbers, declared)
         return Classes(column, tuple(str(value) for value in order), numbers, width and len(order))
+    numbers = _meant_as_outputs(name, present, declared, numbers, needs)
+    names = tuple(str(value) for value in sorted(present, key=numbers.__getitem__))
+    return Classes(column, names, numbers, width)
+
+
+def _named_as_the_model(present: Sequence[Hashable], known: Sequence[str]) -> dict[Hashable, int]:
+    """Number the classes that the model knows by name; written otherwise too (case, spaces), if not ambiguous."""
+    exact = {name: number for number, name in enumerate(known)}
+    plain = {_plain(name): number for name, number in exact.items()}
+    lookup = exact if len(plain) < len(exact) else {**plain, **exact}
+    found = {value: lookup.get(str(value), lookup.get(_plain(value))) for value in present}
+    return {value: number for value, number in found.items() if number is not None}
+
+
+def _meant_as_outputs(
+    name: str, present: Sequence[Any], declared: Sequence[Any], numbers: dict[Hashable, int], needs: ModelInputs
+) -> dict[Hashable, int]:
+    """Number an original domain's classes as the model's outputs, by their own numbers or their order where need be.
+
+    Raises:
+        ValueError: The model does not know some of them.
+    """
+    known = needs.class_names
+    nameless = all(re.fullmatch(r"LABEL_\d+", label) for label in known)
     # Folders `0`, `1`, `10`, `2`, ... are read alphabetically, and are numbers all the same.
     by_folder = declared == sorted(declared, key=str) and _sorted(declared) == [str(i) for i in range(len(declared))]
     if (by_folder or not declared) and all(_is_number(v) or (nameless and isinstance(v, bool)) for v in present):
@@ -214,9 +234,7 @@ def number_classes(
             "them, or, where it has no names, list all in its order (`--original_classes`; in Python "
             "`select_classes`)."
         )
-    return Classes(
-        column, tuple(str(value) for value in sorted(present, key=lambda value: numbers[value])), numbers, width
-    )
+    return numbers
 
 
 def _present_and_declared(
@@ -243,13 +261,6 @@ def _sorted(values: Iterable[Any]) -> list[Any]:
 def _is_number(value: Any) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole or (isinstance(value, str) and value.isascii() and value.isdigit())
-
-
-def _by_name(known: Sequence[str]) -> dict[str, int]:
-    """Return name -> number; written otherwise too (case, spaces), where that is not ambiguous."""
-    exact = {name: number for number, name in enumerate(known)}
-    plain = {_plain(name): number for name, number in exact.items()}
-    return exact if len(plain) < len(exact) else {**plain, **exact}
 
 
 def _plain(name: Hashable) -> str:

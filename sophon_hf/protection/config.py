@@ -210,38 +210,7 @@ class SophonConfig(TrainingArguments):
                 f"learning_rate is {self.learning_rate}, but SOPHON has two rates: set `beta` (reinforcement, now "
                 f"{self.beta}) and `alpha` (suppression, now {self.alpha}), and leave learning_rate None."
             )
-        whole = {
-            "max_steps": 1,
-            "K": 1,
-            "N": 1,
-            "l_FTS": 0,
-            "l_NTR": 1,
-            "probe_depths": 0,
-            "num_persistent": 0,
-            "horizon": 1,
-            "simulated_examples": 1,
-            "per_device_train_batch_size": 1,
-            "seed": 0,
-            "dataloader_num_workers": 0,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-        }
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
-        for name in ("alpha", "beta", "validation_share"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
-        for name in ("mu", "tolerance", "max_grad_norm", "distillation", "preconditioning", "weight_decay"):
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
-        for name in ("eval", "save", "logging"):
-            every = getattr(self, f"{name}_steps")
-            if getattr(self, f"{name}_strategy") == "steps" and not (_is_number(every) and every > 0):
-                raise ValueError(f"{name}_steps is {every!r}, but must be a number above 0.")
-        if not _is_number(self.recovery_ratio) or not 0 <= self.recovery_ratio < 1:
-            raise ValueError(f"recovery_ratio is {self.recovery_ratio!r}, but must be a number from 0 to below 1.")
+        self._refuse_numbers()
         if self.preconditioning and not str(getattr(self.optim, "value", self.optim)).startswith("adam"):
             raise ValueError(
                 f"preconditioning needs the second moment that beta's optimizer keeps, and optim {self.optim!r} keeps "
@@ -287,6 +256,40 @@ class SophonConfig(TrainingArguments):
         """
         check_choice(name, PRESETS, "preset")
         return cls(**{**PRESETS[name], **changes})
+
+    def _refuse_numbers(self) -> None:
+        whole = {
+            "max_steps": 1,
+            "K": 1,
+            "N": 1,
+            "l_FTS": 0,
+            "l_NTR": 1,
+            "probe_depths": 0,
+            "num_persistent": 0,
+            "horizon": 1,
+            "simulated_examples": 1,
+            "per_device_train_batch_size": 1,
+            "seed": 0,
+            "dataloader_num_workers": 0,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+        }
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+        for name in ("alpha", "beta", "validation_share"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number between 0 and 1.")
+        for name in ("mu", "tolerance", "max_grad_norm", "distillation", "preconditioning", "weight_decay"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number that is not negative.")
+        for name in ("eval", "save", "logging"):
+            every = getattr(self, f"{name}_steps")
+            if getattr(self, f"{name}_strategy") == "steps" and not (_is_number(every) and every > 0):
+                raise ValueError(f"{name}_steps is {every!r}, but must be a number above 0.")
+        if not _is_number(self.recovery_ratio) or not 0 <= self.recovery_ratio < 1:
+            raise ValueError(f"recovery_ratio is {self.recovery_ratio!r}, but must be a number from 0 to below 1.")
 
     def _check_warm_up(self) -> None:
         if not self.probe_depths:
