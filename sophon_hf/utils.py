@@ -23,6 +23,12 @@ def hint(name: object, known: Iterable[str], otherwise: str = "") -> str:
     return f" Did you mean {close[0]!r}?" if close else otherwise
 
 
+def check_choice(value: Any, allowed: Iterable[str], what: str) -> None:
+    """Raise a ValueError that names the closest choice where `value` is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint(value, allowed)}")
+
+
 def unreachable(source: str, kind: str) -> str:
     """Say that a source cannot be looked up on the Hub. `kind`: "model" or "data set"."""
     return (

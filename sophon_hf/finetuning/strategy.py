@@ -10,11 +10,10 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sophon_hf.utils import hint
+from sophon_hf.utils import check_choice, hint
 
 _INITIALIZATIONS = ("direct", "new_head", "scratch")
 _TRANSFERS = ("all", "head", "features", "norm", "pattern", "kernel")
@@ -38,12 +37,6 @@ SIMULATED_PREPARATIONS = (None, "shrink_and_perturb", "warm_up")
 
 class NotApplicableError(ValueError):
     """A strategy that cannot be carried out on a model at all, which says nothing about the model's resistance."""
-
-
-def check_choice(value: Any, allowed: Iterable[str], what: str) -> None:
-    """Raise a ValueError that names the closest choice where `value` is none of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(allowed)}.{hint(value, allowed)}")
 
 
 def _as_number(value: Any, name: str) -> float:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from sophon_hf.finetuning.strategy import StrategySpace, check_choice
+from sophon_hf.finetuning.strategy import StrategySpace
 from sophon_hf.protection.libraries import try_libraries
 from sophon_hf.protection.presets import PRESETS
-from sophon_hf.utils import refuse_unwritable
+from sophon_hf.utils import check_choice, refuse_unwritable
 
 _FP16 = (
     "fp16 needs a loss scaler that the suppression gradient does not pass through, and full half-precision evaluation "

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import trainer_log_levels
 
-from sophon_hf.finetuning.strategy import check_choice
+from sophon_hf.utils import check_choice
 
 
 def try_libraries(args: TrainingArguments) -> None:
