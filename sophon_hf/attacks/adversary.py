@@ -68,7 +68,7 @@ class AdversaryDomains:
             "training_examples": len(self.training),
             "validation_examples": self.validation_examples,
             "folds": len(self.folds),
-            "chance": {name: _chance_level(task, domain) for name, domain in tested.items() if domain is not None},
+            "chance": {name: chance_level(task, domain) for name, domain in tested.items() if domain is not None},
             "data": {name: given[name].fingerprint for name in ("training", "validation", "test") if name in given},
             "fingerprints": {name: asdict(fingerprint_domain(domain)) for name, domain in given.items()},
         }
@@ -231,7 +231,7 @@ def head_fits(task: Task, model: nn.Module, domain: Domain) -> bool:
     return task.fits(domain.labels, outputs) and domain.num_classes <= (outputs or domain.num_classes)
 
 
-def _chance_level(task: Task, domain: Domain) -> float | None:
+def chance_level(task: Task, domain: Domain) -> float | None:
     """Return the metric of the best answer that looks at no input; None where it cannot be computed.
 
     That answer is the commonest class, the commoner side of every label, or a prediction of zeros.
