@@ -27,37 +27,23 @@ _HOMES = {
     "benchmark": "benchmarking.benchmark",
 }
 
-__all__ = [
-    "AttackSuite",
-    "ClassificationTask",
-    "DiffusionTask",
-    "FineTuningStrategy",
-    "SophonConfig",
-    "SophonTrainer",
-    "StrategySpace",
-    "__version__",
-    "audit",
-    "benchmark",
-    "load_domain",
-    "load_metric",
-    "publish",
-    "select_classes",
-    "split_domain",
-]
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from sophon_hf.attacks.suite import AttackSuite
-    from sophon_hf.auditing.audit import audit
-    from sophon_hf.benchmarking.benchmark import benchmark
-    from sophon_hf.data.labels import select_classes, split_domain
-    from sophon_hf.data.loading import load_domain
-    from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
-    from sophon_hf.hub.publish import publish
-    from sophon_hf.protection.config import SophonConfig
-    from sophon_hf.protection.trainer import SophonTrainer
-    from sophon_hf.tasks.classification import ClassificationTask
-    from sophon_hf.tasks.diffusion import DiffusionTask
-    from sophon_hf.tasks.metrics import load_metric
+    from sophon_hf.attacks.suite import AttackSuite as AttackSuite
+    from sophon_hf.auditing.audit import audit as audit
+    from sophon_hf.benchmarking.benchmark import benchmark as benchmark
+    from sophon_hf.data.labels import select_classes as select_classes
+    from sophon_hf.data.labels import split_domain as split_domain
+    from sophon_hf.data.loading import load_domain as load_domain
+    from sophon_hf.finetuning.strategy import FineTuningStrategy as FineTuningStrategy
+    from sophon_hf.finetuning.strategy import StrategySpace as StrategySpace
+    from sophon_hf.hub.publish import publish as publish
+    from sophon_hf.protection.config import SophonConfig as SophonConfig
+    from sophon_hf.protection.trainer import SophonTrainer as SophonTrainer
+    from sophon_hf.tasks.classification import ClassificationTask as ClassificationTask
+    from sophon_hf.tasks.diffusion import DiffusionTask as DiffusionTask
+    from sophon_hf.tasks.metrics import load_metric as load_metric
 
 
 def __getattr__(name: str) -> Any:

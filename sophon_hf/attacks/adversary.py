@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -75,12 +76,12 @@ class AdversaryDomains:
 
     def check_disjoint(self) -> None:
         """Raise a ValueError where two splits share an example (before a random transform, where there is one)."""
-        domains = {name: domain for name, domain in self.given().items() if name in ("training", "validation", "test")}
+        given = self.given()
+        domains = {name: given[name] for name in ("training", "validation", "test") if name in given}
         raw = any(domain.transformed for domain in domains.values())
         hashes = {name: set(domain.example_hashes(raw)) for name, domain in domains.items()}
-        for name, other in (("training", "validation"), ("training", "test"), ("validation", "test")):
-            shared = len(hashes.get(name, set()) & hashes.get(other, set()))
-            if shared:
+        for name, other in combinations(hashes, 2):
+            if shared := len(hashes[name] & hashes[other]):
                 raise ValueError(
                     f"{shared} of the adversary's {name} examples are in the {other} split too: an attack that has "
                     "seen the answers measures nothing. Remove them, or split with `split_domain`."

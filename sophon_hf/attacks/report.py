@@ -208,11 +208,7 @@ def _about(results: AttackResults) -> dict[str, str]:
         about["sweep"] = f"{Path(str(facts['sweep'])).name}, {len({run.strategy for run in results.runs})} strategies"
     if "seeds" in facts:
         about["seeds"] = ", ".join(map(str, facts["seeds"]))
-    if "precision" in facts:
-        about["precision"] = facts["precision"]
-    if "date" in facts:
-        about["date"] = facts["date"]
-    return about
+    return about | {name: facts[name] for name in ("precision", "date") if name in facts}
 
 
 def _terms(results: AttackResults) -> dict[str, str]:
