@@ -84,7 +84,7 @@ class Run:
             ValueError: The checkpoint is another run's, or there is none; or a new run would overwrite another one, or
                 begin where one ended.
         """
-        checkpoint = _checkpoint_to_resume(self.args.output_dir, wanted, self.facts(model), self.seconds() > 0)
+        checkpoint = _checkpoint_to_resume(self.args.output_dir, wanted, self._facts(model), self.seconds() > 0)
         self._started, self._seconds = time.monotonic(), 0.0
         return checkpoint
 
@@ -105,7 +105,7 @@ class Run:
             "scheduler": optimizer.scheduler.state_dict(),
             "guard": self.guard.state_dict(),
             "seconds": self.seconds(),
-            "facts": self.facts(model),
+            "facts": self._facts(model),
         }
         temporary = os.path.join(checkpoint, f".{name}")
         torch.save(state, temporary)
@@ -120,7 +120,7 @@ class Run:
         self.guard.state.seen = iteration
         self._seconds = state["seconds"]
 
-    def facts(self, model: nn.Module) -> dict[str, Any]:
+    def _facts(self, model: nn.Module) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to be this run's, as JSON knows it."""
         facts = {name: getattr(self.args, name) for name in _HYPER_PARAMETERS}
         if self.args.num_persistent:

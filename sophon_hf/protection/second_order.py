@@ -23,7 +23,7 @@ class SecondOrderSuppression(Suppression):
     suppression gradient that is not finite: use smooth models. Adversaries start at theta and end within the call.
     """
 
-    def simulate(
+    def _simulate(
         self, adversary: SimulatedAdversary, weights: Sequence[float], gradient: dict[str, Tensor], simulated: Simulated
     ) -> None:
         """Fine-tune copies of the parameters that autograd may keep, and differentiate the sum of the losses."""
@@ -59,7 +59,7 @@ class SecondOrderSuppression(Suppression):
                 # Both are overwritten by the next step, whereas autograd keeps what it is given.
                 copies = {name: tensor.clone() for name, tensor in [*vartheta.items(), *buffers.items()]}
                 with sdpa_kernel(SDPBackend.MATH):
-                    loss, scores = self.evaluate(WithTensors(self.model, copies), adversary)
+                    loss, scores = self._evaluate(WithTensors(self.model, copies), adversary)
                 total = total + weights[step - 1] * loss
                 simulated.losses[step], simulated.after = loss.detach(), scores()
         if simulated.losses:

@@ -122,7 +122,7 @@ class Suppression:
                     theta.restore()
                 set_seed(adversary.seed + adversary.age)
                 simulated = Simulated(adversary.strategy.name, before=self._scores_before(adversary))
-                self.simulate(adversary, weights, gradient, simulated)
+                self._simulate(adversary, weights, gradient, simulated)
                 adversary.suspend(self.model, theta)
                 losses += [weights[step - 1] * value for step, value in simulated.losses.items()]
                 found.append(simulated)
@@ -130,7 +130,7 @@ class Suppression:
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return SuppressionGradient(gradient, total, found)
 
-    def simulate(
+    def _simulate(
         self, adversary: SimulatedAdversary, weights: Sequence[float], gradient: dict[str, Tensor], simulated: Simulated
     ) -> None:
         """Fine-tune the live model for K updates, and add the weighted gradients of L_alpha to `gradient`."""
@@ -150,7 +150,7 @@ class Suppression:
                 taken_over, sums = [live[name] for name in names], [gradient[name] for name in names]
             for parameter in fine_tuning.parameters:
                 parameter.grad = None  # The update is made, so that one gradient at a time is held beside the sum.
-            loss, scores = self.evaluate(self.model, adversary, head=not adversary.warming_up)
+            loss, scores = self._evaluate(self.model, adversary, head=not adversary.warming_up)
             add_gradients(sums, gradients(loss, taken_over, self.model), weights[step - 1])
             simulated.losses[step] = loss.detach()
             if step == last and not adversary.warming_up:
@@ -222,7 +222,7 @@ class Suppression:
         # One process decides for all: a kernel that is not deterministic must not make them choose differently.
         return broadcast_object_list([max(found) if self.task.greater_is_better else min(found)])[0]
 
-    def evaluate(
+    def _evaluate(
         self, model: Callable, adversary: SimulatedAdversary, head: bool = True
     ) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
         """Return L_alpha of head and probes on the batch of T_i for the last update, and what gives the scores."""
