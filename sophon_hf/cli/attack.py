@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
         metric=load_metric(options),
         **columns(options),
     )
-    remarks = [remark for source in (protected, options.model) if (remark := look_for(source))]
+    looked = [look_for(source, on_hub=not options.dry_run) for source in (protected, options.model)]
+    remarks = [remark for remark in looked if remark]
     training, test = load_half(options, defender=False), load_split(options, "restricted", test=True)
     benign, benign_test = load_split(options, "benign"), load_split(options, "benign", test=True)
     if process_state().is_main_process:

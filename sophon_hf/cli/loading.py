@@ -14,7 +14,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from sophon_hf.data.labels import split_domain
+from sophon_hf.data.loading import MissingSplitError
 from sophon_hf.data.splits import load_part
+from sophon_hf.models.loading import check_readable
 from sophon_hf.tasks import metrics
 from sophon_hf.tasks.latents import encode_captions
 from sophon_hf.tasks.metrics import Metric
@@ -36,7 +38,7 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
         raise ValueError(
             f"{domain}_pixel_range is {pixel_range}, but takes two numbers: what is black and what is white."
         )
-    with _named(options, domain):
+    with _named(options, domain, test):
         dataset = load_part(
             told[domain],
             told[f"{domain}_split"],
@@ -60,12 +62,14 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
 
 
 @contextmanager
-def _named(options: argparse.Namespace, domain: str) -> Iterator[None]:
-    """Have a mistake tell which domain it is in."""
+def _named(options: argparse.Namespace, domain: str, test: bool = False) -> Iterator[None]:
+    """Have a mistake tell which domain it is in, and which flag names a split that there is not."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"--{domain} {getattr(options, domain)}: {error}") from error
+        flag = f"{domain}_test_split" if test else f"{domain}_split"
+        advice = f" The flag is --{flag}." if isinstance(error, MissingSplitError) else ""
+        raise ValueError(f"--{domain} {getattr(options, domain)}: {error}{advice}") from error
 
 
 def load_half(options: argparse.Namespace, defender: bool) -> datasets.Dataset | None:
@@ -92,11 +96,18 @@ def protected_model(options: argparse.Namespace) -> str:
     return options.output_dir if options.protected is None else options.protected
 
 
-def look_for(model: str) -> str | None:
-    """Return what is not known of a model without loading it or asking the Hub; None where it is a folder of one.
+def look_for(model: str, on_hub: bool) -> str | None:
+    """See to it that a model can be read, as far as that is told without loading it.
+
+    Args:
+        model: A folder or Hub id.
+        on_hub: Whether a Hub id is looked up.
+
+    Returns:
+        What is not known then, in words; None where everything was found.
 
     Raises:
-        FileNotFoundError: A folder without a model, or what is neither a folder nor could be a Hub id.
+        OSError, ValueError: There is no such model, or it cannot be read (`check_readable`).
     """
     folder = Path(model)
     if folder.is_dir():
@@ -106,6 +117,7 @@ def look_for(model: str) -> str | None:
                 f"{model!r} holds neither config.json nor model_index.json: no model is saved there."
                 + (begun if any(folder.glob("checkpoint-*")) else "")
             )
+        check_readable(model)
         return None
     try:
         validate_repo_id(model)
@@ -113,7 +125,10 @@ def look_for(model: str) -> str | None:
         raise FileNotFoundError(
             f"There is no folder {model!r}, and it is not the form of a Hub id ('user/name')."
         ) from error
-    return f"{model!r} is no folder here, and was not looked up on the Hub."
+    if not on_hub:
+        return f"{model!r} is no folder here, and was not looked up on the Hub."
+    check_readable(model)
+    return None
 
 
 def load_metric(options: argparse.Namespace) -> str | Metric | None:

@@ -34,7 +34,7 @@ def _protect(options: argparse.Namespace) -> None:
     # What can be told at once comes before data are read.
     config, metric = build_config(options), load_metric(options)
     checkpoint_in(config.output_dir, options.resume)
-    look_for(options.model)
+    look_for(options.model, on_hub=True)
     trainer = SophonTrainer(
         options.model,
         load_half(options, defender=True),

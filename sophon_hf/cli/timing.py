@@ -22,13 +22,16 @@ from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 
+# Seconds, beside which a warm-up counts for little.
+_LONG = 10.0
+
 
 class DryRunEnd(Exception):  # noqa: N818 (no error)
     """A dry run has seen what it wanted to see."""
 
 
 class TellTime(TrainerCallback):
-    """Say after the second iteration how long the protection takes.
+    """Say after the first iteration how long the protection takes; where that one is short, after the second.
 
     Args:
         dry_run: Whether to raise `DryRunEnd` then.
@@ -37,10 +40,10 @@ class TellTime(TrainerCallback):
     def __init__(self, dry_run: bool):
         self.dry_run = dry_run
         self.evaluation = 0.0
-        self.last, self.seen = 0.0, 0
+        self.last, self.seen, self.told = 0.0, 0, False
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.last, self.seen = time.monotonic(), 0
+        self.last, self.seen, self.told = time.monotonic(), 0, False
 
     def on_evaluate(self, args, state, control, **kwargs):  # noqa: D102
         if not self.seen:
@@ -51,15 +54,18 @@ class TellTime(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
         self.seen += 1
-        # The first iteration also warms up caches.
-        if self.seen != min(2, state.max_steps) or not state.is_world_process_zero:
-            return
         iteration, count = time.monotonic() - self.last, state.max_steps - state.global_step + self.seen
+        # Much of a short first one warms up caches and kernels. Several processes must not differ in what they do.
+        first_tells = iteration > _LONG and args.world_size == 1
+        if self.told or self.seen < min(1 if first_tells else 2, state.max_steps):
+            return
+        self.told = True
         evaluations = 0 if args.eval_strategy == "no" else 1 + count // max(1, int(state.eval_steps))
         total = iteration * count + self.evaluation * evaluations
         each = f"an iteration {iteration:.2g} s, an evaluation {self.evaluation:.2g} s"
-        tqdm.write(f"Iterations to do: {count}, {duration(total)} in all ({each}).")
-        sys.stdout.flush()  # Who reads a file or a pipe waits for it.
+        if state.is_world_process_zero:
+            tqdm.write(f"Iterations to do: {count}, {duration(total)} in all ({each}).")
+            sys.stdout.flush()  # Who reads a file or a pipe waits for it.
         if self.dry_run:
             raise DryRunEnd
 

@@ -14,7 +14,7 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from sophon_hf.data.media import media_columns, read_cell, undecoded, with_pixel_range
-from sophon_hf.utils import quiet, unreachable
+from sophon_hf.utils import hint, quiet, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
+
+
+class MissingSplitError(ValueError):
+    """A data set has no split of this name."""
 
 
 def load_domain(
@@ -78,7 +82,9 @@ def take_split(
     """Return one split of what `open_source` has loaded from `source`; arguments and errors as of `load_domain`."""
     if isinstance(loaded, Mapping):
         if split not in loaded:
-            raise ValueError(f"The data set has no split {split!r}; it has {sorted(loaded)}. Name one of them.")
+            names = [str(name) for name in loaded]
+            advice = hint(split, names, " Name one of them.")
+            raise MissingSplitError(f"The data set has no split {split!r}; it has {sorted(names)}.{advice}")
         loaded = loaded[split]
     if skip_unreadable:
         loaded = _readable(loaded, source, label)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import HfApi
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,9 +149,47 @@ def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = 
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"A model is a Hub id, a folder or an nn.Module, not a {type(source).__name__}.")
     source = os.fspath(source)
+    with _telling_of(source):
+        cls, options = _find_class(source, trust_remote_code)
+        loaded = _complete(cls, source, **options)
+    model: Any = with_head(loaded)
+    model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
+    return model
+
+
+def check_readable(source: str | os.PathLike) -> None:
+    """Refuse what `load_model` would, as far as the configuration and the names and headers of weight files tell it.
+
+    Raises:
+        FileNotFoundError: There is no model, or there are no weights.
+        OSError, ValueError: As of `load_model`.
+    """
+    source = os.fspath(source)
+    with _telling_of(source):
+        place = _find_class(source, False)[1].get("subfolder") or ""
+        if os.path.isdir(source):
+            names = sorted(os.listdir(os.path.join(source, place)))
+            for name in names:
+                if name.endswith(".safetensors"):
+                    # Fails where the file is shorter than its header says.
+                    with safe_open(os.path.join(source, place, name), "pt"):
+                        pass
+        else:
+            try:
+                names = [name for name in HfApi().list_repo_files(source) if os.path.dirname(name) == place]
+            except Exception:  # One that is cached can be loaded where the Hub is out of reach.
+                return
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        where = f" in its {place!r}" if place else ""
+        raise FileNotFoundError(f"{source!r} has a configuration, but no weights (safetensors or bin){where}.")
+
+
+@contextmanager
+def _telling_of(source: str) -> Iterator[None]:
+    """Have an error of a file that is cut short, which can be of any type, tell of the model."""
     try:
-        loaded = _load(source, trust_remote_code)
-    except Exception as error:  # A file that is cut short can raise anything.
+        yield
+    except Exception as error:
         told = isinstance(error, (OSError, ImportError, ValueError)) and not isinstance(error, json.JSONDecodeError)
         if told or "OutOfMemory" in type(error).__name__:
             raise
@@ -157,9 +197,6 @@ def load_model(source: nn.Module | str | os.PathLike, trust_remote_code: bool = 
             f"The model {source!r} cannot be read, as if a file were cut short, or a pointer of Git LFS that was not "
             f"pulled: {' '.join(str(error).split())}"
         ) from error
-    model: Any = with_head(loaded)
-    model.hub_revision = None if os.path.isdir(source) else _cached_revision(source)
-    return model
 
 
 def _cached_revision(source: str) -> str | None:
@@ -173,7 +210,8 @@ def _cached_revision(source: str) -> str | None:
     return None
 
 
-def _load(source: str, trust_remote_code: bool) -> nn.Module:
+def _find_class(source: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a saved model, and what its `from_pretrained` takes."""
     if (found := _denoiser(source)) is not None:
         import diffusers
 
@@ -181,9 +219,11 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
         cls = getattr(diffusers, name, None)
         if cls is None:
             raise ValueError(f"{source!r} holds a {name}, which diffusers does not have.")
-        return _complete(cls, source, subfolder=subfolder, torch_dtype=torch.float32)
+        return cls, {"subfolder": subfolder, "torch_dtype": torch.float32}
     import transformers
 
+    # Not in the half precision that it may be stored in: small updates would be rounded away.
+    options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = next(iter(config.architectures or ()), "")
     kinds = ("ImageClassification", "SequenceClassification", "AudioClassification")
@@ -201,9 +241,7 @@ def _load(source: str, trust_remote_code: bool) -> nn.Module:
             "denoiser of diffusers is needed."
         )
     # Code of the repository's own has a class that transformers does not.
-    cls = getattr(transformers, name, None) or getattr(transformers, auto)
-    # Not in the half precision that it may be stored in: small updates would be rounded away.
-    return _complete(cls, source, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    return getattr(transformers, name, None) or getattr(transformers, auto), options
 
 
 def _complete(cls: Any, source: str, **options: Any) -> nn.Module:

@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,6 +26,7 @@ from two_processes import forked
 from sophon_hf import FineTuningStrategy, __version__, load_domain
 from sophon_hf.cli import main as cli
 from sophon_hf.cli.options import COMMANDS
+from sophon_hf.cli.timing import TellTime
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.tasks.base import infer_task
@@ -271,6 +274,48 @@ def test_from_a_folder_to_a_report(tmp_path, config, capsys):
     assert (attacks / "report" / "index.html").exists()
 
 
+@pytest.mark.parametrize("command", ["protect", "attack"])
+def test_a_model_that_cannot_be_read_is_told_before_data_are(command, tmp_path, config, capsys):
+    def told(*named: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--original", "./nowhere", "--restricted", "./nowhere", *named])
+        return capsys.readouterr().err
+
+    folder = Path(config["model"])
+    named = ["--model", str(folder), *(["--protected", str(folder)] if command == "attack" else [])]
+    assert "nowhere" in told(*named), "with a model that can be read, the data are what fails"
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert f"The model '{folder}' cannot be read, as if a file were cut short" in told(*named)
+    (folder / "model.safetensors").unlink()
+    assert f"'{folder}' has a configuration, but no weights (safetensors or bin)." in told(*named)
+    (folder / "config.json").write_text("{")
+    assert str(folder) in (error := told(*named)) and "nowhere" not in error
+    named[-1] = "user/nope"
+    if command == "attack":
+        (folder / "config.json").unlink()
+        named[1] = "user/nope"
+    assert "There is no folder 'user/nope', and the Hub cannot be reached" in told(*named)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "domain"),
+    [("protect", "original_split", "original"), ("attack", "restricted_test_split", "restricted")],
+)
+def test_a_wrong_split_names_its_flag_and_the_closest_one(command, flag, domain, tmp_path, config, capsys):
+    Path(config["output_dir"]).mkdir()
+    names = {name: config[name] for name in ("model", "original", "restricted", "output_dir")}
+    names |= {"protected": config["model"]} if command == "attack" else {}
+    with pytest.raises(SystemExit):
+        cli.main(
+            [command, *(word for name, value in names.items() for word in (f"--{name}", value)), f"--{flag}", "tset"]
+        )
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"sophon-hf {command}: --{domain} {config[domain]}: The data set has no split 'tset'; it has "
+        f"['test', 'train']. Did you mean 'test'? The flag is --{flag}."
+    )
+
+
 def test_a_dry_run_tells_the_cost_and_looks_for_the_models(tmp_path, config, capsys):
     (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
     attack = ["attack", "--model", config["model"], "--restricted", config["restricted"], "--dry-run", "--epochs", "1"]
@@ -310,6 +355,20 @@ def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, co
     assert re.search(r"^Iterations to do: 1000, about \S+ (s|min|h) in all ", out)
     assert "Before protection, " in out, "what to expect"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("seconds", "after"), [(30, 1), (3, 2)])
+def test_a_long_first_iteration_tells_the_time_and_a_short_one_waits(seconds, after, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    args = SimpleNamespace(eval_strategy="no", world_size=1)
+    teller = TellTime(dry_run=False)
+    teller.on_train_begin(args, None, None)
+    for step in (1, 2, 3):
+        teller.on_step_begin(args, None, None)
+        clock[0] += seconds
+        teller.on_step_end(args, SimpleNamespace(max_steps=10, global_step=step, is_world_process_zero=True), None)
+        assert capsys.readouterr().out.count("Iterations to do: 10, ") == (step == after)
 
 
 def test_two_processes_protect_and_say_each_thing_once(tmp_path, config):

@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from sophon_hf.models.loading import check_readable
+
 LARGE = bytes(range(256)) * 4096
 
 
@@ -167,3 +169,14 @@ def test_a_wrong_token_is_in_no_message(hub, protected_classifier, tmp_path, mon
     assert process.returncode != 0
     assert "hf_wrong" not in process.stdout + process.stderr
     assert not hub.repositories
+
+
+def test_a_model_without_weights_is_told_before_it_is_downloaded(hub):
+    config = b'{"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}'
+    hub.add_repository("alice/old", {"config.json": config, "tf_model.h5": b"x", "unet/model.safetensors": b"x"})
+    hub.add_repository("alice/new", {"config.json": config, "model.safetensors": b"not downloaded"})
+    with pytest.raises(FileNotFoundError, match="'alice/old' has a configuration, but no weights"):
+        check_readable("alice/old")
+    check_readable("alice/new")
+    with pytest.raises(OSError, match="alice/none"):
+        check_readable("alice/none")
