@@ -106,7 +106,10 @@ def load_pair(name: str) -> Pair:
     if name not in PAIRS:
         choices = f" There are {', '.join(PAIRS)}."
         raise ValueError(f"There is no pair {name!r}.{hint(name, PAIRS, choices)}")
-    return {"letters": _letters, "digits": _digits, "ages": _ages}[name]()
+    if name == "letters":
+        return _letters()
+    restricted, examples = {"digits": ("mnist", (50, 100)), "ages": ("face_ages", (100, 300))}[name]
+    return _beside_cifar10(name, restricted, examples)
 
 
 def _attacks(batch_size: int) -> list[FineTuningStrategy]:
@@ -163,21 +166,11 @@ def _letters() -> Pair:
     )
 
 
-def _digits() -> Pair:
-    train, test = (_images("mnist", test) for test in (False, True))
-    return _beside_cifar10("digits", train, test, (50, 100))
-
-
-def _ages() -> Pair:
-    train, test = (_images("face_ages", test) for test in (False, True))
-    return _beside_cifar10("ages", train, test, (100, 300))
-
-
-def _beside_cifar10(name: str, train: datasets.Dataset, test: datasets.Dataset, examples: tuple[int, ...]) -> Pair:
+def _beside_cifar10(name: str, restricted: str, examples: tuple[int, ...]) -> Pair:
     """Return a pair whose original domain is CIFAR-10; its ResNet of 0.18 M parameters is pre-trained here."""
     original = datasets.DatasetDict(test=_images("cifar10", test=True))
     original["validation"], original["train"] = split_domain(_images("cifar10", test=False), share=0.1)
-    defender, adversary = split_domain(train)
+    defender, adversary = split_domain(_images(restricted, test=False))
     validation, defender = split_domain(defender, share=0.1)
     return Pair(
         name,
@@ -185,7 +178,7 @@ def _beside_cifar10(name: str, train: datasets.Dataset, test: datasets.Dataset, 
         original,
         datasets.DatasetDict(train=defender, validation=validation),
         at_most(adversary, _MOST_FOR_ADVERSARY),
-        test,
+        _images(restricted, test=True),
         _attacks(batch_size=25),
         examples,
         seeds=(0, 1, 2),
