@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,24 +81,18 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
         ValueError: No layer makes the prediction, a parameter beside the heads has an entry for every class, or `head`
             is no module of the model.
     """
-    order: list[str] = []
-    outputs: dict[str, tuple[int, Any]] = {}
+    # All modules in the order they ran; of layers with weights, output channels and place in the graph.
+    ran: dict[str, tuple[int, Any] | None] = {}
 
-    def watch(name: str) -> Callable:
-        def hook(module: nn.Module, _: tuple, output: object) -> None:
-            if name not in order:
-                order.append(name)
-            if isinstance(output, Tensor) and _has_weight(module):
-                # A layer that runs several times counts where it ran last: the head may be one.
-                order.remove(name)
-                order.append(name)
-                last = isinstance(module, _LINEAR) or output.ndim < 4
-                last = last and not isinstance(module, _CONVOLUTIONS)
-                outputs[name] = (output.shape[-1 if last else 1], output.grad_fn)
+    def watch(name: str, module: nn.Module, _: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and _has_weight(module):
+            ran.pop(name, None)  # A layer that runs several times counts where it ran last: the head may be one.
+            last = isinstance(module, _LINEAR) or (output.ndim < 4 and not isinstance(module, _CONVOLUTIONS))
+            ran[name] = (output.shape[-1 if last else 1], output.grad_fn)
+        else:
+            ran.setdefault(name, None)
 
-        return hook
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    hooks = [m.register_forward_hook(partial(watch, name)) for name, m in model.named_modules() if name]
     # What was frozen, too, has to show in the graph of the prediction.
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
@@ -110,7 +105,7 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
             parameter.requires_grad_(False)
         for hook in hooks:
             hook.remove()
-    modules, layers = dict(model.named_modules()), [name for name in order if name in outputs]
+    modules, layers = dict(model.named_modules()), {name: found for name, found in ran.items() if found is not None}
     if head is not None and head not in modules:
         raise ValueError(
             f"The model has no module {head!r} that could be its head; it has {list(modules)[-5:]} and others."
@@ -118,20 +113,10 @@ def find_structure(model: nn.Module, predict: Callable[[], Tensor], head: str | 
     if head is not None:
         heads = [head]
     else:
-        heads = layers[-1:] if prediction.ndim > 2 else _heads(model, prediction, outputs, layers)
-    inside = tuple(f"{name}." for name in heads)
-    blocks = [
-        name
-        for name in _blocks(modules)
-        if name in order and name not in heads and not any(part.startswith(f"{name}.") for part in inside)
-    ]
-    return ModelStructure(
-        heads[-1],
-        tuple(sorted(blocks, key=order.index)),
-        prediction.shape[1],
-        tuple(heads[:-1]),
-        frozenset(order),
-    )
+        heads = list(layers)[-1:] if prediction.ndim > 2 else _heads(model, prediction, layers)
+    repeated = set(_blocks(modules))
+    blocks = [n for n in ran if n in repeated and not any(f"{part}.".startswith(f"{n}.") for part in heads)]
+    return ModelStructure(heads[-1], tuple(blocks), prediction.shape[1], tuple(heads[:-1]), frozenset(ran))
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -143,16 +128,16 @@ def _has_weight(module: nn.Module) -> bool:
     return leaf and any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 
-def _heads(model: nn.Module, prediction: Tensor, outputs: dict[str, tuple[int, Any]], layers: list[str]) -> list[str]:
+def _heads(model: nn.Module, prediction: Tensor, layers: dict[str, tuple[int, Any]]) -> list[str]:
     """Return the layers that make the prediction, in the order they ran."""
-    makers = [name for name in layers if outputs[name][0] == prediction.shape[1]]
+    makers = [name for name, (channels, _) in layers.items() if channels == prediction.shape[1]]
     if not makers:
         raise ValueError(
             f"No linear or convolutional layer of {type(model).__name__} makes its prediction of {prediction.shape[1]} "
             "channels, so the head cannot be found. Pass its name to the task as `head`; the last layers are "
-            f"{layers[-3:]}."
+            f"{list(layers)[-3:]}."
         )
-    nodes = {outputs[name][1]: name for name in makers if outputs[name][1] is not None}
+    nodes = {layers[name][1]: name for name in makers if layers[name][1] is not None}
     reached, leaves = _reached(prediction.grad_fn, nodes)
     # One that feeds another head, too, is no head: the other one would go on from what it learned.
     fed = {name for node in reached for name in _reached(node, nodes, skip_first=True)[0].values()}
