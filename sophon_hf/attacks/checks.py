@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class FailedCheck:
 def check(results: AttackResults) -> list[FailedCheck]:
     """Return all failed checks of a sweep; an empty list means that nothing was found wrong."""
     scores = results.scores()
-    found = [
+    return [
         *_failed_runs(results),
         *_without_original_data(results),
         *_too_few_seeds(results, scores),
@@ -63,32 +64,13 @@ def check(results: AttackResults) -> list[FailedCheck]:
         *_still_improving(results, scores),
         *_gradients(results),
         *check_scores(scores),
+        *_what_was_given(results.facts),
     ]
-    examples = results.facts.get("validation_examples")
-    if examples is not None and examples < _FEWEST_VALIDATION:
-        found.append(
-            FailedCheck(
-                "too few validation examples",
-                f"attacks were chosen by {examples} examples, where {_FEWEST_VALIDATION} are needed: give so many, or "
-                "leave validation data out and give the adversary so many, which then choose by cross-validation",
-                voids=True,
-            )
-        )
-    data = results.facts.get("data", {})
-    if data and data.get("validation") == data.get("test"):
-        found.append(
-            FailedCheck("selection on the test split", "attacks were chosen on the split that reports", voids=True)
-        )
-    weights = results.facts.get("weights", {})
-    if weights and weights.get("protected") == weights.get("original"):
-        why = "the protected and the original model hold the same parameters: is one of them named twice?"
-        found.append(FailedCheck("one model", why))
-    return found
 
 
 def check_scores(scores: Scores) -> list[FailedCheck]:
     """Return the failed checks that need no curve: also the summaries in a claim can be checked by them."""
-    found = _at_chance(scores)
+    found = list(_at_chance(scores))
     lost = [
         f"{len(attack.seeds) - len(kept)} of {len(attack.seeds)} of {attack.name} on {attack.model}"
         for attack in scores.attacks
@@ -113,28 +95,27 @@ def check_scores(scores: Scores) -> list[FailedCheck]:
     return found
 
 
-def _stronger_not_chosen(scores: Scores) -> list[FailedCheck]:
-    chosen, highest = scores.best("protected"), scores.highest("protected")
-    if chosen is None or highest is None or highest.highest is None:
-        return []
-    # Written so that NaN is missed too.
-    if scores.sign * (highest.highest - chosen.mean) <= _MISSED * scores.scale:
-        return []
-    message = (
-        f"{highest.name} reached {scores.figure(highest.highest)} on the test split, {chosen.name}, which was chosen, "
-        f"{scores.figure(chosen.mean)}: more validation examples or seeds would choose better"
-    )
-    return [FailedCheck("a stronger attack was not chosen", message)]
-
-
 def void_reason(failed: Iterable[FailedCheck]) -> str | None:
     """Return the message of the first failed check that voids the score, or None."""
     return next((check.message for check in failed if check.voids), None)
 
 
-def _at_chance(scores: Scores) -> list[FailedCheck]:
+def _stronger_not_chosen(scores: Scores) -> Iterator[FailedCheck]:
+    chosen, highest = scores.best("protected"), scores.highest("protected")
+    if chosen is None or highest is None or highest.highest is None:
+        return
+    # Written so that NaN is missed too.
+    if not scores.sign * (highest.highest - chosen.mean) <= _MISSED * scores.scale:
+        message = (
+            f"{highest.name} reached {scores.figure(highest.highest)} on the test split, {chosen.name}, which was "
+            f"chosen, {scores.figure(chosen.mean)}: more validation examples or seeds would choose better"
+        )
+        yield FailedCheck("a stronger attack was not chosen", message)
+
+
+def _at_chance(scores: Scores) -> Iterator[FailedCheck]:
     """Find a domain in which the unprotected model is no better than a guess: no attack and no protection moves it."""
-    best, found = scores.best("original"), []
+    best = scores.best("original")
     strongest = None if best is None else best.mean
     intact = scores.original_metric.get("original")
     for domain, reached, count, whose in (
@@ -153,45 +134,34 @@ def _at_chance(scores: Scores) -> list[FailedCheck]:
                 f"{whose} reaches {scores.metric} {scores.figure(reached)} on the {domain} test split, where the best "
                 f"answer that looks at no input has {scores.figure(chance)}"
             )
-            found.append(FailedCheck(f"{domain} metric at chance", message, voids=True))
-    return found
+            yield FailedCheck(f"{domain} metric at chance", message, voids=True)
 
 
-def _failed_runs(results: AttackResults) -> list[FailedCheck]:
-    failed = [run for run in results.runs if run.failed]
-    if not failed:
-        return []
-    first = f"{failed[0].strategy.name} on {failed[0].model}: {failed[0].error}"
-    return [FailedCheck("runs failed", f"{len(failed)} of {len(results.runs)}; the first, {first}")]
+def _failed_runs(results: AttackResults) -> Iterator[FailedCheck]:
+    if failed := [run for run in results.runs if run.failed]:
+        first = f"{failed[0].strategy.name} on {failed[0].model}: {failed[0].error}"
+        yield FailedCheck("runs failed", f"{len(failed)} of {len(results.runs)}; the first, {first}")
 
 
-def _without_original_data(results: AttackResults) -> list[FailedCheck]:
-    count = len({run.strategy for run in results.runs if run.error == NO_ORIGINAL_DATA})
-    if not count:
-        return []
-    message = (
-        f"attacks that learn from original data had none ({count} of the sweep): give `original_dataset` "
-        "(`--original` of `sophon-hf attack`)"
-    )
-    return [FailedCheck("attacks on original data left out", message)]
+def _without_original_data(results: AttackResults) -> Iterator[FailedCheck]:
+    if count := len({run.strategy for run in results.runs if run.error == NO_ORIGINAL_DATA}):
+        message = (
+            f"attacks that learn from original data had none ({count} of the sweep): give `original_dataset` "
+            "(`--original` of `sophon-hf attack`)"
+        )
+        yield FailedCheck("attacks on original data left out", message)
 
 
-def _too_few_seeds(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+def _too_few_seeds(results: AttackResults, scores: Scores) -> Iterator[FailedCheck]:
     asked = len(results.facts.get("seeds", []))
-    found = []
     for model in ("protected", "original", "scratch"):
         best = scores.best(model)
         if best is not None and len(best.finite) < max(asked, 3):
-            found.append(
-                FailedCheck(
-                    "few seeds",
-                    f"the best attack on {model} has {len(best.finite)} seeds, asked were {asked}, 3 are usual",
-                )
-            )
-    return found
+            message = f"the best attack on {model} has {len(best.finite)} seeds, asked were {asked}, 3 are usual"
+            yield FailedCheck("few seeds", message)
 
 
-def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+def _broken_attacks(results: AttackResults, scores: Scores) -> Iterator[FailedCheck]:
     names, least = [], _LEARNED * scores.scale
     for strategy, curves in results.curves("original").items():
         if len(curves[0].test) < 2:
@@ -200,26 +170,23 @@ def _broken_attacks(results: AttackResults, scores: Scores) -> list[FailedCheck]
         # Written so that NaN has learned nothing too.
         if not gain > least:
             names.append(strategy.name)
-    if not names:
-        return []
-    return [
-        FailedCheck("attack learns nothing on the original model", "no evidence of resistance: " + "; ".join(names))
-    ]
+    if names:
+        message = "no evidence of resistance: " + "; ".join(names)
+        yield FailedCheck("attack learns nothing on the original model", message)
 
 
-def _still_improving(results: AttackResults, scores: Scores) -> list[FailedCheck]:
+def _still_improving(results: AttackResults, scores: Scores) -> Iterator[FailedCheck]:
     best = scores.best("protected")
     if best is None:
-        return []
+        return
     mean = scores.sign * mean_of_finite([curve.test for curve in results.curves("protected")[best.strategy]])
-    if len(mean) < 2 or not mean[-1] - mean[-2] > _STILL_IMPROVING * scores.scale:
-        return []
-    moved = f"{'rose' if scores.greater_is_better else 'fell'} by {scores.figure(mean[-1] - mean[-2])}"
-    message = f"the {scores.metric} of {best.name} {moved} between the last two points: give it more epochs"
-    return [FailedCheck("still improving at the last epoch", message)]
+    if len(mean) > 1 and mean[-1] - mean[-2] > _STILL_IMPROVING * scores.scale:
+        moved = f"{'rose' if scores.greater_is_better else 'fell'} by {scores.figure(mean[-1] - mean[-2])}"
+        message = f"the {scores.metric} of {best.name} {moved} between the last two points: give it more epochs"
+        yield FailedCheck("still improving at the last epoch", message)
 
 
-def _gradients(results: AttackResults) -> list[FailedCheck]:
+def _gradients(results: AttackResults) -> Iterator[FailedCheck]:
     bad: dict[str, None] = {}
     for run in results.runs:
         if run.curve is None:
@@ -230,4 +197,20 @@ def _gradients(results: AttackResults) -> list[FailedCheck]:
             bad[f"non-finite: {run.strategy.name} on {run.model}"] = None
         elif len(norms) and (norms == 0).all():
             bad[f"zero: {run.strategy.name} on {run.model}"] = None
-    return [FailedCheck("zero or non-finite gradients", "; ".join(bad))] if bad else []
+    if bad:
+        yield FailedCheck("zero or non-finite gradients", "; ".join(bad))
+
+
+def _what_was_given(facts: dict[str, Any]) -> Iterator[FailedCheck]:
+    examples, data, weights = (facts.get(name) for name in ("validation_examples", "data", "weights"))
+    if examples is not None and examples < _FEWEST_VALIDATION:
+        message = (
+            f"attacks were chosen by {examples} examples, where {_FEWEST_VALIDATION} are needed: give so many, or "
+            "leave validation data out and give the adversary so many, which then choose by cross-validation"
+        )
+        yield FailedCheck("too few validation examples", message, voids=True)
+    if data and data.get("validation") == data.get("test"):
+        yield FailedCheck("selection on the test split", "attacks were chosen on the split that reports", voids=True)
+    if weights and weights.get("protected") == weights.get("original"):
+        message = "the protected and the original model hold the same parameters: is one of them named twice?"
+        yield FailedCheck("one model", message)

@@ -131,16 +131,14 @@ def make_preprocessor(
     pad = getattr(processing_class, "pad_token_id", None)
     # The model's own goes first: one that looks for the last token would take another one's padding for text.
     padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
-    prepare: Callable[[_Rows], list[Example]] | None = None
-    columns: list[str] = []
     ready = {column: column for column, v in row.items() if column in needs.names and _kind(v) == "tensors"}
     if "latents" in row and "encoder_hidden_states" in ready:
         ready["latents"] = needs.main
     if ready:
-        prepare = partial(_ready, columns=ready, masked="input_ids" in ready and "attention_mask" in needs.names)
-        columns = list(ready)
-    # A row of ready inputs may hold more columns, which are left out.
-    for kind in () if ready else ("images", "audio", "text", "tensors"):
+        # The row may hold more columns, which are left out.
+        masked = "input_ids" in ready and "attention_mask" in needs.names
+        return Preprocessor(partial(_ready, columns=ready, masked=masked), tuple(ready), padding)
+    for kind in ("images", "audio", "text", "tensors"):
         columns = [column for column, value in row.items() if _kind(value) == kind]
         if len(columns) > 1 and not (pair and kind == "text"):
             more = ", or two texts that are one input" if kind == "text" else ""
@@ -150,13 +148,11 @@ def make_preprocessor(
             )
         if columns:
             prepare = _prepare_columns(kind, columns, needs, processing_class)
-            break
-    if prepare is None:
-        raise ValueError(
-            f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
-            f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
-        )
-    return Preprocessor(prepare, tuple(columns), padding)
+            return Preprocessor(prepare, tuple(columns), padding)
+    raise ValueError(
+        f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
+        f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
+    )
 
 
 def _kind(value: Any) -> str | None:
