@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from sophon_hf import SophonConfig
 from sophon_hf.attacks.sweeps import SWEEPS, load_sweep
+from sophon_hf.cli import attack
 from sophon_hf.cli.fields import sophon_fields, training_fields
 from sophon_hf.cli.loading import columns, load_metric, load_split
 from sophon_hf.cli.options import COMMANDS, read_options
@@ -168,7 +169,7 @@ def test_a_metric_is_a_name_or_a_module_with_its_arguments(tmp_path):
         load_metric(read_options("attack", [*MODEL, "--metric", '{"a": {}, "b": {}}']))
 
 
-def test_captions_are_encoded_by_the_pipeline_that_is_named(tmp_path):
+def test_captions_are_encoded_by_the_pipeline_that_is_named(tmp_path, capsys):
     save_pipeline(tmp_path / "pipeline")
     data = captioned(1, 5).rename_columns({"image": "picture", "text": "words"})
     data.to_parquet(tmp_path / "pictures.parquet")
@@ -180,6 +181,8 @@ def test_captions_are_encoded_by_the_pipeline_that_is_named(tmp_path):
     expected = encode_captions(tmp_path / "pipeline", data, image_column="picture", caption_column="words")
     assert test["latents"][0] in expected["latents"][:]
     assert columns(options)["input_columns"]["restricted"] is None
+    attack.run(read_options("attack", [configuration, "--protected", str(tmp_path / "pipeline"), "--dry_run"]))
+    assert "In all about" in capsys.readouterr().out  # The column of the pictures is no longer looked for.
     options = read_options("audit", [write(tmp_path, restricted_caption="words", **told)])
     with pytest.raises(ValueError, match="restricted_caption is 'words': name by --model the pipeline"):
         load_split(options, "restricted")
