@@ -253,7 +253,7 @@ class _Parser(argparse.ArgumentParser):
         self.required = [name for name, flag in flags.items() if command in flag.required.split()]
         self.nullable = {name for name, flag in flags.items() if flag.default is None}
         for name, flag in flags.items():
-            self._add(name, flag.kind, flag.default, flag.help, flag.choices)
+            self._add(name, flag)
         if command == "protect":
             self._add_config(set(flags))
 
@@ -268,35 +268,28 @@ class _Parser(argparse.ArgumentParser):
             text = field.metadata.get("help", "") if name in own else argparse.SUPPRESS
             choices = [c for f in (field, theirs.get(name)) if f is not None and (c := f.metadata.get("choices"))]
             more = {key: field.metadata[key] for key in ("nargs", "const") if key in field.metadata}
-            self._add(name, field.kind, field.default, text, choices[0] if choices else None, **more)
+            flag = _Flag("protect", text, field.kind, field.default, choices=choices[0] if choices else None)
+            self._add(name, flag, **more)
 
-    def _add(
-        self,
-        name: str,
-        kind: str | Callable[[str], str],
-        default: Any,
-        text: str,
-        choices: Sequence[str] | None,
-        **more: Any,
-    ) -> None:
+    def _add(self, name: str, flag: _Flag, **more: Any) -> None:
         """Add a flag, and for a switch that is on also the one that turns it off."""
         how: dict[str, Any]
-        if kind == "bool":
+        if flag.kind == "bool":
             how = {"type": _truth, "nargs": "?", "const": True}
-        elif kind in _LISTS:
-            how = {"type": _LISTS[kind], "nargs": "+"}
-        elif choices:
-            how = {"type": str, "choices": choices}
-        elif isinstance(kind, str):
-            how = {"type": {"int": int, "float": float, "str": str}.get(kind, _json_or_text)}
+        elif flag.kind in _LISTS:
+            how = {"type": _LISTS[flag.kind], "nargs": "+"}
+        elif flag.choices:
+            how = {"type": str, "choices": flag.choices}
+        elif isinstance(flag.kind, str):
+            how = {"type": {"int": int, "float": float, "str": str}.get(flag.kind, _json_or_text)}
         else:
-            how = {"type": kind}
+            how = {"type": flag.kind}
+        text = flag.help
         if text is not argparse.SUPPRESS:
-            shown = "" if default is None else f" (default: {default})"
+            shown = "" if flag.default is None else f" (default: {flag.default})"
             text = f"{text.rstrip('.')}{shown}".replace("%", "%%")
-        metavar = None if choices else "VALUE"
-        self.add_argument(f"--{name}", help=text, metavar=metavar, **{**how, **more})
-        if kind == "bool" and default is True:
+        self.add_argument(f"--{name}", help=text, metavar=None if flag.choices else "VALUE", **{**how, **more})
+        if flag.kind == "bool" and flag.default is True:
             self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
