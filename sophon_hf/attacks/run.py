@@ -259,6 +259,13 @@ def _refuse_kept(
             raise RuntimeError(f"{part!r} was to be re-initialised, and has the weights that it had: {strategy.name}.")
 
 
+def in_bf16(task: Task, device: torch.device) -> Task:
+    """Return the task in mixed precision: every forward pass of an attack, its preparation and its measurement."""
+    mixed = copy.copy(task)
+    mixed.predict = torch.autocast(device.type, torch.bfloat16)(task.predict)  # type: ignore[method-assign]
+    return mixed
+
+
 def _metric(task: Task, model: nn.Module, domain: Domain) -> float:
     # Without the loss, so that a class that the adversary's data lack counts as wrong.
     return evaluate_model(task, model, domain, EVALUATION_BATCH, with_loss=False).metric
@@ -282,6 +289,8 @@ def measured_points(
     else:
         length = strategy.epochs if strategy.steps is None else strategy.epoch_of_step(strategy.steps, examples)
         tenths = (length * tenth / 10 for tenth in range(1, 10))
+        # Keys of runs are made of them: 10 and 10.0 are one.
+        measured = [int(epoch) if float(epoch).is_integer() else epoch for epoch in measured]
         epochs = [*measured, *(epoch for epoch in tenths if epoch > USUAL_EPOCHS and epoch not in measured)]
         points = {strategy.step_of_epoch(epoch, examples): epoch for epoch in epochs}
         points = {step: epoch for step, epoch in points.items() if step <= steps}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -13,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -27,7 +27,7 @@ from sophon_hf.attacks.adversary import (
 from sophon_hf.attacks.cache import run_keys
 from sophon_hf.attacks.plots import draw_denoised
 from sophon_hf.attacks.results import AttackResults
-from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, measured_points, run_attack
+from sophon_hf.attacks.run import EVALUATION_BATCH, PAPER_EPOCHS, AttackRun, in_bf16, measured_points, run_attack
 from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
 from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
@@ -105,6 +105,8 @@ class AttackSuite:
             raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
         if measured_every is not None and measured_every < 1:
             raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
+        if wrong_epochs := [epoch for epoch in measured_epochs if not 0 <= epoch < math.inf]:
+            raise ValueError(f"measured_epochs has {wrong_epochs[0]}, but an epoch is finite and not below 0.")
         if examples is not None and examples < 1:
             raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         if bf16 and not has_bf16():
@@ -220,6 +222,7 @@ class AttackSuite:
         facts["versions"] = {p: version(p) for p in ("torch", "transformers", "diffusers", "datasets", "peft")}
         results = AttackResults([], task.metric, task.greater_is_better, len(data.test), original_metric, facts)
         keys: list[str] = []
+        learned = in_bf16(task, process_state().device) if self.bf16 else task
 
         def finish(sweeps: dict[str, list[FineTuningStrategy]]) -> None:
             runs = [AttackRun(name, s, seed) for seed in self.seeds for name, sweep in sweeps.items() for s in sweep]
@@ -229,8 +232,8 @@ class AttackSuite:
             missing = [i for i, run in enumerate(found) if run is None or run.failed]
             if not keys:  # What a search proposes later costs only itself.
                 lost = [runs[i] for i in missing]
-                try_kinds(lost, models, self._in_precision(task), data, required=len(lost) == len(runs))
-            self._compute(self._in_precision(task), models, data, [(new[i], runs[i]) for i in missing])
+                try_kinds(lost, models, learned, data, required=len(lost) == len(runs))
+            self._compute(learned, models, data, [(new[i], runs[i]) for i in missing])
             for i in missing:
                 found[i] = self._read(new[i], runs[i])
             results.runs += [run if done is None else done for run, done in zip(runs, found, strict=True)]
@@ -304,13 +307,6 @@ class AttackSuite:
         # Models of equal weights share a file, so its name for the model may be the other one's. The strategy is equal;
         # one object of it for all runs is what a sweep of thousands has room for.
         return replace(read, model=run.model, strategy=run.strategy)
-
-    def _in_precision(self, task: Task) -> Task:
-        """Return a task whose every forward pass, of an attack, its preparation and its measurement, has `bf16`."""
-        if self.bf16:
-            task, mixed = copy.copy(task), torch.autocast(process_state().device.type, torch.bfloat16)
-            task.predict = mixed(task.predict)  # type: ignore[method-assign]
-        return task
 
     def _compute(
         self, task: Task, models: dict[str, nn.Module], data: AdversaryDomains, missing: list[tuple[str, AttackRun]]

@@ -65,3 +65,14 @@ def test_a_configuration_holds_what_is_computed_and_not_whence_it_came():
             n for n in configuration(part) if n.startswith("_") or "version" in n or n in ("dtype", "architectures")
         }
     assert configuration(TinyNet()) is None and configuration(None) is None
+
+
+def test_whole_epochs_are_the_same_as_integers_and_as_floats(tmp_path):
+    images = {"restricted_dataset": pixels(1), "eval_dataset": pixels(2)}
+    for epochs in ([0, 1, 2], [0.0, 1.0, 2.0]):
+        suite = make_suite(tmp_path, [DIRECT], seeds=[0], measured_epochs=epochs)
+        results = suite.run(protected=vit(), original=vit(), **images)
+        assert len(list((tmp_path / "runs").iterdir())) == 2
+        assert all(run.curve.epoch == [0, 1, 2] for run in results.runs)
+    with pytest.raises(ValueError, match="measured_epochs has -1, but an epoch is finite and not below 0"):
+        make_suite(tmp_path, measured_epochs=[0, -1])
