@@ -101,14 +101,14 @@ class Domain:
         except ImportError:
             raise  # What is missing here is a library.
         except Exception as error:  # Pillow, soundfile, a tokenizer or a user's transform may raise anything.
-            raise self._unreadable(indices, error) from error
+            raise self._first_unreadable(indices, error) from error
         name, labels = self._attached
         if labels is not None:
             for example, label in zip(examples, labels[indices], strict=True):
                 example[name] = label
         return examples
 
-    def _unreadable(self, indices: list[int], error: Exception) -> Exception:
+    def _first_unreadable(self, indices: list[int], error: Exception) -> Exception:
         """Return an error that names the row and the column; the one that was raised where no row has it alone."""
         for index in indices:
             try:
