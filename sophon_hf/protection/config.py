@@ -224,7 +224,7 @@ class SophonConfig(TrainingArguments):
                 f"{self.N * self.l_FTS} adversaries."
             )
         if self.mixup and not self.distillation:
-            raise ValueError("mixing is on, but mixtures have no label, only distillation: set `distillation` too.")
+            raise ValueError("mixup is on, but mixtures have no label, only distillation: set `distillation` too.")
         field_of = type(self).__dataclass_fields__
         check_choice(self.on_violation, field_of["on_violation"].metadata["choices"], "on_violation")
         self.gamma = self._parse_gamma()
@@ -258,22 +258,9 @@ class SophonConfig(TrainingArguments):
         return cls(**{**PRESETS[name], **changes})
 
     def _refuse_numbers(self) -> None:
-        whole = {
-            "max_steps": 1,
-            "K": 1,
-            "N": 1,
-            "l_FTS": 0,
-            "l_NTR": 1,
-            "probe_depths": 0,
-            "num_persistent": 0,
-            "horizon": 1,
-            "simulated_examples": 1,
-            "per_device_train_batch_size": 1,
-            "seed": 0,
-            "dataloader_num_workers": 0,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-        }
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        whole = dict.fromkeys(("max_steps", "K", "N", "l_NTR", "horizon", "simulated_examples", *sizes), 1)
+        whole |= dict.fromkeys(("l_FTS", "probe_depths", "num_persistent", "seed", "dataloader_num_workers"), 0)
         for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
