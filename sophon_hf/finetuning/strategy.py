@@ -297,17 +297,10 @@ class StrategySpace:
                     f"preparations has {preparation!r}, but only 'shrink_and_perturb' and 'warm_up' (or null, for "
                     "none) can be simulated."
                 )
-        for name, values in (
-            ("initialization", self.initializations),
-            ("transfer", self.transfers),
-            ("optimizer", self.optimizers),
-            ("learning_rate", self.learning_rates),
-            ("batch_size", self.batch_sizes),
-            ("weight_decay", self.weight_decays),
-            ("schedule", self.schedules),
-        ):
-            for value in values:
-                FineTuningStrategy().with_changes(**{name: value})
+        rates_and_sizes = ("learning_rates", "batch_sizes", "weight_decays")
+        for name in ("initializations", "transfers", "optimizers", *rates_and_sizes, "schedules"):
+            for value in getattr(self, name):
+                FineTuningStrategy(**{name.removesuffix("s"): value})
         for count in self.examples:
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise ValueError(f"examples has {count!r}, but must hold whole numbers of at least 1, or null for all.")
