@@ -20,7 +20,7 @@ from sophon_hf.finetuning.kernel import KernelRegression
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.preparations import prepare_model
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
-from sophon_hf.models.loading import restore_precision
+from sophon_hf.models.loading import hash_state, restore_precision
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
@@ -110,6 +110,7 @@ def run_attack(
     measured: Sequence[float] | int = PAPER_EPOCHS,
     after_step: Callable[[int, int], Any] | None = None,
     at_end: Callable[[nn.Module], Any] | None = None,
+    starts: dict[tuple, float] | None = None,
 ) -> Curve:
     """Fine-tune a copy of `model` in the restricted domain, and measure it along the way.
 
@@ -122,6 +123,7 @@ def run_attack(
         measured: When to measure (`measured_points`).
         after_step: Called with the step and the number of steps, for progress.
         at_end: Called with the fine-tuned copy.
+        starts: What attacks on this model reached before their first step: equal starts are measured once.
 
     Returns:
         What was measured. A point at epoch 0 is the model before the first step, with its new head where it gets one.
@@ -133,12 +135,20 @@ def run_attack(
     points = measured_points(strategy, len(data.training), measured)
     curve = Curve(epoch=[points[step] for step in sorted(points)], step=sorted(points))
 
+    def metric(tuned: nn.Module, domain: Domain, at_start: bool) -> float:
+        if starts is None or not at_start or isinstance(tuned, KernelRegression):
+            return _metric(task, tuned, domain)
+        key = (hash_state(tuned), strategy.adapter, domain.fingerprint)
+        if key not in starts:
+            starts[key] = _metric(task, tuned, domain)
+        return starts[key]
+
     def measure(tuned: nn.Module, losses: list[torch.Tensor], gradient_norm: float) -> None:
         curve.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
         curve.gradient_norm.append(gradient_norm)
-        curve.test.append(_metric(task, tuned, data.test))
+        curve.test.append(metric(tuned, data.test, not losses))
         if data.validation is not None:
-            curve.validation.append(_metric(task, tuned, data.validation))
+            curve.validation.append(metric(tuned, data.validation, not losses))
 
     tuned = _fine_tune(model, task, strategy, data, data.training, seed, steps, points, measure, after_step)
     if isinstance(task, DiffusionTask):
@@ -152,8 +162,8 @@ def run_attack(
         for training, held_out in data.folds:
             by_fold.append([])
 
-            def judge(tuned: nn.Module, _: list[torch.Tensor], __: float, held_out: Domain = held_out) -> None:
-                by_fold[-1].append(_metric(task, tuned, held_out))
+            def judge(tuned: nn.Module, losses: list[torch.Tensor], _: float, held_out: Domain = held_out) -> None:
+                by_fold[-1].append(metric(tuned, held_out, not losses))
 
             _fine_tune(model, task, strategy, data, training, seed, steps, points, judge, after_step)
         weights = [len(held_out) for _, held_out in data.folds]

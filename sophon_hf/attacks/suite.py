@@ -316,11 +316,14 @@ class AttackSuite:
         # All must have listed what is missing before the first one writes, or their shares would not add up.
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
+        # A model has more than its weights, so what was measured of one serves it alone.
+        starts: dict[str, dict[tuple, float]] = {name: {} for name in models}
         steps = (1 + len(data.folds)) * sum(run.strategy.total_steps(len(data.training)) for _, run in mine)
         with tqdm(total=steps, desc="attacking", unit="step", disable=not state.is_main_process or not mine) as bar:
             for number, (key, run) in enumerate(mine, 1):
                 bar.set_postfix_str(f"attack {number}/{len(mine)}: {run.model}, {run.strategy.name}")
-                victim = models["original" if run.model in ("scratch", UNTRAINED) else run.model]
+                attacked = "original" if run.model in ("scratch", UNTRAINED) else run.model
+                victim = models[attacked]
                 try:
                     if run.model == UNTRAINED:
                         victim = untrained_copy(victim, task, data.training, run.seed)
@@ -333,6 +336,7 @@ class AttackSuite:
                         measured=self.measured_every or self.measured_epochs,
                         after_step=lambda *_: bar.update(),
                         at_end=partial(_draw, task, data.test, self._file(key, "png")),
+                        starts=starts[attacked],
                     )
                 except NotApplicableError as reason:
                     run.error, run.applicable = str(reason), False

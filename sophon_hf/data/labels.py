@@ -64,7 +64,7 @@ def read_labels(dataset: datasets.Dataset, column: str, name: str = "given") -> 
     Raises:
         ValueError: Some are missing, or they are no classes.
     """
-    values, where = list(dataset.with_format(None)[column]), f"Column {column!r} of the {name} domain"
+    values, where = dataset.with_format(None)[column][:], f"Column {column!r} of the {name} domain"
     feature = dataset.features[column]
     if missing := [row for row, value in enumerate(values) if is_missing_label(value, feature)]:
         raise ValueError(
@@ -106,7 +106,7 @@ def _read_label_sets(
     Raises:
         ValueError: An example has no list of labels.
     """
-    values = list(dataset.with_format(None)[column])
+    values = dataset.with_format(None)[column][:]
     for row, value in enumerate(values):
         if not isinstance(value, (list, np.ndarray)):
             raise ValueError(
@@ -364,7 +364,7 @@ def split_indices(
     labels = np.zeros(len(dataset), dtype=np.int64)
     if column is not None and isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
         # Sets of labels: examples with the same ones are alike.
-        labels = np.unique([str(value) for value in dataset.with_format(None)[column]], return_inverse=True)[1]
+        labels = np.unique([str(value) for value in dataset.with_format(None)[column][:]], return_inverse=True)[1]
     elif column is not None:
         present, declared = _present_and_declared("given", [dataset], column)
         numbers = {value: number for number, value in enumerate(dict.fromkeys([*declared, *present]))}

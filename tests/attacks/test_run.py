@@ -58,6 +58,23 @@ def test_an_attack_starts_from_the_model_as_it_is_and_leaves_it_so(model, data):
     assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_equal_starts_are_measured_once(model, data):
+    task, starts, measured = infer_task(model), {}, []
+    model.register_forward_hook(lambda module, *_: None if module.training else measured.append(module))
+
+    def run(strategy, **shared):
+        measured.clear()
+        curve = run_attack(model, task, strategy, data, measured=(0, 1), **shared)
+        return repr(curve), len(measured)
+
+    for strategy in (DIRECT, DIRECT.with_changes(learning_rate=1e-4), NEW_HEAD, NEW_HEAD.with_changes(ema=0.9)):
+        alone, first, again = run(strategy), run(strategy, starts=starts), run(strategy, starts=starts)
+        assert first[0] == again[0] == alone[0]
+        assert again[1] < alone[1]
+    assert len(starts) == 4, "two starts, each on two splits"
+    assert first[1] == again[1], "a rate or an average changes no start"
+
+
 def test_an_attack_learns_and_is_decided_by_its_seed(model, data):
     def run(seed):
         strategy = NEW_HEAD.with_changes(epochs=20)
