@@ -3,9 +3,9 @@
     python benchmarks/attack.py
 
 20 epochs on 500 images (or `--examples`) with batch 50, measured at the six epochs of the paper's tables on 500
-validation and 2,500 test images, as `strong` does on the pair `animals`. All run in turn on one core, and count the time that they compute, so
-that other work on the machine tells less; each ratio is the median of its pairs. The bare loops that measure less show
-what an attack without a test curve would save. The last line is one JSON object.
+validation and 2,500 test images, as `strong` does on the pair `animals`. All run in turn on one core, and count the
+time that they compute, so that other work on the machine tells less; each ratio is the median of its pairs. The bare
+loops that measure less show what an attack without a test curve would save. The last line is one JSON object.
 """
 
 from __future__ import annotations
