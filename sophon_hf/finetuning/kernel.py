@@ -128,7 +128,7 @@ class KernelRegression(nn.Module):
         return [part.double() for part in features]
 
     def _joined(self, depths: list[Tensor]) -> Tensor:
-        width, scaled = sum(d.shape[1] for d in depths) / len(depths), []
-        for depth, (mean, spread) in zip(depths, self._spreads, strict=True):
-            scaled.append((depth - mean) / spread * (width / depth.shape[1]) ** 0.5)
+        width = sum(depth.shape[1] for depth in depths) / len(depths)
+        pairs = zip(depths, self._spreads, strict=True)
+        scaled = [(d - mean) / spread * (width / d.shape[1]) ** 0.5 for d, (mean, spread) in pairs]
         return torch.cat(scaled, dim=1)

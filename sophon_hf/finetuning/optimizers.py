@@ -28,11 +28,9 @@ def make_optimizer(
     """
     name = strategy.optimizer
     devices = {parameter.device.type for parameter in parameters}
-    fused = name != "adadelta" and devices <= {"cpu", "cuda"}
-    if name == "adagrad" and devices != {"cpu"}:
-        fused = False
-    if name not in ("adam", "adamw") and any(isinstance(parameter, DTensor) for parameter in parameters):
-        fused = False  # Only the fused Adam knows shards.
+    fused = devices <= {"adadelta": set(), "adagrad": {"cpu"}}.get(name, {"cpu", "cuda"})
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        fused = fused and name in ("adam", "adamw")  # No other fused optimizer knows shards.
     settings: dict[str, Any] = {"lr": strategy.learning_rate, "weight_decay": strategy.weight_decay}
     settings |= (
         {"differentiable": True, "foreach": False} if differentiable else {"fused" if fused else "foreach": True}
