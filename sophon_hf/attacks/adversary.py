@@ -149,6 +149,7 @@ class AdversaryData:
 
         training, tested = restricted(dataset), restricted(test)
         training.refuse_constant()
+        _refuse_untaught(training, tested)
         validated = None if held_out is None else restricted(held_out)
         if carved and held_out is not None and validated is not None:
             # Data that hold an example twice would otherwise have it on both sides.
@@ -180,6 +181,21 @@ class AdversaryData:
             input_column=self.input_columns.get(name),
             label=self.label_columns.get(name),
             classes=classes,
+        )
+
+
+def _refuse_untaught(training: Domain, test: Domain) -> None:
+    """Raise a ValueError where nothing that an adversary could learn is tested."""
+    learned, asked = training.labels, test.labels
+    if learned is None or asked is None or learned.ndim > 1 or training.classes is None:
+        return
+    if len({*learned.tolist(), *asked.tolist()}) == 1:
+        raise ValueError("The restricted domain has one class only: there is nothing to learn, and nothing to measure.")
+    if not set(learned.tolist()) & set(asked.tolist()):
+        names = [[str(training.classes.names[i]) for i in labels.unique()[:3]] for labels in (learned, asked)]
+        raise ValueError(
+            f"The adversary's training data and the test split have no class in common: {', '.join(names[0])}, ... and "
+            f"{', '.join(names[1])}, .... Give both the same names, or the same numbers, for their classes."
         )
 
 

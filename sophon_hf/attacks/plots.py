@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import nn
 from sophon_hf.data.domain import Domain
 from sophon_hf.tasks.base import Task
 from sophon_hf.tasks.diffusion import DiffusionTask
+
+logger = logging.getLogger(__name__)
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), on white and on black, fixed by model so that plots
 # compare.
@@ -140,23 +143,26 @@ def save_image_grid(images: np.ndarray, path: Path, tile: int = 48) -> Path:
     return path
 
 
-def draw_denoised(task: Task, model: nn.Module, domain: Domain, path: Path) -> None:
+def draw_denoised(task: Task, domain: Domain, path: Path, model: nn.Module) -> None:
     """Draw what a diffusion model makes of noisy images, as in Fig. 5 and 6; other tasks have nothing to draw.
 
     One row an image of `domain`: clean, then noisy and denoised for three amounts of noise, then what is generated from
-    noise alone. Images and noise are the same for every model.
+    noise alone. Images and noise are the same for every model. A picture that fails is told, and costs no attack.
     """
     if not isinstance(task, DiffusionTask):
         return
-    rows = domain.rows(torch.arange(min(_IMAGES, len(domain))))
-    clean = rows[task.inputs(model).main]
-    if clean.shape[1] not in (1, 3):
-        return  # Latents are no pictures.
-    columns = [clean]
-    for share in _NOISE_SHARES:
-        columns += task.denoise(model, rows, share)
-    columns.append(task.generate(model, rows))
-    save_image_grid(torch.stack(columns, dim=1).numpy(), path)
+    try:
+        rows = domain.rows(torch.arange(min(_IMAGES, len(domain))))
+        clean = rows[task.inputs(model).main]
+        if clean.shape[1] not in (1, 3):
+            return  # Latents are no pictures.
+        columns = [clean]
+        for share in _NOISE_SHARES:
+            columns += task.denoise(model, rows, share)
+        columns.append(task.generate(model, rows))
+        save_image_grid(torch.stack(columns, dim=1).numpy(), path)
+    except Exception as error:
+        logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -217,11 +217,21 @@ class AttackResults:
 
     @classmethod
     def load(cls, path: str | Path) -> AttackResults:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file is torn, or something else.
+        """
         path = Path(path)
-        values = json.loads(path.read_text(encoding="utf-8"))
-        pictures = {title: path.parent / name for title, name in values.get("pictures", {}).items()}
-        for name in ("original_metric", "benign"):
-            if values.get(name):
-                values[name] = {n: math.nan if v is None else v for n, v in values[name].items()}
-        return cls(**{**values, "runs": [AttackRun.from_dict(run) for run in values["runs"]], "pictures": pictures})
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            pictures = {title: path.parent / name for title, name in values.get("pictures", {}).items()}
+            for name in ("original_metric", "benign"):
+                if values.get(name):
+                    values[name] = {n: math.nan if v is None else v for n, v in values[name].items()}
+            return cls(**{**values, "runs": [AttackRun.from_dict(run) for run in values["runs"]], "pictures": pictures})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is torn, or holds no results of an attack suite ({error}): run the suite again, which keeps "
+                "finished attacks."
+            ) from error

@@ -179,10 +179,12 @@ def try_attack(model: nn.Module, task: Task, strategy: FineTuningStrategy, data:
     Raises:
         NotApplicableError: As `run_attack`.
     """
-    training, steps = data.training, strategy.total_steps(len(data.training))
+    steps = strategy.total_steps(len(data.training))
+    # That of a fold is the smallest that an attack learns from.
+    parts = [data.training, *(part for part, _ in data.folds)]
     if strategy.transfer == "kernel":
-        parts = [data.training, *(held_out for _, held_out in data.folds)]
-        training = min(parts if data.validation is None else [*parts, data.validation], key=len)
+        parts += [held_out for _, held_out in data.folds] + ([] if data.validation is None else [data.validation])
+    training = min(parts, key=len)
     _fine_tune(model, task, strategy, data, training, 0, steps, (), lambda *_: None, None, trial=True)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,15 @@ from sophon_hf.attacks.score import UNTRAINED
 from sophon_hf.attacks.search import TRIALS, Search, next_round, write_sweep
 from sophon_hf.attacks.sweeps import load_sweep, of_original_data, scratch
 from sophon_hf.attacks.trial import try_kinds
-from sophon_hf.data.domain import Domain
 from sophon_hf.data.loading import Source
 from sophon_hf.data.preprocessing import InputColumn
 from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
-from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_half_precision
+from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_weights
 from sophon_hf.tasks.base import Task, infer_task, load_task
 from sophon_hf.tasks.evaluation import evaluate_model, first_rows
 from sophon_hf.tasks.metrics import MetricSource, refuse_two_metrics
-from sophon_hf.utils import has_bf16, process_state, refuse_unwritable, write_atomically
+from sophon_hf.utils import check_choice, has_bf16, process_state, refuse_unwritable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +98,23 @@ class AttackSuite:
         if not strategies:
             raise ValueError("The sweep is empty: name at least one strategy.")
         if epochs is not None:
-            strategies = [
-                s.with_changes(epochs=epochs * s.epochs / USUAL_EPOCHS) if s.steps is None else s for s in strategies
-            ]
+            share = float(epochs) / USUAL_EPOCHS
+            strategies = [s.with_changes(epochs=share * s.epochs) if s.steps is None else s for s in strategies]
+        try:
+            seeds, measured_epochs = [index(seed) for seed in seeds], [float(epoch) for epoch in measured_epochs]
+        except TypeError as error:
+            told = f"seeds are {seeds!r} and measured_epochs {measured_epochs!r}"
+            raise TypeError(f"{told}: give lists of numbers, and whole ones as seeds.") from error
         if not seeds or len(set(seeds)) != len(seeds):
-            raise ValueError(f"seeds are {list(seeds)}: give at least one, each once.")
-        if measured_every is not None and measured_every < 1:
-            raise ValueError(f"measured_every is {measured_every}, but must be a number of steps, 1 or more.")
+            raise ValueError(f"seeds are {seeds}: give at least one, each once.")
+        for name, number in (("measured_every", measured_every), ("examples", examples), ("trials", trials)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} is {number!r}, but must be a whole number of 1 or more, or left out.")
+        for name, named in (("input_columns", input_columns), ("label_columns", label_columns)):
+            for domain in named or ():
+                check_choice(domain, ("original", "restricted", "benign"), f"A domain in {name}")
         if wrong_epochs := [epoch for epoch in measured_epochs if not 0 <= epoch < math.inf]:
             raise ValueError(f"measured_epochs has {wrong_epochs[0]}, but an epoch is finite and not below 0.")
-        if examples is not None and examples < 1:
-            raise ValueError(f"examples is {examples}, but must be 1 or more; leave it out for all.")
         if bf16 and not has_bf16():
             raise ValueError(f"bf16 is True, but this {process_state().device.type} has no bfloat16: leave it out.")
         refuse_two_metrics(task, metric)
@@ -122,7 +128,7 @@ class AttackSuite:
             raise ValueError(f"trials is {trials}, but a search begins with {len(strategies)} strategies: give more.")
         self.epochs = USUAL_EPOCHS if epochs is None else epochs
         self.name = str(sweep) if isinstance(sweep, (str, Path)) else "custom"
-        self.strategies, self.seeds, self.measured_epochs = strategies, list(seeds), list(measured_epochs)
+        self.strategies, self.seeds, self.measured_epochs = strategies, seeds, measured_epochs
         self.measured_every, self.processing_class = measured_every, processing_class
         self.output_dir, self.examples, self.task, self.metric = Path(output_dir), examples, task, metric
         self.input_columns, self.label_columns, self.bf16 = input_columns or {}, label_columns or {}, bf16
@@ -159,8 +165,8 @@ class AttackSuite:
             benign_eval_dataset: Its test split.
 
         Raises:
-            ValueError: Models of different architecture or in half precision, a baseline with a name of the suite's
-                own, overlapping data, or missing labels.
+            ValueError: Models of different architecture, in half precision or not finite, a baseline with a name of the
+                suite's own, overlapping data, or missing labels.
         """
         if (benign_dataset is None) != (benign_eval_dataset is None):
             raise ValueError("benign_dataset and benign_eval_dataset go together: give both or neither.")
@@ -169,7 +175,7 @@ class AttackSuite:
         given = {"protected": protected, "original": original, **(baselines or {})}
         models = {name: load_model(model).to(process_state().device) for name, model in given.items()}
         for name, model in models.items():
-            refuse_half_precision(model, name)
+            refuse_weights(model, name)
         check_same_architecture(models)
         task, processor = self._task_and_processor(models["original"], original, protected)
         for model in models.values():
@@ -198,7 +204,7 @@ class AttackSuite:
             for name, model in models.items():
                 found = evaluate_model(task, model, domains.original_test, EVALUATION_BATCH)
                 original_metric[name] = found.metric
-                _draw(task, domains.original_test, self.output_dir / f"original-{name}.png", model)
+                draw_denoised(task, domains.original_test, self.output_dir / f"original-{name}.png", model)
         results = self._attack(task, models, domains, original_metric)
         results.facts["models"] = {name: _name(model) for name, model in given.items()}
         results.facts["date"] = date.today().isoformat()
@@ -335,7 +341,7 @@ class AttackSuite:
                         seed=run.seed,
                         measured=self.measured_every or self.measured_epochs,
                         after_step=lambda *_: bar.update(),
-                        at_end=partial(_draw, task, data.test, self._file(key, "png")),
+                        at_end=partial(draw_denoised, task, data.test, self._file(key, "png")),
                         starts=starts[attacked],
                     )
                 except NotApplicableError as reason:
@@ -390,11 +396,3 @@ def _name(model: nn.Module | str) -> str:
     if isinstance(model, nn.Module):
         return type(model).__name__
     return Path(model).resolve().name if Path(model).exists() else str(model)
-
-
-def _draw(task: Task, domain: Domain, path: Path, model: nn.Module) -> None:
-    """Draw what a model denoises; a picture that fails must not cost the attack that it shows."""
-    try:
-        draw_denoised(task, model, domain, path)
-    except Exception as error:
-        logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)

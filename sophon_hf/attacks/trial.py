@@ -38,7 +38,7 @@ def try_kinds(
         required: Whether it is an error that all fail.
 
     Raises:
-        ValueError: All fail, where one is required.
+        ValueError: All fail, at least on the given models, where one is required.
     """
     kinds: dict[tuple[str, FineTuningStrategy], FineTuningStrategy] = {}
     usual = FineTuningStrategy()
@@ -49,15 +49,17 @@ def try_kinds(
         if run.model != UNTRAINED:
             kinds.setdefault((run.model, run.strategy.with_changes(**alike)), run.strategy)
     failed: list[str] = []
-    applicable = len(kinds)
+    going = 0
     for (name, _), strategy in kinds.items():
         try:
             try_attack(models["original" if name == "scratch" else name], task, strategy, data)
         except NotApplicableError:
-            applicable -= 1
+            continue
         except Exception as error:  # A model's own code may raise anything.
             failed.append(f"{strategy.name} on {name}: {type(error).__name__}: {error}")
-    if required and failed and len(failed) == applicable:
+        else:
+            going += name != "scratch"  # By itself it measures no model.
+    if required and failed and not going:
         raise ValueError(f"No attack gets through its first step, so there is nothing to measure. {failed[0]}")
     for message in failed:
         logger.warning("An attack fails at its first step, and others of its kind will: %s", message)

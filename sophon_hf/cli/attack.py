@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from sophon_hf.attacks.adversary import num_folds
 from sophon_hf.attacks.run import EVALUATION_BATCH
@@ -14,6 +15,7 @@ from sophon_hf.cli.loading import columns, load_half, load_metric, load_split, l
 from sophon_hf.cli.report import tell
 from sophon_hf.cli.timing import attack_seconds, duration
 from sophon_hf.data.domain import build_domain
+from sophon_hf.data.labels import number_classes
 from sophon_hf.models.loading import agree_on_padding, load_model, load_processor
 from sophon_hf.tasks.base import load_task
 from sophon_hf.utils import process_state
@@ -82,17 +84,21 @@ def _tell_plan(
         processor = load_processor(options.model, model)
         agree_on_padding(model, processor)
         task = load_task(options.model, model)
+        needs = task.inputs(model)
+        # Rows that lie apart, since the first may be all of one class.
+        rows = np.unique(np.linspace(0, len(training) - 1, EVALUATION_BATCH).astype(int))
         domain = build_domain(
-            training.select(range(min(len(training), EVALUATION_BATCH))),
-            task.inputs(model),
+            training.select(rows),
+            needs,
             processor,
             name="restricted",
             input_column=columns(options)["input_columns"]["restricted"],
             label=options.restricted_label,
+            classes=number_classes("restricted", [training, test], needs, options.restricted_label),
         )
         sizes = [min(strategy.batch_size, len(domain)) for strategy in suite.strategies]
         seconds = attack_seconds(model, task, domain, (min(sizes), max(sizes)), plan, len(test))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # What the suite does not take, it tells itself.
         print(f"How long that takes was not measured: {' '.join(str(error).split())}")
         return
     print(f"In all {duration(seconds / state.num_processes)}; what is finished already is not computed again.")

@@ -60,12 +60,14 @@ def restore_precision(model: nn.Module) -> None:
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
-def refuse_half_precision(model: nn.Module, name: str) -> None:
-    """Refuse a model whose weights are in half precision, where most of a small update is rounded away.
+def refuse_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model whose weights are not finite, or in half precision, where most of a small update is rounded away.
 
     Raises:
-        ValueError: Floating-point parameters of less than 32 bits.
+        ValueError: Such parameters.
     """
+    if broken := [parameter for parameter, values in model.named_parameters() if not values.isfinite().all()]:
+        raise ValueError(f"{len(broken)} of the {name} model's parameters hold NaN or infinity, {broken[0]} first.")
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if half:
         raise ValueError(

@@ -21,7 +21,7 @@ from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
 from sophon_hf.hub.saving import check_loads_back
 from sophon_hf.models.backbone import library_model
-from sophon_hf.models.loading import evaluation_mode, refuse_half_precision
+from sophon_hf.models.loading import evaluation_mode, refuse_weights
 from sophon_hf.models.sharding import is_sharded
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.protection.config import SophonConfig
@@ -65,9 +65,7 @@ def refuse_model(model: nn.Module, args: SophonConfig) -> None:
     Raises:
         ValueError: It is sharded already, frozen, in half precision or not finite, or mixes batch norm over processes.
     """
-    refuse_half_precision(model, "given")
-    if broken := [name for name, values in model.named_parameters() if not values.isfinite().all()]:
-        raise ValueError(f"{len(broken)} of the model's parameters hold NaN or infinity, {broken[0]} first.")
+    refuse_weights(model, "given")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Every parameter of the model is frozen: nothing can be protected. Set requires_grad.")
     if is_sharded(model):

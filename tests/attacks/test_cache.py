@@ -74,5 +74,5 @@ def test_whole_epochs_are_the_same_as_integers_and_as_floats(tmp_path):
         results = suite.run(protected=vit(), original=vit(), **images)
         assert len(list((tmp_path / "runs").iterdir())) == 2
         assert all(run.curve.epoch == [0, 1, 2] for run in results.runs)
-    with pytest.raises(ValueError, match="measured_epochs has -1, but an epoch is finite and not below 0"):
+    with pytest.raises(ValueError, match="measured_epochs has -1.0, but an epoch is finite and not below 0"):
         make_suite(tmp_path, measured_epochs=[0, -1])

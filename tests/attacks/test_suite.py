@@ -198,7 +198,7 @@ def test_a_suite_measures_every_few_steps(tmp_path, data, computed):
     computed()
     make_suite(tmp_path, [DIRECT], seeds=[0], measured_every=3).run(**data)
     assert len(computed()) == 3, "other points are other runs"
-    with pytest.raises(ValueError, match="measured_every is 0, but must be a number of steps"):
+    with pytest.raises(ValueError, match="measured_every is 0, but must be a whole number of 1"):
         make_suite(tmp_path, measured_every=0)
 
 

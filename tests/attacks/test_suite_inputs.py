@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from attacked import DIRECT, make_data, make_model, make_suite
@@ -50,6 +52,32 @@ def test_a_model_in_half_precision_is_refused(tmp_path, data, name):
     half = copy.deepcopy(data[name]).to(torch.bfloat16)
     with pytest.raises(ValueError, match=f"The {name} model's weights are torch.bfloat16"):
         make_suite(tmp_path).run(**{**data, name: half})
+
+
+@pytest.mark.parametrize("name", ["protected", "original"])
+def test_a_model_that_is_not_finite_is_refused(tmp_path, data, name):
+    """Nothing can be fine-tuned from it, which would pass for resistance."""
+    torch.nn.init.constant_(data[name].body.bias, math.nan)
+    with pytest.raises(ValueError, match=f"1 of the {name} model's parameters hold NaN or infinity, body.bias first"):
+        make_suite(tmp_path).run(**data)
+
+
+def test_labels_of_training_and_test_data_that_have_nothing_in_common_are_refused(tmp_path, data):
+    named = [["cat", "dog", "eel"][label] for label in data["restricted_dataset"]["label"]]
+    data["restricted_dataset"] = data["restricted_dataset"].remove_columns("label").add_column("label", named)
+    with pytest.raises(ValueError, match="no class in common: cat, dog, eel, ... and c0, c1, c2, ...."):
+        make_suite(tmp_path).run(**data)
+
+
+def test_a_restricted_domain_of_one_class_is_refused(tmp_path, data):
+    for name in ("restricted_dataset", "eval_dataset"):
+        data[name] = data[name].filter(lambda row: row["label"] == 1)
+    with pytest.raises(ValueError, match="has one class only"):
+        make_suite(tmp_path).run(**data)
+
+
+def test_numbers_from_numpy_are_seeds(tmp_path):
+    assert [type(seed) for seed in make_suite(tmp_path, seeds=np.arange(2)).seeds] == [int, int]
 
 
 def test_a_benign_task_is_checked_before_anything_is_run(tmp_path, data):
@@ -116,7 +144,7 @@ def test_a_length_in_steps_is_kept_whatever_the_epochs(tmp_path):
 
 def test_fewer_examples_than_asked_for_are_said(tmp_path, data, caplog):
     for examples in (0, -3):
-        with pytest.raises(ValueError, match=f"examples is {examples}, but must be 1 or more"):
+        with pytest.raises(ValueError, match=f"examples is {examples}, but must be a whole number of 1 or more"):
             make_suite(tmp_path, examples=examples)
     with caplog.at_level(logging.WARNING):
         results = make_suite(tmp_path, [DIRECT], seeds=[0], examples=60).run(**data)
@@ -201,6 +229,14 @@ def test_an_example_twice_under_a_random_transform_is_not_validated_on(tmp_path,
         ({"sweep": [{"optimizer": "adam"}]}, "holds {'optimizer': 'adam'}: give FineTuningStrategy objects"),
         ({"seeds": []}, "at least one, each once"),
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
+        ({"seeds": 3}, "seeds are 3 and .*: give lists of numbers"),
+        ({"seeds": ["a"]}, r"seeds are \['a'\] and .* whole ones as seeds"),
+        ({"seeds": [0.5]}, r"seeds are \[0.5\] and .* whole ones as seeds"),
+        ({"measured_epochs": 5}, "measured_epochs 5: give lists"),
+        ({"measured_epochs": [-1]}, "measured_epochs has -1.0, but"),
+        ({"measured_every": 2.5}, "measured_every is 2.5, but must be a whole number"),
+        ({"examples": "20"}, "examples is '20', but must be a whole number"),
+        ({"label_columns": {"restrictd": "label"}}, "label_columns is 'restrictd'.*Did you mean 'restricted'"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, settings, message):

@@ -121,6 +121,14 @@ def test_a_kind_is_tried_with_its_smallest_batches_and_a_batch_of_one_is_another
     assert Batches.seen == [1, 30]
 
 
+def test_the_smallest_fold_is_tried(tmp_path):
+    """Two examples leave one in each fold, of which batch norm takes no mean."""
+    data = make_data()
+    data["restricted_dataset"] = data["restricted_dataset"].select([0, 1])
+    with pytest.raises(ValueError, match="No attack gets through its first step.*more than 1 value per channel"):
+        make_suite(tmp_path).run(**data)
+
+
 def test_where_some_have_ended_before_the_rest_may_fail(adversary, caplog):
     task, data = adversary
     try_kinds(runs(HOPELESS), {"protected": make_model()}, task, data, required=False)

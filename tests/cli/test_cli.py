@@ -316,6 +316,34 @@ def test_a_wrong_split_names_its_flag_and_the_closest_one(command, flag, domain,
     )
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": [{"model": "protected"}]}'])
+def test_results_that_are_torn_or_something_else_are_named(content, tmp_path, capsys):
+    path = tmp_path / "attacks" / "results.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"sophon-hf report: {path} is torn, or holds no results of an attack suite (" in capsys.readouterr().err
+
+
+def test_the_time_of_attacks_on_sorted_texts_is_told(tmp_path, config, capsys):
+    """Names of classes in a CSV, of which the first rows have but one."""
+    torch.manual_seed(0)
+    model = ResNetForImageClassification.from_pretrained(config["model"])
+    for split, seed in (("train", 0), ("test", 1)):
+        pixels = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).tolist()
+        names = ["first"] * 280 + ["second"] * 20
+        rows = datasets.Dataset.from_dict({"pixel_values": pixels, "label": names})
+        (tmp_path / "sorted").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "sorted" / f"{split}.parquet")
+    model.save_pretrained(tmp_path / "protected")
+    attack = ["attack", "--model", config["model"], "--protected", str(tmp_path / "protected"), "--dry_run"]
+    attack += ["--adversary_half", "false", "--restricted", str(tmp_path / "sorted"), "--seeds", "0", "--epochs", "1"]
+    cli.main(attack)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("In all about ")
+
+
 def test_a_dry_run_tells_the_cost_and_looks_for_the_models(tmp_path, config, capsys):
     (tmp_path / "sweep.json").write_text('[{"batch_size": 10}]')
     attack = ["attack", "--model", config["model"], "--restricted", config["restricted"], "--dry-run", "--epochs", "1"]
