@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,6 @@ def run_attack(
     Raises:
         NotApplicableError: The strategy cannot be carried out on this model, or with these data.
     """
-    steps = strategy.total_steps(len(data.training))
     points = measured_points(strategy, len(data.training), measured)
     curve = Curve(epoch=[points[step] for step in sorted(points)], step=sorted(points))
 
@@ -143,14 +143,13 @@ def run_attack(
             starts[key] = _metric(task, tuned, domain)
         return starts[key]
 
-    def measure(tuned: nn.Module, losses: list[torch.Tensor], gradient_norm: float) -> None:
+    fine_tune = partial(_fine_tuned, model, task, strategy, data, seed=seed, points=points, after_step=after_step)
+    for tuned, losses, gradient_norm in fine_tune(data.training):
         curve.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
         curve.gradient_norm.append(gradient_norm)
         curve.test.append(metric(tuned, data.test, not losses))
         if data.validation is not None:
             curve.validation.append(metric(tuned, data.validation, not losses))
-
-    tuned = _fine_tune(model, task, strategy, data, data.training, seed, steps, points, measure, after_step)
     if isinstance(task, DiffusionTask):
         rows = torch.arange(len(data.test)).split(EVALUATION_BATCH)
         curve.bands = task.errors_by_band(tuned, (task.collate(data.test.rows(r), r.tolist()) for r in rows))
@@ -158,14 +157,10 @@ def run_attack(
         at_end(tuned)
     if data.folds:
         # As many steps as the attack itself, so that every point of its curve has a counterpart.
-        by_fold: list[list[float]] = []
-        for training, held_out in data.folds:
-            by_fold.append([])
-
-            def judge(tuned: nn.Module, losses: list[torch.Tensor], _: float, held_out: Domain = held_out) -> None:
-                by_fold[-1].append(metric(tuned, held_out, not losses))
-
-            _fine_tune(model, task, strategy, data, training, seed, steps, points, judge, after_step)
+        by_fold = [
+            [metric(tuned, held_out, not losses) for tuned, losses, _ in fine_tune(training)]
+            for training, held_out in data.folds
+        ]
         weights = [len(held_out) for _, held_out in data.folds]
         curve.validation = np.average(by_fold, axis=0, weights=weights).tolist()
     return curve
@@ -179,31 +174,30 @@ def try_attack(model: nn.Module, task: Task, strategy: FineTuningStrategy, data:
     Raises:
         NotApplicableError: As `run_attack`.
     """
-    steps = strategy.total_steps(len(data.training))
     # That of a fold is the smallest that an attack learns from.
     parts = [data.training, *(part for part, _ in data.folds)]
     if strategy.transfer == "kernel":
         parts += [held_out for _, held_out in data.folds] + ([] if data.validation is None else [data.validation])
     training = min(parts, key=len)
-    _fine_tune(model, task, strategy, data, training, 0, steps, (), lambda *_: None, None, trial=True)
+    for _ in _fine_tuned(model, task, strategy, data, training, points=(1,), trial=True):
+        break
 
 
-def _fine_tune(
+def _fine_tuned(
     model: nn.Module,
     task: Task,
     strategy: FineTuningStrategy,
     data: AdversaryDomains,
     training: Domain,
-    seed: int,
-    steps: int,
+    *,
+    seed: int = 0,
     points: Collection[int],
-    measure: Callable[[nn.Module, list[torch.Tensor], float], Any],
-    after_step: Callable[[int, int], Any] | None,
+    after_step: Callable[[int, int], Any] | None = None,
     trial: bool = False,
-) -> nn.Module:
-    """Fine-tune a copy on `training`, call `measure` with the losses since the point before at each, and return it.
+) -> Iterator[tuple[nn.Module, list[torch.Tensor], float]]:
+    """Fine-tune a copy on `training`; at each point yield it, the losses since the one before, and the last norm.
 
-    A `trial` ends after the first step.
+    A `trial` prepares the model with one step.
     """
     if strategy.needs_original_head and not head_fits(task, model, data.training):
         raise NotApplicableError(f"the head has fewer outputs than the {data.training.num_classes} restricted classes")
@@ -218,8 +212,8 @@ def _fine_tune(
             if strategy.initialization == "scratch":
                 initialize(copied, strategy, structure, training.num_classes or None)
             regression = KernelRegression(copied, task, training, structure)
-            measure(regression, [], math.nan)
-            return regression
+            yield regression, [], math.nan
+            return
         stream = Stream(training, task.collate, derive_seed(seed, "adversary's order"))
         original = None
         if data.original is not None and strategy.original_weight:
@@ -227,6 +221,7 @@ def _fine_tune(
             original = original_stream.batches(strategy.batch_size)
         renews = strategy.initialization != "direct"
         before = {name: p.detach().clone() for name, p in copied.named_parameters()} if renews else {}
+        steps = strategy.total_steps(len(data.training))
         fine_tuning = FineTuning(
             copied,
             task,
@@ -242,17 +237,14 @@ def _fine_tune(
         del before
         losses: list[torch.Tensor] = []
         if 0 in points:
-            measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
+            yield fine_tuning.result, losses, fine_tuning.gradient_norm()
         for update in fine_tuning:
             losses.append(update.loss)
             if after_step is not None:
                 after_step(update.step, steps)
             if update.step in points:
-                measure(fine_tuning.result, losses, fine_tuning.gradient_norm())
+                yield fine_tuning.result, losses, fine_tuning.gradient_norm()
                 losses = []
-            if trial:
-                break
-    return fine_tuning.result
 
 
 def _refuse_kept(

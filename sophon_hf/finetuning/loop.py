@@ -53,7 +53,6 @@ class FineTuning:
         structure: Head and blocks of the model.
         num_classes: Outputs of a new head; the old number where None.
         autocast: Called for a context around each forward pass.
-
         original: Batches of the original domain, for a strategy with `original_weight`.
 
     Attributes:
