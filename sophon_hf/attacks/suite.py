@@ -39,7 +39,7 @@ from sophon_hf.finetuning.preparations import untrained_copy
 from sophon_hf.finetuning.strategy import USUAL_EPOCHS, FineTuningStrategy, NotApplicableError
 from sophon_hf.models.loading import agree_on_padding, hash_state, load_model, load_processor, refuse_weights
 from sophon_hf.tasks.base import Task, infer_task, load_task
-from sophon_hf.tasks.evaluation import evaluate_model, first_rows
+from sophon_hf.tasks.evaluation import evaluate_model, first_rows, try_domain
 from sophon_hf.tasks.metrics import MetricSource, refuse_two_metrics
 from sophon_hf.utils import check_choice, has_bf16, process_state, refuse_unwritable, write_atomically
 
@@ -183,6 +183,8 @@ class AttackSuite:
         needs = task.inputs(models["original"])
         data = self._data(restricted_dataset, eval_dataset, validation_dataset, original_dataset, original_eval_dataset)
         domains = data.build(needs, processor)
+        for part in domains.given().values():
+            try_domain(task, models["original"], part.name, part)
         device = next(models["original"].parameters()).device
         has_head = task.structure(models["original"], first_rows(task, domains.training, device)).outputs is not None
         for domain in (domains.original, domains.original_test):

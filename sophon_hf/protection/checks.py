@@ -21,13 +21,13 @@ from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.finetuning.strategy import FineTuningStrategy, StrategySpace
 from sophon_hf.hub.saving import check_loads_back
 from sophon_hf.models.backbone import library_model
-from sophon_hf.models.loading import evaluation_mode, refuse_weights
+from sophon_hf.models.loading import refuse_weights
 from sophon_hf.models.sharding import is_sharded
 from sophon_hf.models.structure import ModelStructure
 from sophon_hf.protection.config import SophonConfig
 from sophon_hf.protection.simulation import held_out_examples
 from sophon_hf.tasks.base import Task
-from sophon_hf.tasks.evaluation import first_rows
+from sophon_hf.tasks.evaluation import first_rows, try_domain
 from sophon_hf.tasks.metrics import refuse_two_metrics
 
 logger = logging.getLogger(__name__)
@@ -156,37 +156,6 @@ def _check_labels(domains: dict[str, Domain], outputs: int | None, task: Task) -
             )
 
 
-def _try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> Tensor:
-    """The model's prediction for a domain's first examples, so that what does not fit is found before any work.
-
-    Raises:
-        ValueError: The model cannot take them.
-    """
-    needs, rows = task.inputs(model), first_rows(task, domain, next(model.parameters()).device)
-    main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
-    wanted = ""
-    if main is not None and main.ndim == 4:
-        expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
-        if tuple(main.shape[1:]) != expected:
-            wanted = f" The model takes {expected} (channels, height, width): resize or convert them."
-    try:
-        if wanted and needs.symmetric:
-            raise ValueError("a denoiser runs on any size, but has learned one")
-        # What else a configuration says of sizes need not be so: it only explains why the model cannot be run.
-        with torch.no_grad(), evaluation_mode(model):
-            prediction = task.predict(model, rows)
-    except Exception as error:
-        raise ValueError(
-            f"The model cannot take the {name} domain's examples, which have {shapes}: {str(error).rstrip('.')}."
-            f"{wanted} Give it the inputs that it was trained with, or raw columns and a `processing_class`."
-        ) from error
-    if not prediction.isfinite().all():
-        raise ValueError(
-            f"The model's prediction for the {name} domain is not finite: look at its weights and its inputs."
-        )
-    return prediction
-
-
 def choose_loss(task: Task, name: str | None) -> Callable[[Tensor, Tensor], Tensor]:
     """L_alpha by its name; the task's first one where None.
 
@@ -209,7 +178,7 @@ def fit_strategies(
         ValueError: Data, head and strategies do not fit one another.
     """
     for name, domain in domains.items():
-        _try_domain(task, model, name, domain)
+        try_domain(task, model, name, domain)
     structure = task.structure(model, first_rows(task, domains["original"], args.device))
     if args.probe_depths:
         _check_probes(domains["restricted"])

@@ -35,6 +35,36 @@ def first_rows(task: Task, domain: Domain, device: torch.device, count: int = 2)
     return to_device(task.collate(domain.rows(indices), indices.tolist()), device)
 
 
+def try_domain(task: Task, model: nn.Module, name: str, domain: Domain) -> None:
+    """Run the model on a domain's first examples, so that what does not fit is found before any work.
+
+    Raises:
+        ValueError: The model cannot take them, or its prediction is not finite; the message calls the domain `name`.
+    """
+    needs, rows = task.inputs(model), first_rows(task, domain, next(model.parameters()).device)
+    main, shapes = rows.get(needs.main), {n: tuple(v.shape[1:]) for n, v in rows.items() if n != "labels"}
+    wanted = ""
+    if main is not None and main.ndim == 4:
+        expected = (needs.channels or main.shape[1], *(needs.image_size or main.shape[2:]))
+        if tuple(main.shape[1:]) != expected:
+            wanted = f" The model takes {expected} (channels, height, width): resize or convert them."
+    try:
+        if wanted and needs.symmetric:
+            raise ValueError("a denoiser runs on any size, but has learned one")
+        # What else a configuration says of sizes need not be so: it only explains why the model cannot be run.
+        with torch.no_grad(), evaluation_mode(model):
+            prediction = task.predict(model, rows)
+    except Exception as error:
+        raise ValueError(
+            f"The model cannot take the {name} domain's examples, which have {shapes}: {str(error).rstrip('.')}."
+            f"{wanted} Give it the inputs that it was trained with, or raw columns and a `processing_class`."
+        ) from error
+    if not prediction.isfinite().all():
+        raise ValueError(
+            f"The model's prediction for the {name} domain is not finite: look at its weights and its inputs."
+        )
+
+
 def join_scores(parts: dict[str, list[torch.Tensor]]) -> dict[str, list]:
     """Return the scores of several batches as `Task.compute_metric` takes them.
 

@@ -76,6 +76,19 @@ def test_a_restricted_domain_of_one_class_is_refused(tmp_path, data):
         make_suite(tmp_path).run(**data)
 
 
+@pytest.mark.parametrize("name", ["restricted_dataset", "eval_dataset", "original_eval_dataset"])
+def test_examples_that_the_model_cannot_take_are_told_by_domain(tmp_path, name):
+    model = classifier()
+    data = {"restricted_dataset": pixels(1), "eval_dataset": pixels(2), "original_eval_dataset": pixels(3)}
+    grey = [[image[0]] for image in data[name]["pixel_values"]]
+    data[name] = datasets.Dataset.from_dict({"pixel_values": grey, "label": data[name]["label"]})
+    domain = "original" if name.startswith("original") else "restricted"
+    with pytest.raises(
+        ValueError, match=rf"cannot take the {domain} domain's examples.*\(1, 8, 8\).*takes \(3, 8, 8\)"
+    ):
+        make_suite(tmp_path).run(protected=model, original=model, **data)
+
+
 def test_numbers_from_numpy_are_seeds(tmp_path):
     assert [type(seed) for seed in make_suite(tmp_path, seeds=np.arange(2)).seeds] == [int, int]
 
