@@ -113,15 +113,21 @@ def load_pair(name: str) -> Pair:
 
 
 def _attacks(batch_size: int) -> list[FineTuningStrategy]:
+    """Return a few attacks of every kind: from the whole model or a new head, by two optimizers, and by none."""
+    starts = [("direct", 0, 1e-3), ("direct", 0, 3e-3), ("new_head", 0, 1e-3), ("new_head", 0, 3e-3)]
+    starts.append(("new_head", 1, 3e-3))
     return [
-        FineTuningStrategy(start, blocks, learning_rate=rate, batch_size=batch_size)
-        for start, blocks in (("direct", 0), ("new_head", 0), ("new_head", 1))
-        for rate in (3e-4, 1e-3, 3e-3)
+        *(FineTuningStrategy(s, blocks, learning_rate=rate, batch_size=batch_size) for s, blocks, rate in starts),
+        *(
+            FineTuningStrategy("new_head", optimizer="momentum", learning_rate=rate, batch_size=batch_size)
+            for rate in (1e-2, 1e-1)
+        ),
+        FineTuningStrategy("new_head", transfer="kernel"),
     ]
 
 
 def _letters() -> Pair:
-    letters, digits = printed_letters(), handwritten_digits()
+    letters, digits = printed_letters(6000, classes=23), handwritten_digits(moved=True)
     letters["validation"], letters["train"] = split_domain(letters["train"], share=0.1)
     # Not the split on which the settings below were chosen.
     defender, adversary = split_domain(digits["train"], seed=1)
@@ -137,12 +143,15 @@ def _letters() -> Pair:
         _attacks(batch_size=10),
         examples=(examples,),
         seeds=tuple(range(10)),
-        # Both are sized for a model of 0.02 M parameters and a minute of one core. The preset is as it stands, but for
-        # fewer iterations, and simulated adversaries with as few examples as the real ones have.
+        pretraining_steps=1000,
+        # Both are sized for a model of 0.02 M parameters and a minute or two of one core. The preset's simulated
+        # adversaries have as few examples as the real ones, and every depth of so flat a model is probed.
         presets={
             "representation": {
-                "max_steps": 300,
-                "eval_steps": 20,
+                "max_steps": 350,
+                "per_device_train_batch_size": 64,
+                "probe_depths": 3,
+                "eval_steps": 30,
                 "tolerance": 0.02,
                 "simulated_examples": examples,
                 "strategy_space": {

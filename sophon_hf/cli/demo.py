@@ -131,7 +131,8 @@ def _table(results: AttackResults, pair: Pair) -> str:
     for strategy in pair.attacks:
         values = [accuracies.get(strategy) for accuracies in final.values()]
         cells = "".join(f"{'failed':>16}" if value is None else f"{value:16.1%}" for value in values)
-        lines.append(f"{strategy.name.split(', all')[0]:21}{f'Adam {strategy.learning_rate:g}':13}{cells}")
+        name = strategy.name.split(", batch")[0].replace(", all", "")
+        lines.append(f"{name:34}{cells}")
     scratch, score = results.best("scratch"), results.recovered_transfer()
     assert scratch is not None
     lines += [
@@ -142,7 +143,6 @@ def _table(results: AttackResults, pair: Pair) -> str:
         "",
         "Algorithm 1 suppresses direct fine-tuning, and a new head undoes much of it. The preset `representation`",
         "suppresses what new heads could do with the features. Both raise the cost of misuse; neither prevents it.",
-        "These attacks are a few of Adam's: with original data and another optimizer an adversary recovers far more",
-        "(docs/results.md).",
+        "These are a few attacks of each kind: original data, or a search, may recover more (docs/results.md).",
     ]
     return "\n".join(lines)

@@ -6,16 +6,18 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LETTERS = "ABCDEFGHJK"
+_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 _SIZE = 32
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSerif-Italic")
 
 
-def handwritten_digits(size: int = _SIZE) -> datasets.DatasetDict:
+def handwritten_digits(size: int = _SIZE, moved: bool = False) -> datasets.DatasetDict:
     """Return the 1,797 handwritten digits of scikit-learn, white on black.
 
     Args:
         size: Height and width in pixels; the originals have 8.
+        moved: Whether each is moved, turned, scaled and dimmed at random, as the letters are. As they stand they are so
+            alike that a few of them teach a model without pre-training.
 
     Returns:
         Splits "train" (997) and "test" (800), with columns `image` (grey) and `label`.
@@ -23,30 +25,44 @@ def handwritten_digits(size: int = _SIZE) -> datasets.DatasetDict:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    originals = [Image.fromarray((pixels * 15.9375).astype(np.uint8), "L") for pixels in digits.images]
+    generator = np.random.default_rng(0)
     images = [
-        Image.fromarray((pixels * 15.9375).astype(np.uint8), "L").resize((size, size), Image.Resampling.BILINEAR)
-        for pixels in digits.images
+        _moved(image, size, generator) if moved else image.resize((size, size), Image.Resampling.BILINEAR)
+        for image in originals
     ]
     order = np.random.default_rng(0).permutation(len(images))
     return _as_splits(images, digits.target.tolist(), [str(i) for i in range(10)], order, 800, "handwritten-digits")
 
 
-def printed_letters(examples: int = 3000, size: int = _SIZE) -> datasets.DatasetDict:
-    """Draw ten letters in six fonts of matplotlib, moved, turned, scaled and with noise; white on black.
+def printed_letters(examples: int = 3000, size: int = _SIZE, classes: int = 10) -> datasets.DatasetDict:
+    """Draw letters in six fonts of matplotlib, moved, turned, scaled and with noise; white on black.
 
     Args:
         examples: Training images; the test split has 500 more.
         size: Height and width in pixels.
+        classes: How many letters, at most the 23 that look like no digit and like no other letter.
 
     Returns:
         Splits "train" and "test", with columns `image` (grey) and `label`.
     """
     generator = np.random.default_rng(0)
-    labels = np.arange(examples + 500) % len(_LETTERS)
-    images = [_draw(_LETTERS[label], size, generator) for label in labels]
+    letters = _LETTERS[:classes]
+    labels = np.arange(examples + 500) % len(letters)
+    images = [_draw(letters[label], size, generator) for label in labels]
     return _as_splits(
-        images, labels.tolist(), list(_LETTERS), generator.permutation(len(images)), 500, "printed-letters"
+        images, labels.tolist(), list(letters), generator.permutation(len(images)), 500, "printed-letters"
     )
+
+
+def _moved(digit: Image.Image, size: int, generator: np.random.Generator) -> Image.Image:
+    side = int(size * generator.uniform(0.575, 0.975))
+    corner = (size - side) / 2 + generator.uniform(-0.12, 0.12, 2) * size
+    canvas = Image.new("L", (size, size))
+    canvas.paste(digit.resize((side, side), Image.Resampling.BICUBIC), (round(corner[0]), round(corner[1])))
+    canvas = canvas.rotate(generator.uniform(-25, 25), resample=Image.Resampling.BILINEAR)
+    brightest = generator.uniform(150, 256) / 256
+    return canvas.point(lambda value: value * brightest)
 
 
 def _draw(letter: str, size: int, generator: np.random.Generator) -> Image.Image:

@@ -21,9 +21,6 @@ _LEAST_RISE = 0.03
 # By how many tolerances more the original metric may fall while alpha adapts, and the share of the iterations by which
 # this slack is gone: what is left then is there for the original metric to come back.
 _SLACK, _SLACK_ENDS = 5.0, 0.6
-# In standard deviations: `letters` (1.7) and `digits` (2.6) were protected; `animals` (0.4) and `cifar100` (0.1) less,
-# or not at all.
-_WIDE_GAP = 1.5
 # How far alpha may rise above its own schedule, where the original metric does not mind.
 _MOST = 16.0
 
@@ -348,12 +345,9 @@ class Guard(TrainerCallback):
         kept = None if state.early is None else self.recovered_transfer(state.early)
         if state.gap is None or kept is None or not math.isfinite(kept):
             return f"{found}."
-        known = "as near each other resisted few of the attacks, or none"
-        if state.gap >= _WIDE_GAP:
-            known = "as far apart resisted most of the attacks"
         return (
             f"{found}. The domains lie {state.gap:.1f} standard deviations apart, and the first third of the blocks "
-            f"holds {kept:.0%} of the transfer. Under the preset `representation`, pairs {known} (docs/defences.md)."
+            f"holds {kept:.0%} of the transfer: docs/defences.md says what the preset was worth on pairs like it."
         )
 
     @property

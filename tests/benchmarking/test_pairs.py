@@ -50,7 +50,7 @@ def check_halves(pair: Pair) -> None:
 def test_letters_needs_nothing_and_keeps_the_halves_apart():
     pair = load_pair("letters")
     check_halves(pair)
-    assert (pair.examples, len(pair.seeds), pair.epochs, len(pair.attacks)) == ((20,), 10, 20, 9)
+    assert (pair.examples, len(pair.seeds), pair.epochs, len(pair.attacks)) == ((20,), 10, 20, 8)
     assert set(pair.presets) == {"paper", "representation"}
 
 
