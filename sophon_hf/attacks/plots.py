@@ -46,12 +46,12 @@ def plot_curves(
 
     Args:
         panels: Panel title -> model name -> where on the x axis, and the metric there for each seed. The line is the
-            mean over seeds, the band one standard deviation.
+            mean over seeds, the band one standard deviation. A single value is a dashed line across the panel.
         path: Where the PNG goes.
         metric: Label of the y axis.
         unit: Of the x axis.
     """
-    columns = max(1, min(_PANELS_IN_A_ROW, len(panels)))
+    columns = 2 if len(panels) == 4 else max(1, min(_PANELS_IN_A_ROW, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4 * columns, 3.4 * rows))
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
@@ -62,6 +62,10 @@ def plot_curves(
             values = np.ma.masked_invalid(seeds)  # A seed that diverged hides none of the others.
             mean, spread = values.mean(axis=0), values.std(axis=0)
             colour = _COLOURS.get(model)
+            if len(epochs) == 1:  # Solved in closed form: there is nothing to wait for.
+                axis.axhline(mean[0], linestyle="--", label=model, color=colour)
+                axis.axhspan(mean[0] - spread[0], mean[0] + spread[0], alpha=0.2, color=colour, linewidth=0)
+                continue
             axis.plot(epochs, mean, marker="o", markersize=3, label=model, color=colour)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
         axis.set_title(name, fontsize=10, parse_math=False)

@@ -174,6 +174,7 @@ class AttackResults:
     def plot(self, path: str | Path = "curves.png") -> Path:
         """Draw the metric per epoch, one panel a start, with the best attack on each model there, as in Fig. 3.
 
+        A kernel regression trains nothing, so it has a panel by itself.
         Where the suite measured every so many steps, the axis shows steps.
         """
         from sophon_hf.attacks.plots import plot_curves  # Who protects a model needs no matplotlib.
@@ -182,7 +183,8 @@ class AttackResults:
         scores, curves = self.scores(), {model: self.curves(model) for model in self.models()}
         starts: dict[str, list[FineTuningStrategy]] = {}
         for strategy in curves.get("protected", {}):
-            starts.setdefault(strategy.name.split(", ")[0], []).append(strategy)
+            start = "kernel regression" if strategy.transfer == "kernel" else strategy.name.split(", ")[0]
+            starts.setdefault(start, []).append(strategy)
         panels: dict[str, dict[str, tuple]] = {}
         for start, among in starts.items():
             panels[start] = {}

@@ -218,12 +218,19 @@ def test_terms_are_explained_where_they_occur(results, tmp_path):
 # Plots.
 
 
-@pytest.mark.parametrize("panels", [0, 1, 2, 5])
+@pytest.mark.parametrize("panels", [0, 1, 2, 4, 5])
 def test_curves_of_any_number_of_panels(tmp_path, panels):
-    lines = {"protected": ([0, 1], [[0.1, 0.2], [0.1, 0.3]]), "ntl": ([0, 1], [[0.1, 0.2]])}
+    lines = {"protected": ([0, 1], [[0.1, 0.2], [0.1, 0.3]]), "ntl": ([0, 1], [[0.1, 0.2]]), "scratch": ([0], [[0.3]])}
     path = plot_curves({f"panel {i}": lines for i in range(panels)}, tmp_path / "new" / "curves.png")
     width, height = Image.open(path).size
     assert width < 1600 and (height > 700) == (panels > 3)
+
+
+def test_what_trains_nothing_has_a_panel_by_itself_and_crosses_it(tmp_path):
+    lines = {"protected": ([0], [[0.5], [0.5]])}
+    level = np.asarray(Image.open(plot_curves({"kernel": lines}, tmp_path / "curves.png")).convert("RGB"))
+    marked = (np.abs(level.astype(int) - (0xD5, 0x5E, 0x00)).sum(axis=2) < 60).sum(axis=1)
+    assert marked.max() > 0.4 * level.shape[1]  # Dashes all over the panel's width, where a point would be a dot.
 
 
 def test_other_plots_take_what_is_not_finite(tmp_path):
