@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -38,7 +39,7 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     _make_room(output_dir)
     # Models as small as these run faster on one thread than on two that wait for each other.
     torch.set_num_threads(1)
-    pair = load_pair("letters")
+    pair = _pair()
     pair.pretrained().save_pretrained(output_dir / "original")
 
     seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
@@ -64,10 +65,15 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     return summary | {"algorithm_1": algorithm_1.value, "algorithm_1_interval": algorithm_1.interval}
 
 
+@functools.cache  # A process draws the letters once.
+def _pair() -> Pair:
+    return load_pair("letters")
+
+
 def _protect(output_dir: Path, preset: str, seed: int, scale: float) -> tuple[str, str | None]:
     """Protect the model in a process of its own; return why it failed, or None."""
     torch.set_num_threads(1)
-    pair, (name, folder) = load_pair("letters"), _PROTECTIONS[preset]
+    pair, (name, folder) = _pair(), _PROTECTIONS[preset]
     steps = max(1, round(pair.presets[preset]["max_steps"] * scale))
     trainer = protect_by_preset(
         preset,
@@ -87,7 +93,7 @@ def _protect(output_dir: Path, preset: str, seed: int, scale: float) -> tuple[st
 def _attack(output_dir: Path, seeds: Sequence[int], with_preset: bool = True) -> AttackResults:
     """Attack all models, or all but the preset's, with these seeds; what is finished already is read."""
     torch.set_num_threads(1)
-    pair = load_pair("letters")
+    pair = _pair()
     original, algorithm_1 = load_model(output_dir / "original"), load_model(output_dir / "algorithm-1")
     protected = load_model(output_dir / "protected") if with_preset else algorithm_1
     baselines = {"Algorithm 1": algorithm_1} if with_preset else {}
@@ -144,6 +150,6 @@ def _table(results: AttackResults, pair: Pair) -> str:
         "",
         "Algorithm 1 suppresses direct fine-tuning, and a new head undoes much of it. The preset `representation`",
         "suppresses what new heads could do with the features. Both raise the cost of misuse; neither prevents it.",
-        "These are a few attacks of each kind: original data, or a search, may recover more (docs/results.md).",
+        "These are a few attacks of each kind. Who holds the original data recovers far more (docs/results.md).",
     ]
     return "\n".join(lines)
