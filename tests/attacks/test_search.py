@@ -85,7 +85,7 @@ def test_every_model_gets_the_same_trials_and_a_second_run_computes_nothing(tmp_
     assert load_sweep(tmp_path / "best-protected.yaml") == [results.best("protected").strategy]
 
 
-@pytest.mark.parametrize("trials", [0, 4])
+@pytest.mark.parametrize("trials", [1, 4])
 def test_too_few_trials_are_refused(tmp_path, trials):
     with pytest.raises(ValueError, match=f"trials is {trials}, but a search begins with 4 strategies"):
         AttackSuite("search", tmp_path, trials=trials)
