@@ -62,7 +62,7 @@ How to read it:
   scratch. One row is one model and one protection seed (the Trainer's 42, where none is given): look at the interval.
 - `...-like` are made like defences of the field, not by their authors' code (`benchmarks/baselines.py`), with settings
   that nobody tuned on this pair. `benchmarks/leaderboard.py` makes these rows and those of known models: `unprotected`
-  has to be at 100 %, `ntl` near it, and `re-initialised` at the level of scratch.
+  has to be at 100 %, and `re-initialised` at the level of scratch.
 """
 NOT_MEASURED = "an attack on protected, original or scratch is missing"
 

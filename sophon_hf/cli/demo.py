@@ -54,7 +54,8 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
         failures |= [protections["representation"].result()]
         early.result()
         print(f"Attacking with {pair.examples[0]} digits: {len(pair.attacks)} attacks, {len(seeds)} seeds ...")
-        list(pool.map(_attack, [output_dir] * workers, [seeds[part::workers] for part in range(workers)]))
+        parts = [seeds[part::workers] for part in range(min(workers, len(seeds)))]
+        list(pool.map(_attack, [output_dir] * len(parts), parts))
     results = _attack(output_dir, seeds)
     summary = write_report(results, output_dir / "report")
     for name, failure in failures.items():
