@@ -39,13 +39,14 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     _make_room(output_dir)
     # Models as small as these run faster on one thread than on two that wait for each other.
     torch.set_num_threads(1)
-    pair = _pair()
-    pair.pretrained().save_pretrained(output_dir / "original")
-
-    seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
     workers = min(2, os.cpu_count() or 1)
     # What one process does not need the other's result for runs in two; finished attacks are files that both read.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in range(workers):
+            pool.submit(_draw)  # While this process pre-trains.
+        pair = _pair()
+        pair.pretrained().save_pretrained(output_dir / "original")
+        seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
         print(f"Protecting the model twice, by the preset `representation` and by Algorithm 1 (seed {seed}) ...")
         protections = {preset: pool.submit(_protect, output_dir, preset, seed, scale) for preset in _PROTECTIONS}
         failures = dict([protections["paper"].result()])
@@ -69,6 +70,10 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
 @functools.cache  # A process draws the letters once.
 def _pair() -> Pair:
     return load_pair("letters")
+
+
+def _draw() -> None:
+    _pair()  # Not returned: it would be sent to the process that asks.
 
 
 def _protect(output_dir: Path, preset: str, seed: int, scale: float) -> tuple[str, str | None]:
