@@ -114,16 +114,17 @@ def load_pair(name: str) -> Pair:
 
 def _attacks(batch_size: int) -> list[FineTuningStrategy]:
     """Return a few attacks of every kind: from the whole model or a new head, by two optimizers, and by none."""
-    starts = [("direct", 0, 1e-3), ("direct", 0, 3e-3), ("new_head", 0, 1e-3), ("new_head", 0, 3e-3)]
-    starts.append(("new_head", 1, 3e-3))
-    return [
-        *(FineTuningStrategy(s, blocks, learning_rate=rate, batch_size=batch_size) for s, blocks, rate in starts),
-        *(
-            FineTuningStrategy("new_head", optimizer="momentum", learning_rate=rate, batch_size=batch_size)
-            for rate in (1e-2, 1e-1)
-        ),
-        FineTuningStrategy("new_head", transfer="kernel"),
+    trained = [
+        FineTuningStrategy("direct", learning_rate=1e-3),
+        FineTuningStrategy("direct", learning_rate=3e-3),
+        FineTuningStrategy("new_head", learning_rate=1e-3),
+        FineTuningStrategy("new_head", learning_rate=3e-3),
+        FineTuningStrategy("new_head", 1, learning_rate=3e-3),
+        FineTuningStrategy("new_head", optimizer="momentum", learning_rate=1e-2),
+        FineTuningStrategy("new_head", optimizer="momentum", learning_rate=1e-1),
     ]
+    kernel = FineTuningStrategy("new_head", transfer="kernel")
+    return [*(attack.with_changes(batch_size=batch_size) for attack in trained), kernel]
 
 
 def _letters() -> Pair:

@@ -49,10 +49,10 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
         seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
         print(f"Protecting the model twice, by the preset `representation` and by Algorithm 1 (seed {seed}) ...")
         protections = {preset: pool.submit(_protect, output_dir, preset, seed, scale) for preset in _PROTECTIONS}
-        failures = dict([protections["paper"].result()])
+        protections["paper"].result()
         # Algorithm 1 is done long before the preset. Half of what attacks all models but the preset's fills the gap.
         early = pool.submit(_attack, output_dir, seeds[: -(-len(seeds) // 2)], with_preset=False)
-        failures |= [protections["representation"].result()]
+        failures = dict(protection.result() for protection in protections.values())
         early.result()
         print(f"Attacking with {pair.examples[0]} digits: {len(pair.attacks)} attacks, {len(seeds)} seeds ...")
         parts = [seeds[part::workers] for part in range(min(workers, len(seeds)))]
