@@ -42,16 +42,16 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     workers = min(2, os.cpu_count() or 1)
     # What one process does not need the other's result for runs in two; finished attacks are files that both read.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pair = _pair()
         for _ in range(workers):
             pool.submit(_draw)  # While this process pre-trains.
-        pair = _pair()
         pair.pretrained().save_pretrained(output_dir / "original")
         seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
         print(f"Protecting the model twice, by the preset `representation` and by Algorithm 1 (seed {seed}) ...")
         protections = {preset: pool.submit(_protect, output_dir, preset, seed, scale) for preset in _PROTECTIONS}
         protections["paper"].result()
-        # Algorithm 1 is done long before the preset. Half of what attacks all models but the preset's fills the gap.
-        early = pool.submit(_attack, output_dir, seeds[: -(-len(seeds) // 2)], with_preset=False)
+        # Algorithm 1 is done long before the preset. A third of what attacks all models but the preset's fills the gap.
+        early = pool.submit(_attack, output_dir, seeds[: -(-len(seeds) // 3)], with_preset=False)
         failures = dict(protection.result() for protection in protections.values())
         early.result()
         print(f"Attacking with {pair.examples[0]} digits: {len(pair.attacks)} attacks, {len(seeds)} seeds ...")
