@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import torch
 import yaml
 from classifiers import CASES
 from labelled_data import sentences, tokenizer
-from PIL import Image, ImageFont
+from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 from two_processes import forked
 
@@ -147,11 +148,13 @@ def test_a_torchvision_that_does_not_fit_torch_ends_in_one_line(tmp_path, monkey
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms is missing')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    process = subprocess.run([sys.executable, "-m", "sophon_hf.cli", "protect", *MODEL], capture_output=True, text=True)
+    commands = [["protect", *MODEL], ["doctor"]]
+    process = run_python(ANSWERING, json.dumps(commands))
+    assert process.returncode == 0, process.stderr
+    (status, _, error, _), (of_doctor, told, _, _) = json.loads(process.stdout)
     message = rf"sophon-hf protect: torchvision 0.1 does not fit torch {torch.__version__}. .*: pip install .*\n"
-    assert process.returncode == 2 and re.fullmatch(message.replace("+", r"\+"), process.stderr)
-    process = subprocess.run([sys.executable, "-m", "sophon_hf.cli", "doctor"], capture_output=True, text=True)
-    assert process.returncode == 1 and "torchvision   BROKEN: torchvision 0.1 does not fit torch" in process.stdout
+    assert status == 2 and re.fullmatch(message.replace("+", r"\+"), error)
+    assert of_doctor == 1 and "torchvision   BROKEN: torchvision 0.1 does not fit torch" in told
 
 
 def test_the_doctor_finds_this_environment_healthy(capsys):
@@ -169,7 +172,7 @@ def test_a_demo_makes_room_by_removing_an_earlier_demo_and_no_other_work(tmp_pat
     def stop(*_):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(ImageFont, "truetype", stop)  # The first letter cannot be drawn.
+    monkeypatch.setattr(multiprocessing, "get_context", stop)  # Before it has started a process.
     mine, earlier = tmp_path / "mine" / "protected" / "model", tmp_path / "demo" / "protected" / "model"
     mine.parent.mkdir(parents=True)
     mine.touch()
