@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,8 +72,16 @@ def add_adapter(
             # In evaluation torch reads its weights past the adapters, unless it has a hook.
             module.register_forward_pre_hook(lambda *_: None)
     added = [p for p in model.parameters() if id(p) not in before and p.requires_grad]
-    allocate = getattr(tuner, "update_and_allocate", None)
-    return added, allocate or (lambda step: None)
+
+    def allocate(step: int) -> None:
+        # AdaLoRA judges by gradients of earlier steps, so of one step it has none.
+        if strategy.adapter == "adalora" and steps > 1:
+            for parameter in added:
+                if parameter.grad is None:  # Its layer sat this step out.
+                    parameter.grad = torch.zeros_like(parameter)
+            tuner.update_and_allocate(step)
+
+    return added, allocate
 
 
 def _says_unsupported(error: Exception) -> bool:
@@ -108,7 +117,7 @@ def _config(strategy: FineTuningStrategy, targets: str, steps: int) -> Any:
         )
     if strategy.adapter == "adalora":
         return peft.AdaLoraConfig(
-            init_r=rank + rank // 2,
+            init_r=rank + max(1, rank // 2),  # It takes some away, and fails where there are none.
             target_r=rank,
             lora_alpha=2 * rank,
             target_modules=targets,

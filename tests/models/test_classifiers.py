@@ -123,9 +123,11 @@ def test_a_parameter_for_each_class_beside_the_head_is_refused():
 # Adapters.
 
 
-def adapted(model: nn.Module, batch: dict, adapter: str, steps: int = 20) -> tuple[FineTuning, list[float]]:
+def adapted(
+    model: nn.Module, batch: dict, adapter: str, steps: int = 20, rank: int = 4
+) -> tuple[FineTuning, list[float]]:
     task = infer_task(model)
-    strategy = FineTuningStrategy("new_head", adapter=adapter, rank=4, learning_rate=0.02)
+    strategy = FineTuningStrategy("new_head", adapter=adapter, rank=rank, learning_rate=0.02)
     structure = task.structure(model, batch)
     torch.manual_seed(0)
     tuning = FineTuning(model, task, strategy, [batch] * steps, steps, structure=structure, num_classes=3)
@@ -138,6 +140,27 @@ def test_adapters_go_to_the_layers_of_gpt2(adapter):
     tuning, losses = adapted(gpt2(pad_token_id=0), batch, adapter)
     assert all(parameter.grad is not None for parameter in tuning.parameters)
     assert len(tuning.parameters) > 2 * 4 and losses[-1] < losses[0]
+
+
+class LayerDrop(nn.Module):
+    """Leaves a layer out of each training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.dropped, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.head(hidden if self.training else self.dropped(hidden))
+
+
+@pytest.mark.parametrize(("rank", "steps"), [(4, 1), (1, 6), (4, 6)])
+def test_adalora_allots_ranks_however_few_and_in_however_few_steps(rank, steps):
+    model, batch = LayerDrop(), {"x": torch.randn(6, 6), "labels": torch.arange(6) % 3}
+    _, losses = adapted(model, batch, "adalora", steps, rank)
+    assert len(losses) == steps and losses[-1] <= losses[0]
+    values = torch.cat([p.detach() for name, p in model.named_parameters() if "body.lora_E" in name])
+    assert values.count_nonzero() == min(2 * rank, len(values)), "what the other layer would waste"
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
