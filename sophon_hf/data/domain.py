@@ -172,16 +172,29 @@ class Domain:
             "holds, and at what the processor makes of it."
         )
 
-    def example_hashes(self, raw: bool = False) -> list[str]:
+    def example_hashes(self, raw: bool = False, most: int | None = None) -> list[str]:
         """Hash each example's inputs without its label, to find examples that two domains share.
 
         Args:
             raw: Hash what the data set holds, before any transform: two domains may have different ones, or random
                 ones.
+            most: Of more raw examples only so many are hashed, drawn at random, the same each time.
+
+        Raises:
+            ValueError: A raw example that cannot be read.
         """
         if raw:
-            label = None if self.classes is None else self.classes.column
-            return [hash_row(row, label) for row in self.dataset.with_format(None)]
+            label, plain = None if self.classes is None else self.classes.column, self.dataset.with_format(None)
+            rows = np.arange(len(self))
+            if most is not None and most < len(rows):
+                rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
+            hashes = []
+            for row in rows.tolist():
+                try:
+                    hashes.append(hash_row(plain[row], label))
+                except Exception as error:
+                    raise _unreadable(self.dataset, row, self.name, int(self._row_numbers[row]), error) from error
+            return hashes
         if self.hashes is not None:
             return self.hashes
         chunks = torch.arange(len(self)).split(CHUNK)

@@ -33,6 +33,8 @@ from sophon_hf.tasks.metrics import refuse_two_metrics
 logger = logging.getLogger(__name__)
 
 _FEWEST_WITH_BATCH_NORM = 20
+# Of domains that are not kept in memory.
+_COMPARED_EXAMPLES = 2000
 
 
 def refuse_arguments(args: SophonConfig, reinforcement_loss: Any, task: Task | None, metric: Any) -> None:
@@ -102,11 +104,21 @@ def refuse_method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
     """Refuse domains that are the same data or hold one example only, and too few restricted examples for batch norm.
 
+    Domains that are not kept in memory are compared by a part of their examples.
+
     Raises:
         ValueError: They are.
     """
-    kept = {digest for name in ("original", "eval_original") for digest in domains[name].hashes or ()}
-    restricted = domains["restricted"].hashes or ()
+    compared = [domains[name] for name in ("restricted", "original", "eval_original")]
+    raw = any(domain.hashes is None for domain in compared)
+    if raw and max(map(len, compared)) > _COMPARED_EXAMPLES:
+        logger.warning(
+            "The domains are not kept in memory, so only %d examples of each are looked at for what both hold: see to "
+            "it that no example is in both.",
+            _COMPARED_EXAMPLES,
+        )
+    restricted, *originals = (domain.example_hashes(raw, _COMPARED_EXAMPLES) for domain in compared)
+    kept = set().union(*originals)
     shared = sum(digest in kept for digest in restricted)
     same = domains["original"].fingerprint == domains["restricted"].fingerprint
     if same or (shared and shared == len(restricted)):
@@ -115,7 +127,7 @@ def check_domains(domains: dict[str, Domain], model: nn.Module) -> None:
         )
     if shared:
         logger.warning(
-            "%d of the restricted domain's %d examples are in the original domain too, which is to be kept: drop them.",
+            "%d of the %d restricted examples are in the original domain too, which is to be kept: drop them.",
             shared,
             len(restricted),
         )

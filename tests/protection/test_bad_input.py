@@ -235,6 +235,19 @@ def test_a_part_of_the_original_domain_is_no_restricted_one(build, caplog):
     assert "examples are in the original domain too, which is to be kept: drop them" in caplog.text
 
 
+def test_domains_that_are_not_kept_in_memory_are_compared_by_a_part(build, caplog):
+    def transformed(dataset: datasets.Dataset) -> datasets.Dataset:
+        return dataset.with_transform(lambda rows: {**rows, "x": torch.randn(len(rows["x"]), 6)})
+
+    original = make_points(2, examples=2600)
+    with pytest.raises(ValueError, match="are the same data"):
+        build(restricted=transformed(make_points(2)), original=transformed(make_points(2)))
+    assert "looked at" not in caplog.text, "they were looked at as a whole"
+    build(restricted=transformed(original.select(range(0, 2600, 40))), original=transformed(original))
+    assert "only 2000 examples of each are looked at for what both hold" in caplog.text
+    assert "examples are in the original domain too" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [(float("nan"), "parameters hold NaN or infinity, head.weight"), (3e38, "prediction for the original domain is")],
