@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sophon_hf.data.labels import Classes, number_classes
-from sophon_hf.data.media import media_columns, read_cell, undecoded
+from sophon_hf.data.media import kind_of_cell, media_columns, read_cell, undecoded
 from sophon_hf.data.preprocessing import Example, InputColumn, ModelInputs, Preprocessor, make_preprocessor
 from sophon_hf.data.splits import hash_row
 from sophon_hf.utils import kept_random_state
@@ -278,6 +278,9 @@ def build_domain(
     if unknown := [column for column in chosen if column not in row]:
         raise ValueError(f"The {name} domain has no column {unknown[0]!r}; it has {list(row)}.")
     candidates = {c: row[c] for c in chosen or row if c != labels}
+    outer = {c: value for c, value in candidates.items() if "." not in c}
+    if not chosen and any(kind_of_cell(value) for value in outer.values()):
+        candidates = outer  # Fields of a column are often notes.
     if empty := [c for c, value in candidates.items() if value is None and (chosen or len(candidates) == 1)]:
         raise _unreadable(dataset, 0, name, number, ValueError("it is missing"), empty)
     preprocessor = make_preprocessor(candidates, needs, processing_class, name, pair=len(chosen) == 2)

@@ -13,7 +13,7 @@ import datasets
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from sophon_hf.data.media import media_columns, read_cell, undecoded, with_pixel_range
+from sophon_hf.data.media import media_columns, read_cell, undecoded, with_media, with_pixel_range
 from sophon_hf.utils import hint, quiet, unreachable
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,10 @@ def is_missing_label(value: Any, feature: Any) -> bool:
 def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset]:
     """Return a data set, or its splits by name; arguments and errors as of `load_domain`."""
     loaded: Any = source
+    folder = None
     if isinstance(source, (str, os.PathLike)):
+        if os.path.exists(source):
+            folder = os.fspath(source) if os.path.isdir(source) else os.path.dirname(source)
         try:
             with quiet("datasets", "huggingface_hub.repocard"):  # They tell of each file what an error says once.
                 loaded = _load_from(os.fspath(source))
@@ -130,8 +133,8 @@ def open_source(source: Source) -> datasets.Dataset | dict[str, datasets.Dataset
                 raise
             raise ValueError(f"{os.fspath(source)!r} holds no examples.") from error
     if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        return {name: _as_table(part) for name, part in loaded.items()}
-    return _as_table(loaded)
+        return {name: with_media(_as_table(part), folder) for name, part in loaded.items()}
+    return with_media(_as_table(loaded), folder)
 
 
 def _as_table(loaded: Any) -> datasets.Dataset:
@@ -238,6 +241,8 @@ def _load_file(path: str) -> datasets.DatasetDict:
     try:
         loaded = datasets.load_dataset(kind, data_files=path, **settings)
     except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UnicodeError):
+            raise ValueError(f"{path!r} is no text in UTF-8: save it as 'CSV UTF-8'. ({error.__cause__})") from error
         raise ValueError(f"{path!r} cannot be read as {kind}: {error.__cause__ or error}") from error
     for part in loaded.values():
         part.info.dataset_name = os.path.basename(path)

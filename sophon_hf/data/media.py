@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as Pillow
 from PIL.Image import Image
+from torch import Tensor
+
+# Cells at the start of a column that show what it holds.
+_LOOKED_AT = 100
 
 
 def media_columns(features: Mapping[str, Any]) -> list[str]:
@@ -17,11 +24,80 @@ def media_columns(features: Mapping[str, Any]) -> list[str]:
     return [column for column, feature in features.items() if isinstance(feature, (datasets.Image, datasets.Audio))]
 
 
+def kind_of_cell(value: Any) -> str | None:
+    """Return what kind of input a value could be, "images", "audio", "text" or "tensors", or None."""
+    if isinstance(value, Image):
+        return "images"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, dict) and ({"array", "sampling_rate"} <= set(value) or {"bytes", "path"} <= set(value)):
+        return "audio"
+    if isinstance(value, (list, np.ndarray, Tensor)) and np.ndim(value) >= 1:
+        return "tensors"
+    return None
+
+
 def undecoded(dataset: Any) -> Any:
     """Return a data set, or a stream, whose pictures and sounds are read as their bytes and paths."""
     for column in media_columns(dataset.features or {}):
         dataset = dataset.cast_column(column, type(dataset.features[column])(decode=False))
     return dataset
+
+
+def with_media(dataset: datasets.Dataset, folder: str | None) -> datasets.Dataset:
+    """Return a data set whose files are pictures and sounds, also where no feature says so, and whose fields are flat.
+
+    Files are columns of bytes, of bytes and path, and of paths in `folder`, where it is known. Another column of
+    several fields becomes one column for each, called `column.field`.
+    """
+    if dataset.format["type"] == "custom":
+        return dataset
+    while True:
+        for column, feature in dataset.features.items():
+            plain = isinstance(feature, datasets.Value) and feature.dtype.endswith(("string", "binary"))
+            if not plain and not (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+                continue
+            cells = dataset.with_format(None).select_columns([column])
+            first = next((cell for cell in cells[:_LOOKED_AT][column] if cell), None)
+            media = _media_of(first, folder)
+            if media is not None and isinstance(first, str):
+                paths = [cell and os.path.join(folder or "", cell) for cell in cells[column]]
+                dataset = dataset.remove_columns(column).add_column(column, paths)
+            if media is not None:
+                dataset = dataset.cast_column(column, media)
+        if not any(isinstance(feature, dict) for feature in dataset.features.values()):
+            return dataset
+        known = {column: dataset.features[column] for column in media_columns(dataset.features)}
+        for column, feature in known.items():
+            dataset = dataset.cast_column(column, type(feature)())  # One that is not decoded would be flattened, too.
+        dataset = dataset.flatten(max_depth=2)  # One level: it counts from 1, to below this.
+        for column, feature in known.items():
+            dataset = dataset.cast_column(column, feature)
+
+
+def _media_of(cell: Any, folder: str | None) -> datasets.Image | datasets.Audio | None:
+    """Return the feature of a file that a cell holds or, as text, names; None where it does not."""
+    image, sound = datasets.Image(), datasets.Audio(decode=False)
+    if isinstance(cell, str):
+        suffix = os.path.splitext(cell)[1].lower()
+        there = folder is not None and os.path.isfile(os.path.join(folder, cell))
+        is_image, is_sound = suffix in ImageFolder.EXTENSIONS, suffix in AudioFolder.EXTENSIONS
+        return (image if is_image else sound) if there and (is_image or is_sound) else None
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not content:
+        return None
+    try:
+        Pillow.open(io.BytesIO(content)).close()
+        return image
+    except OSError:
+        pass
+    try:
+        import soundfile
+
+        soundfile.info(io.BytesIO(content))
+        return sound
+    except (ImportError, RuntimeError):
+        return None
 
 
 def read_cell(cell: Any, feature: Any) -> None:

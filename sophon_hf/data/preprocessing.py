@@ -13,7 +13,7 @@ from PIL.Image import Image
 from PIL.Image import Resampling as PillowResampling
 from torch import Tensor
 
-from sophon_hf.data.media import convert_picture, read_sound, resample
+from sophon_hf.data.media import convert_picture, kind_of_cell, read_sound, resample
 
 _Rows: TypeAlias = Mapping[str, list]
 Example: TypeAlias = dict[str, Tensor]
@@ -131,7 +131,7 @@ def make_preprocessor(
     pad = getattr(processing_class, "pad_token_id", None)
     # The model's own goes first: one that looks for the last token would take another one's padding for text.
     padding = {"input_ids": (pad or 0) if needs.pad_token_id is None else needs.pad_token_id}
-    ready = {column: column for column, v in row.items() if column in needs.names and _kind(v) == "tensors"}
+    ready = {column: column for column, v in row.items() if column in needs.names and kind_of_cell(v) == "tensors"}
     if "latents" in row and "encoder_hidden_states" in ready:
         ready["latents"] = needs.main
     if ready:
@@ -139,7 +139,7 @@ def make_preprocessor(
         masked = "input_ids" in ready and "attention_mask" in needs.names
         return Preprocessor(partial(_ready, columns=ready, masked=masked), tuple(ready), padding)
     for kind in ("images", "audio", "text", "tensors"):
-        columns = [column for column, value in row.items() if _kind(value) == kind]
+        columns = [column for column, value in row.items() if kind_of_cell(value) == kind]
         if len(columns) > 1 and not (pair and kind == "text"):
             more = ", or two texts that are one input" if kind == "text" else ""
             raise ValueError(
@@ -153,18 +153,6 @@ def make_preprocessor(
         f"The {name} domain has no column that the model could take: it has {list(row)}, the model takes "
         f"{list(needs.names)}. Rename the column, or pass raw images, text or audio."
     )
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, Image):
-        return "images"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, dict) and ({"array", "sampling_rate"} <= set(value) or {"bytes", "path"} <= set(value)):
-        return "audio"
-    if isinstance(value, (list, np.ndarray, Tensor)) and np.ndim(value) >= 1:
-        return "tensors"
-    return None
 
 
 def _prepare_columns(kind: str, columns: list[str], needs: ModelInputs, processing_class: Any | None) -> Callable:

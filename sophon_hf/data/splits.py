@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from sophon_hf.data.labels import select_classes, split_indices
 from sophon_hf.data.loading import Source, label_column, open_source, take_split
+from sophon_hf.data.media import kind_of_cell
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def hash_row(row: Mapping[str, Any], label: str | None, words: bool = False) -> 
         words: Take texts for equal that differ in case and spaces only.
     """
     values = [value for column, value in row.items() if column != label]
-    media: list[Any] = [v for v in values if isinstance(v, (Image, dict))]
+    media: list[Any] = [v for v in values if kind_of_cell(v) in ("images", "audio")]
     digest = hashlib.blake2b(digest_size=16)
     for value in media or [v for v in values if isinstance(v, (str, list))] or values:
         if isinstance(value, Image):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 from PIL import Image
@@ -95,6 +96,63 @@ def test_a_spreadsheet_may_write_semicolons_and_a_byte_order_mark(tmp_path):
     path.write_text("text;label\n")
     with pytest.raises(ValueError, match="mine.csv' holds no examples"):
         load_domain(path)
+
+
+def test_a_table_that_is_not_utf_8_is_told_how_to_save_it(tmp_path):
+    (tmp_path / "mine.csv").write_bytes("text,label\nStraße,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mine.csv' is no text in UTF-8: save it as 'CSV UTF-8'. \('utf-8' codec"):
+        load_domain(tmp_path / "mine.csv")
+
+
+def write_table(folder: Path, form: str, files: list[Path]) -> Path:
+    """A table of files as libraries write it, without the features of `datasets`."""
+    contents, number = [file.read_bytes() for file in files], list(range(len(files)))
+    if form == "paths":
+        rows = [f"{file.relative_to(folder)},{i % 3}" for i, file in enumerate(files)]
+        (folder / "mine.csv").write_text("\n".join(["file,label", *rows]))
+        return folder / "mine.csv"
+    cells = contents if form == "bytes" else [{"bytes": content, "path": None} for content in contents]
+    if form == "nested":
+        cells = [{"file": cell, "note": "of today"} for cell in cells]
+    columns = {"file": pyarrow.array(cells), "label": pyarrow.array([i % 3 for i in number])}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "mine.parquet")
+    return folder / "mine.parquet"
+
+
+@pytest.mark.parametrize("form", ["bytes", "fields", "nested", "paths"])
+@pytest.mark.parametrize("kind", ["images", "sounds"])
+def test_files_in_a_table_are_taken_for_what_they_are(tmp_path, kind, form):
+    (tmp_path / "files").mkdir()
+    if kind == "images":
+        files = [tmp_path / "files" / f"{i}.png" for i in range(6)]
+        for i, file in enumerate(files):
+            picture("RGB", seed=i).save(file)
+        needs, processor = IMAGES, None
+    else:
+        files = [tmp_path / "files" / f"{i}.wav" for i in range(6)]
+        for i, file in enumerate(files):
+            soundfile.write(file, np.random.default_rng(i).normal(0, 0.1, 400), RATE)
+        needs, processor = AUDIO, Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+    dataset = load_domain(write_table(tmp_path, form, files))
+    domain = build_domain(dataset, needs, processor, name="restricted")
+    table = {"file": [str(file) for file in files], "label": [i % 3 for i in range(6)]}
+    feature = datasets.Image() if kind == "images" else datasets.Audio(decode=False)
+    same = datasets.Dataset.from_dict(table).cast_column("file", feature)
+    assert domain.fingerprint == build_domain(same, needs, processor).fingerprint
+
+
+def test_fields_of_a_column_have_names_and_are_no_input_beside_columns(tmp_path):
+    rows = [{"text": f"one {'two ' * i}", "note": {"by": "me", "class": ["x", "y"][i % 2]}} for i in range(10)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_domain(path)
+    assert dataset.column_names == ["text", "note.by", "note.class"]
+    domain = build_domain(dataset, TEXT, tokenizer(), label="note.class")
+    assert domain.num_classes == 2 and domain.preprocessor.columns == ("text",)
+    named = build_domain(dataset, TEXT, tokenizer(), label="note.class", input_column="note.by")
+    assert named.preprocessor.columns == ("note.by",)
+    train, test = load_splits(path, column="note.class")
+    assert (len(train), len(test)) == (8, 2), "what tells examples apart is not their notes"
 
 
 def test_pictures_are_found_beside_their_texts(tmp_path):
