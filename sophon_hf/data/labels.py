@@ -156,10 +156,11 @@ def number_classes(
     if column is None and conditioned and needs.null_label is not None:
         return None
     if column is None or None in columns:
-        what = "a model with class labels" if conditioned else "a classifier"
+        what = "a model with class labels" if conditioned else "a classifier, or a backbone's linear probe,"
         raise ValueError(
             f"The {name} domain has no label column among {columns[None].column_names}: {what} needs one. Name it, "
-            "where it is called otherwise, with `--restricted_label` or `--original_label` (in Python `label_columns`)."
+            "where it is called otherwise, with `--restricted_label` or `--original_label` (in Python "
+            "`label_columns`), or put each class of pictures or sounds in a folder, all equally deep."
         )
     if len(columns) > 1:
         raise ValueError(f"The {name} domain's splits call the label column {list(columns)}: call it the same in all.")
@@ -231,7 +232,7 @@ def _meant_as_outputs(
         raise ValueError(
             f"The {name} domain has classes that the model does not know, {_shown(unknown)}: the data have "
             f"{_shown(present)}, the model has {named}. Select the classes that it knows, rename them as it calls "
-            "them, or, where it has no names, list all in its order (`--original_classes`; in Python "
+            f"them, or, where it has no names, list all in its order (`--{name}_classes`; in Python "
             "`select_classes`)."
         )
     return numbers

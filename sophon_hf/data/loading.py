@@ -197,7 +197,24 @@ def _load_from(source: str) -> Any:
             remember_source(part, source, builder.hash)
         else:
             part.info.dataset_name = os.path.basename(os.path.abspath(source))
-    return loaded if on_hub else _without_split_names(loaded)
+    if on_hub:
+        return loaded
+    if isinstance(builder, (ImageFolder, AudioFolder)) and all(len(part.column_names) == 1 for part in loaded.values()):
+        _tell_depths(source, builder)
+    return _without_split_names(loaded)
+
+
+def _tell_depths(source: str, builder: ImageFolder | AudioFolder) -> None:
+    """Warn of files at several depths, for which folders are not taken for classes."""
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    media = [os.path.relpath(file, source) for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
+    depths = {file.count(os.sep): file for file in sorted(media)}
+    if len(depths) > 1:
+        logger.warning(
+            "Folders of %s are not taken for classes, since files lie at several depths: %s, for instance.",
+            source,
+            " and ".join(depths[depth] for depth in sorted(depths)),
+        )
 
 
 def _kind_of_folder(source: str, builder: datasets.DatasetBuilder) -> str | None:

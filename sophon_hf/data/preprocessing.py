@@ -88,8 +88,8 @@ def _join(parts: list[Tensor], fill: float, width: int) -> Tensor:
     shapes = {tuple(part.shape[1:]) for part in parts}
     if len({shape[1:] for shape in shapes}) > 1:
         raise ValueError(
-            f"The examples have different sizes, {min(shapes)} and {max(shapes)} among them. Pass a `processing_class` "
-            "that resizes them, or a dataset whose images all have one size."
+            f"The examples have different sizes, {min(shapes)} and {max(shapes)} among them. Give images of one size, "
+            "or save with the model a processor that resizes them (in Python pass it as `processing_class`)."
         )
     shape = parts[0].shape[1:]
     if shape:
@@ -179,7 +179,8 @@ def _prepare_columns(kind: str, columns: list[str], needs: ModelInputs, processi
             "audio": ("feature extractor", "`input_values`"),
         }[kind]
         raise ValueError(
-            f"Column {column!r} holds {kind}: pass the model's {what} as `processing_class`, or a dataset with {ready}."
+            f"Column {column!r} holds {kind}: save the model's {what} with it (in Python pass it as "
+            f"`processing_class`), or give data with {ready}."
         )
     if kind == "text":
         return partial(_text, columns=columns, needs=needs, processing_class=processing_class)

@@ -70,7 +70,9 @@ def test_grey_images_go_through_a_processor_for_one_channel():
 
 def test_images_of_mixed_sizes_need_a_processor_that_resizes():
     mixed = pictures([picture("RGB"), picture("RGB", size=(5, 5))])
-    with pytest.raises(ValueError, match="different sizes.*Pass a `processing_class`"):
+    with pytest.raises(
+        ValueError, match="different sizes.*Give images of one size, or save with the model a processor that resizes"
+    ):
         build_domain(mixed, IMAGES)
     processor = ViTImageProcessor(size={"height": 5, "width": 5})
     assert build_domain(mixed, IMAGES, processor).rows(ALL(2))["pixel_values"].shape == (2, 3, 5, 5)
@@ -164,7 +166,7 @@ def test_batch_is_as_wide_as_its_longest_sentence():
 
 
 def test_text_needs_a_tokenizer_and_one_column():
-    with pytest.raises(ValueError, match="Column 'text' holds text: pass the model's tokenizer"):
+    with pytest.raises(ValueError, match="Column 'text' holds text: save the model's tokenizer"):
         build_domain(sentences(), TEXT)
     two = sentences().add_column("title", ["two one"] * 8)
     with pytest.raises(ValueError, match=r"several columns of text, \['text', 'title'\]"):
@@ -235,5 +237,5 @@ def test_audio_of_mixed_lengths_is_padded_and_masked():
 
 
 def test_audio_needs_a_feature_extractor():
-    with pytest.raises(ValueError, match="Column 'audio' holds audio: pass the model's feature extractor"):
+    with pytest.raises(ValueError, match="Column 'audio' holds audio: save the model's feature extractor"):
         build_domain(sounds([np.zeros(10, dtype=np.float32)] * 2), AUDIO)

@@ -141,6 +141,16 @@ def test_files_in_a_table_are_taken_for_what_they_are(tmp_path, kind, form):
     assert domain.fingerprint == build_domain(same, needs, processor).fingerprint
 
 
+def test_files_at_several_depths_are_told_since_their_folders_are_no_classes(tmp_path, caplog):
+    write_images(tmp_path)
+    assert "label" in load_domain(tmp_path).column_names and not caplog.text
+    picture("RGB").save(tmp_path / "train" / "cover.png")
+    with pytest.raises(ValueError, match="no label column among .* put each class of pictures or sounds in a folder"):
+        build_domain(load_domain(tmp_path), IMAGES)
+    said = "since files lie at several depths: train/cover.png and train/dog/2.png, for instance"
+    assert said in caplog.text.replace("\\", "/")
+
+
 def test_fields_of_a_column_have_names_and_are_no_input_beside_columns(tmp_path):
     rows = [{"text": f"one {'two ' * i}", "note": {"by": "me", "class": ["x", "y"][i % 2]}} for i in range(10)]
     path = tmp_path / "mine.jsonl"

@@ -189,10 +189,10 @@ def test_frozen_model_and_missing_processing_are_refused(tmp_path, model):
     with pytest.raises(ValueError, match="Every parameter of the model is frozen"):
         SophonTrainer(model.requires_grad_(False), make_points(1), make_points(2), settings(tmp_path))
     text = next(case for case in CASES if case.data is sentences).build()
-    with pytest.raises(ValueError, match="pass the model's tokenizer as `processing_class`"):
+    with pytest.raises(ValueError, match="save the model's tokenizer with it"):
         SophonTrainer(text, sentences(1), sentences(2), settings(tmp_path))
     sound = next(case for case in CASES if case.data is sounds).build()
-    with pytest.raises(ValueError, match="pass the model's feature extractor as `processing_class`"):
+    with pytest.raises(ValueError, match="save the model's feature extractor with it"):
         SophonTrainer(sound, sounds(1), sounds(2), settings(tmp_path))
 
 
@@ -205,7 +205,7 @@ def test_a_text_model_that_was_saved_without_a_tokenizer_has_none(tmp_path, kind
     with caplog.at_level("WARNING"):
         assert load_processor(tmp_path / "model", model) is None
     assert "No AutoTokenizer is saved with" in caplog.text
-    with pytest.raises(ValueError, match="pass the model's tokenizer as `processing_class`"):
+    with pytest.raises(ValueError, match="save the model's tokenizer with it"):
         SophonTrainer(str(tmp_path / "model"), sentences(1), sentences(2), settings(tmp_path))
     tokenizer().save_pretrained(tmp_path / "model")
     assert load_processor(tmp_path / "model", model)("red one")["input_ids"] == tokenizer()("red one")["input_ids"]

@@ -100,7 +100,7 @@ BAD_DOMAINS = {
     "no labels": (
         unlabelled,
         ValueError,
-        r"{name} domain has no label column among \['x'\]: a classifier needs one.*`--restricted_label`.*label_columns",
+        r"{name} domain has no label column among \['x'\]: a classifier.*`--restricted_label`.*label_columns",
     ),
     "a missing label": (lambda: with_labels([0, 1, 2, None] * 10), ValueError, "10 examples have no label.*row 3"),
     "hidden labels": (
@@ -124,7 +124,7 @@ BAD_DOMAINS = {
     "text without a tokenizer": (
         lambda: make_points(1).remove_columns("x").add_column("text", ["word"] * 120),
         ValueError,
-        "holds text: pass the model's tokenizer as `processing_class`",
+        "holds text: save the model's tokenizer with it",
     ),
     "one example again and again": (
         lambda: make_points(1).select([0, 1] + [2] * 118).map(lambda row: {"x": [1.0] * 6}),
