@@ -47,6 +47,7 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
             test_share=options.test_share,
             column=told[f"{domain}_label"],
             skip_unreadable=options.skip_unreadable,
+            inputs=told[f"{domain}_input"],
             classes={old: new or old for old, new in names},
             pixel_range=pixel_range,
         )

@@ -302,9 +302,17 @@ def _unreadable(
             file = f"{path}: " if path and path not in str(reason) else ""
             break
     where = "" if guilty is None else f"column {guilty!r}: {file}"
+    why = str(reason).rstrip(".") or type(reason).__name__
+    if not file:
+        # A row of a half is another one of the file: what else it holds finds it there.
+        cells = dataset.with_format(None).remove_columns(media_columns(dataset.features))[index]
+        texts = {c: cell for c, cell in cells.items() if isinstance(cell, str) and cell and c != guilty}
+        if texts:
+            longest = max(texts, key=lambda c: len(texts[c]))
+            why += f" (column {longest!r} of that row: {texts[longest][:60]!r})"
     return ValueError(
-        f"Row {number} of the {name} domain cannot be read: {where}{str(reason).rstrip('.') or type(reason).__name__}. "
-        "Repair the row or drop it; `skip_unreadable` leaves out what cannot be decoded."
+        f"Row {number} of the {name} domain cannot be read: {where}{why}. Repair the row or drop it; `skip_unreadable` "
+        "leaves out what cannot be decoded."
     )
 
 

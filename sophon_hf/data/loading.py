@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -44,6 +44,7 @@ def load_domain(
     skip_unreadable: bool = False,
     pixel_range: tuple[float, float] | None = None,
     label: str | None = None,
+    inputs: Sequence[str] | None = None,
 ) -> datasets.Dataset:
     """Load one split of a domain.
 
@@ -53,12 +54,13 @@ def load_domain(
             file; an object of `datasets`. An `IterableDataset` is read once, up to its first 100,000 examples, because
             halves, streams and resuming need random access.
         split: The split to take where there are several.
-        skip_unreadable: Leave out examples with a picture or sound that is missing or cannot be decoded (in other data:
-            with an empty cell), or without a label where others have one, and tell how many. Otherwise they are refused
-            when they are read.
+        skip_unreadable: Leave out examples with a picture, sound or text that is missing or cannot be decoded (in other
+            data: with an empty cell), or without a label where others have one, and tell how many. Otherwise they are
+            refused when they are read.
         pixel_range: What is black and what is white in pictures of more than 8 bits, such as (0, 4095). Without it,
             white is 65535 in pictures of 16 bits, and those of other depths are refused.
         label: The label column, where it is not found by itself.
+        inputs: The input columns, where others may be empty.
 
     Returns:
         The examples as they were stored; sounds are not decoded yet.
@@ -68,7 +70,7 @@ def load_domain(
         ConnectionError: A Hub id cannot be looked up.
         FileNotFoundError: `source` is neither a file, a folder nor a data set on the Hub.
     """
-    return take_split(open_source(source), source, split, skip_unreadable, pixel_range, label)
+    return take_split(open_source(source), source, split, skip_unreadable, pixel_range, label, inputs)
 
 
 def take_split(
@@ -78,6 +80,7 @@ def take_split(
     skip_unreadable: bool = False,
     pixel_range: tuple[float, float] | None = None,
     label: str | None = None,
+    inputs: Sequence[str] | None = None,
 ) -> datasets.Dataset:
     """Return one split of what `open_source` has loaded from `source`; arguments and errors as of `load_domain`."""
     if isinstance(loaded, Mapping):
@@ -87,7 +90,7 @@ def take_split(
             raise MissingSplitError(f"The data set has no split {split!r}; it has {sorted(names)}.{advice}")
         loaded = loaded[split]
     if skip_unreadable:
-        loaded = _readable(loaded, source, label)
+        loaded = _readable(loaded, source, label, inputs)
     if len(loaded) == 0:
         raise ValueError("The data set is empty: check its path, its split and any filter on it.")
     return loaded if pixel_range is None else with_pixel_range(loaded, *pixel_range)
@@ -186,7 +189,8 @@ def _load_from(source: str) -> Any:
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"The folder {source!r} holds no data: put images, sounds, or CSV, JSON or Parquet files there."
+            f"The folder {source!r} holds no data: put images (PNG, JPEG, ...), sounds (WAV, FLAC, ...), or CSV, JSON "
+            "or Parquet files there."
         ) from error
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise ConnectionError(unreachable(source, "data set")) from error
@@ -199,22 +203,28 @@ def _load_from(source: str) -> Any:
             part.info.dataset_name = os.path.basename(os.path.abspath(source))
     if on_hub:
         return loaded
-    if isinstance(builder, (ImageFolder, AudioFolder)) and all(len(part.column_names) == 1 for part in loaded.values()):
-        _tell_depths(source, builder)
+    if isinstance(builder, (ImageFolder, AudioFolder)):
+        _tell_folders(source, builder, {name for part in loaded.values() for name in part.column_names})
     return _without_split_names(loaded)
 
 
-def _tell_depths(source: str, builder: ImageFolder | AudioFolder) -> None:
-    """Warn of files at several depths, for which folders are not taken for classes."""
-    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-    media = [os.path.relpath(file, source) for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
-    depths = {file.count(os.sep): file for file in sorted(media)}
-    if len(depths) > 1:
-        logger.warning(
-            "Folders of %s are not taken for classes, since files lie at several depths: %s, for instance.",
-            source,
-            " and ".join(depths[depth] for depth in sorted(depths)),
-        )
+def _tell_folders(source: str, builder: ImageFolder | AudioFolder, columns: set[str]) -> None:
+    """Warn where folders are taken for other classes than one might think: the innermost ones are, all equally deep."""
+    for files in (builder.config.data_files or {}).values():
+        places = [os.path.relpath(str(file), source) for file in files]
+        places = sorted(place for place in places if os.path.splitext(place)[1].lower() in builder.EXTENSIONS)
+        depths = {place.count(os.sep): place for place in places}
+        by_name: dict[str, set[str]] = {}
+        for folder in map(os.path.dirname, places):
+            by_name.setdefault(os.path.basename(folder), set()).add(folder)
+        alike = next((sorted(folders) for folders in by_name.values() if len(folders) > 1), None)
+        if len(depths) > 1 and len(by_name) > 1 and len(columns) == 1:
+            said = "no folder is a class, since files lie at several depths", list(depths.values())
+        elif alike and "label" in columns:
+            said = "the innermost folders are the classes, and those of one name are one class", alike
+        else:
+            continue
+        logger.warning("In %s %s: %s, for instance.", source, said[0], " and ".join(said[1][:2]))
 
 
 def _kind_of_folder(source: str, builder: datasets.DatasetBuilder) -> str | None:
@@ -261,6 +271,12 @@ def _load_file(path: str) -> datasets.DatasetDict:
         if isinstance(error.__cause__, UnicodeError):
             raise ValueError(f"{path!r} is no text in UTF-8: save it as 'CSV UTF-8'. ({error.__cause__})") from error
         raise ValueError(f"{path!r} cannot be read as {kind}: {error.__cause__ or error}") from error
+    if suffix == ".json" and len(loaded["train"]) == 1:
+        # Exports often keep the examples in a list beside a version and the like.
+        cells = loaded["train"][0].items()
+        lists = [name for name, cell in cells if isinstance(cell, list) and cell and isinstance(cell[0], dict)]
+        if len(lists) == 1:
+            loaded = datasets.load_dataset(kind, data_files=path, field=lists[0])
     for part in loaded.values():
         part.info.dataset_name = os.path.basename(path)
     return loaded
@@ -275,8 +291,9 @@ def _without_split_names(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
     return loaded
 
 
-def _readable(dataset: datasets.Dataset, source: Source, label: str | None) -> datasets.Dataset:
-    media = media_columns(dataset.features)
+def _readable(
+    dataset: datasets.Dataset, source: Source, label: str | None, inputs: Sequence[str] | None
+) -> datasets.Dataset:
     plain, reasons = undecoded(dataset.with_format(None)), {}
     try:
         label = label_column(dataset, label)
@@ -286,9 +303,14 @@ def _readable(dataset: datasets.Dataset, source: Source, label: str | None) -> d
         unlabelled = [is_missing_label(value, dataset.features[label]) for value in plain[label]]
         if not all(unlabelled):
             reasons = {row: f"column {label!r}: it has no label" for row, missing in enumerate(unlabelled) if missing}
+    others = {column: feature for column, feature in dataset.features.items() if column != label}
+    texts = [column for column, feature in others.items() if feature == datasets.Value("string")]
+    if unknown := [column for column in inputs or () if column not in others]:
+        raise ValueError(f"There is no input column {unknown[0]!r}; the data set has {list(others)} beside its labels.")
+    looked_at = inputs or media_columns(dataset.features) or texts or list(others)
     for row in range(len(dataset)):
         cells = plain[row]
-        for column in media or [name for name in cells if name != label]:
+        for column in looked_at:
             try:
                 read_cell(cells[column], dataset.features[column])
             except Exception as error:  # Pillow and soundfile raise what they like.

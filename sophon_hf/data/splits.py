@@ -44,7 +44,7 @@ def load_part(
         seed: Decides which examples.
         column: The label column, where it is not found by itself.
         classes: Which are kept, and what they are called then, as of `select_classes`; all as they are where None.
-        reading: `skip_unreadable` and `pixel_range`, as of `load_domain`.
+        reading: `skip_unreadable`, `inputs` and `pixel_range`, as of `load_domain`.
 
     Raises:
         ValueError: A share outside (0, 1), or one that holds no example; else as `load_domain` does.

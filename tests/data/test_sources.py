@@ -85,7 +85,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file or folder 'nowhere.csv'"):
         load_domain("nowhere.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty' holds no data: put images, sounds, or CSV, JSON or Parquet"):
+    with pytest.raises(FileNotFoundError, match="empty' holds no data: put images .PNG, .*or CSV, JSON or Parquet"):
         load_domain(tmp_path / "empty")
 
 
@@ -147,8 +147,22 @@ def test_files_at_several_depths_are_told_since_their_folders_are_no_classes(tmp
     picture("RGB").save(tmp_path / "train" / "cover.png")
     with pytest.raises(ValueError, match="no label column among .* put each class of pictures or sounds in a folder"):
         build_domain(load_domain(tmp_path), IMAGES)
-    said = "since files lie at several depths: train/cover.png and train/dog/2.png, for instance"
+    said = "no folder is a class, since files lie at several depths: train/dog/2.png and train/cover.png, for instance"
     assert said in caplog.text.replace("\\", "/")
+
+
+def test_innermost_folders_of_one_name_are_told_to_be_one_class(tmp_path, caplog):
+    for place in ("cat/2019", "cat/2020", "dog/2019", "dog/2020"):
+        (tmp_path / place).mkdir(parents=True)
+        picture("RGB", seed=len(place)).save(tmp_path / place / "0.png")
+    assert load_domain(tmp_path).features["label"].names == ["2019", "2020"]
+    assert "those of one name are one class: cat/2019 and dog/2019, for instance" in caplog.text.replace("\\", "/")
+
+
+def test_examples_in_a_list_of_a_json_file_are_read(tmp_path):
+    examples = datasets.Dataset.from_dict(TEXTS).to_list()
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 1, "by": [], "data": examples}))
+    assert load_domain(tmp_path / "mine.json").to_list() == examples
 
 
 def test_fields_of_a_column_have_names_and_are_no_input_beside_columns(tmp_path):
@@ -342,6 +356,15 @@ def test_empty_cells_are_named_or_left_out():
     with pytest.raises(ValueError, match="Row 2 of the restricted domain cannot be read: column 'text': it is missing"):
         build_domain(texts.select([1, 2, 0]), TEXT, tokenizer(), name="restricted")
     assert load_domain(texts, skip_unreadable=True)["text"][:] == ["one", "two"]
+    noted = texts.add_column("score", [None, None, 1.0])
+    assert load_domain(noted, skip_unreadable=True)["text"][:] == ["one", "two"], "a number is no text"
+    noted = texts.add_column("note", [None, None, "hard"])
+    assert load_domain(noted, skip_unreadable=True, inputs=["text"])["text"][:] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"There is no input column 'txt'; the data set has \['text', 'note'\] beside"):
+        load_domain(noted, skip_unreadable=True, inputs=["txt"])
+    noted = texts.add_column("note", ["a hard one", None, None])
+    with pytest.raises(ValueError, match=r"'text': it is missing \(column 'note' of that row: 'a hard one'\)\. Repair"):
+        build_domain(noted, TEXT, tokenizer(), input_column="text")
 
 
 @pytest.mark.parametrize(
