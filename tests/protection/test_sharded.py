@@ -57,14 +57,14 @@ CASES = {
     "other_classes": dict(PLAIN, classes=5, strategy_space=NEW_HEAD, fsdp={"cpu_ram_efficient_loading": True}),
     "new_blocks": dict(PLAIN, strategy_space=BLOCKS, N=2),
     "optimizers": dict(PLAIN, strategy_space=OPTIMIZERS, N=5),
-    "rollbacks": dict(GUARDED, eval_steps=1, tolerance=0.0, alpha=0.3, strategy_space=OWN_HEAD),
+    "rollbacks": dict(GUARDED, eval_steps=1, tolerance=0.0, alpha=0.3, max_steps=3, strategy_space=OWN_HEAD),
     "additions": dict(
         GUARDED, kind="net", probe_depths=2, num_persistent=2, horizon=4, distillation=1.0, keep_norms=True,
         max_grad_norm=1.0, max_steps=4, strategy_space=NEW_HEAD,
     ),
     # Left to itself Adam makes whole steps of rounding errors, where a gradient is next to zero.
     "diffusion": dict(
-        PLAIN, kind="unet", save_strategy="steps", save_steps=2, adam_epsilon=1e-2,
+        PLAIN, kind="unet", save_strategy="steps", save_steps=1, adam_epsilon=1e-2,
         strategy_space=dict(OWN_HEAD, optimizers=["sgd"], learning_rates=[1e-3]),
     ),
     "bf16": dict(PLAIN, bf16=True, strategy_space=NEW_HEAD),
@@ -150,7 +150,7 @@ def fitted(kind):
 
 def build(output_dir, kind="vit", classes=3, fsdp=None, sharded=True, **changes):
     settings = dict(
-        max_steps=3, K=2, N=1, alpha=1e-3, beta=1e-3, per_device_train_batch_size=8, disable_tqdm=True,
+        max_steps=2, K=2, N=1, alpha=1e-3, beta=1e-3, per_device_train_batch_size=8, disable_tqdm=True,
         strategy_space={"learning_rates": [1e-2, 1e-3], "batch_sizes": [8, 16]},
     )
     if sharded:
@@ -179,8 +179,9 @@ if __name__ == "__main__":
         assert trainer.args.world_size == 2
         run(trainer, f"{folder}/{name}")
         if trainer.args.save_strategy != "no":
+            checkpoint = f"{folder}/{name}/checkpoint-{trainer.args.save_steps}"
             trainer = build(f"{folder}/{name}-resumed", **CASES[name])
-            run(trainer, f"{folder}/{name}-resumed", resume_from_checkpoint=f"{folder}/{name}/checkpoint-2")
+            run(trainer, f"{folder}/{name}-resumed", resume_from_checkpoint=checkpoint)
     messages = {}
     for name, changes in REFUSED.items():
         try:
