@@ -62,7 +62,7 @@ class TellTime(TrainerCallback):
         self.told = True
         evaluations = 0 if args.eval_strategy == "no" else 1 + count // max(1, int(state.eval_steps))
         total = iteration * count + self.evaluation * evaluations
-        each = f"an iteration {iteration:.2g} s, an evaluation {self.evaluation:.2g} s"
+        each = f"an iteration {_two_digits(iteration)} s, an evaluation {_two_digits(self.evaluation)} s"
         if state.is_world_process_zero:
             tqdm.write(f"Iterations to do: {count}, {duration(total)} in all ({each}).")
             sys.stdout.flush()  # Who reads a file or a pipe waits for it.
@@ -107,8 +107,12 @@ def duration(seconds: float) -> str:
     """Return a time as a reader would say it."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * unit:
-            return f"about {seconds / unit:.2g} {name}"
+            return f"about {_two_digits(seconds / unit)} {name}"
     return f"about {max(1, round(seconds))} s"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"  # Never 3.1e+02.
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -228,6 +228,11 @@ def _find_class(source: str, trust_remote_code: bool) -> tuple[Any, dict[str, An
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = next(iter(config.architectures or ()), "")
+    if config.model_type == "timm_wrapper":
+        # timm itself saves its models without a class, and with a number of classes that they would be given twice.
+        name = name or ("TimmWrapperForImageClassification" if config.num_labels else "TimmWrapperModel")
+        config.model_args = {key: v for key, v in (config.model_args or {}).items() if key != "num_classes"}
+        options["config"] = config
     kinds = ("ImageClassification", "SequenceClassification", "AudioClassification")
     endings = ("Classification", "Classifier", "ClassificationWithTeacher")
     if name.endswith(("ForMaskedLM", "ForPreTraining")):

@@ -27,7 +27,7 @@ from two_processes import forked
 from sophon_hf import FineTuningStrategy, __version__, load_domain
 from sophon_hf.cli import main as cli
 from sophon_hf.cli.options import COMMANDS
-from sophon_hf.cli.timing import TellTime
+from sophon_hf.cli.timing import TellTime, duration
 from sophon_hf.data.domain import build_domain
 from sophon_hf.finetuning.loop import FineTuning
 from sophon_hf.tasks.base import infer_task
@@ -386,6 +386,13 @@ def test_a_dry_run_of_a_protection_tells_its_time_and_saves_nothing(tmp_path, co
     assert re.search(r"^Iterations to do: 1000, about \S+ (s|min|h) in all ", out)
     assert "Before protection, " in out, "what to expect"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 s"), (89, "89 s"), (100, "1.7 min"), (5.5e4, "15 h"), (1.1e7, "127 days")]
+)
+def test_times_are_said_in_two_digits_and_never_as_a_power_of_ten(seconds, said):
+    assert duration(seconds) == f"about {said}"
 
 
 @pytest.mark.parametrize(("seconds", "after"), [(30, 1), (3, 2)])

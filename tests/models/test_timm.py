@@ -10,13 +10,16 @@ import math
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from sophon_hf import SophonConfig, SophonTrainer
-from sophon_hf.models.loading import load_model
+from sophon_hf.models.backbone import library_model
+from sophon_hf.models.loading import load_model, load_processor
+from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model
 
 # VGG's hidden layer of 4,096 channels times a fiftieth: 12 of its 129 million parameters. CAFormer takes no such
@@ -76,3 +79,20 @@ def test_timm_classifier_is_protected_saved_and_loaded(architecture, shape, head
     assert isinstance(load_model(tmp_path), TimmWrapperForImageClassification)
     domain = trainer.domains["eval_restricted"]
     assert evaluate_model(trainer.task, loaded, domain, 8) == evaluate_model(trainer.task, model, domain, 8)
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+def test_a_model_as_timm_itself_saves_it_is_loaded(classes, tmp_path):
+    shape = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    made = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **shape).eval()
+    names = {"label_names": ["cat", "dog", "fish"]} if classes else {}
+    arguments = {"model_args": {"num_classes": classes, **shape}, "model_config": names}
+    timm.models.save_for_hf(made, tmp_path, safe_serialization=True, **arguments)
+    model, pixels = load_model(tmp_path).eval(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        if classes:
+            assert torch.equal(model(pixels).logits, made(pixels))
+            assert infer_task(model).inputs(model).class_names == ("cat", "dog", "fish")
+        else:
+            assert torch.equal(library_model(model)(pixels).last_hidden_state, made.forward_features(pixels))
+    assert load_processor(tmp_path, model) is not None
