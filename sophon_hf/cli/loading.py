@@ -112,7 +112,8 @@ def look_for(model: str, on_hub: bool) -> str | None:
     """
     folder = Path(model)
     if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "model_index.json")):
+        # What holds an adapter alone is refused with more words.
+        if not any((folder / name).exists() for name in ("config.json", "model_index.json", "adapter_config.json")):
             begun = " A protection that has not ended is there: go on with it by `--resume`."
             raise FileNotFoundError(
                 f"{model!r} holds neither config.json nor model_index.json: no model is saved there."

@@ -235,6 +235,9 @@ def _meant_as_outputs(
             f"them, or, where it has no names, list all in its order (`--{name}_classes`; in Python "
             "`select_classes`)."
         )
+    if not nameless and all(map(_is_number, present)):
+        pairs = [f"{value} = {known[numbers[value]]!r}" for value in present]
+        logger.warning("The %s domain's numbers are the model's outputs, from 0 on: %s.", name, _first_of(pairs))
     return numbers
 
 

@@ -224,6 +224,11 @@ def _find_class(source: str, trust_remote_code: bool) -> tuple[Any, dict[str, An
         return cls, {"subfolder": subfolder, "torch_dtype": torch.float32}
     import transformers
 
+    if _read_json(source, "config.json") is None and (adapter := _read_json(source, "adapter_config.json")):
+        raise ValueError(
+            f"{source!r} holds an adapter of peft for {adapter.get('base_model_name_or_path')!r}, and no model: load "
+            "it with `PeftModel.from_pretrained`, and save what its `merge_and_unload()` returns."
+        )
     # Not in the half precision that it may be stored in: small updates would be rounded away.
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -160,6 +160,11 @@ def test_original_numbers_are_the_model_s(needs):
     assert len(classes.names) == 2, "a class count is the number of classes"
 
 
+def test_what_numbers_stand_for_is_told_since_they_could_start_at_1(caplog):
+    assert numbered([1, 2], NAMED, "original") == [1, 2]
+    assert "numbers are the model's outputs, from 0 on: 1 = 'one', 2 = 'two'." in caplog.text
+
+
 def test_folders_that_are_called_by_numbers_are_read_alphabetically_and_numbered_all_the_same():
     folders = datasets.ClassLabel(names=sorted(map(str, range(12))))
     assert folders.names[2] == "10"

@@ -13,7 +13,9 @@ from points import TinyNet, make_points
 from torch import nn
 
 from sophon_hf import AttackSuite, SophonTrainer
+from sophon_hf.cli.loading import look_for
 from sophon_hf.hub.saving import check_loads_back
+from sophon_hf.models.loading import load_model
 
 BERT = next(case for case in CASES if case.family == "BertForSequenceClassification")
 RESNET = next(case for case in CASES if case.family == "ResNetForImageClassification")
@@ -55,6 +57,13 @@ def test_adapters_inside_a_model_are_refused(tmp_path):
     model.add_adapter(peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="has adapters of peft: load the model that they are merged into"):
         make(model, tmp_path, sentences, processing_class=tokenizer())
+
+
+def test_a_folder_with_an_adapter_alone_is_refused_with_what_to_do(tmp_path):
+    peft.get_peft_model(BERT.build(), peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    for read in (load_model, lambda folder: look_for(str(folder), on_hub=False)):
+        with pytest.raises(ValueError, match=r"holds an adapter of peft for .* save what its `merge_and_unload\(\)`"):
+            read(tmp_path)
 
 
 def test_a_model_of_which_only_the_head_trains_is_refused_for_new_heads(tmp_path):
