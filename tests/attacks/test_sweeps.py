@@ -65,7 +65,7 @@ def test_peft_and_adaptive_sweeps():
 
 def test_every_sweep_is_a_file_in_a_fixed_order():
     counts = {"paper": 3, "paper-optimizers": 5, "paper-rates": 5, "paper-batches": 5, "strong": 28, "peft": 9}
-    counts |= {"adaptive": 38, "hardest": 5, "informed": 6, "denoiser": 13, "search": 4, "full": 90}
+    counts |= {"adaptive": 38, "hardest": 5, "informed": 6, "denoiser": 14, "search": 4, "full": 90}
     assert {name: len(load_sweep(name)) for name in SWEEPS} == counts
     strong, adaptive = load_sweep("strong"), load_sweep("adaptive")
     assert strong[0] == FineTuningStrategy(learning_rate=3e-4)

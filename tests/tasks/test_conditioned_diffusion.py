@@ -11,6 +11,7 @@ from labelled_data import images
 from torch import nn
 
 from sophon_hf import AttackSuite, DiffusionTask, FineTuningStrategy, SophonTrainer
+from sophon_hf.attacks.sweeps import load_sweep
 from sophon_hf.data.batches import Stream
 from sophon_hf.data.domain import build_domain
 from sophon_hf.models.loading import load_model
@@ -70,16 +71,20 @@ def test_a_class_conditional_model_is_protected_saved_and_loaded(make, tmp_path)
 
 
 def test_a_class_conditional_model_is_attacked(tmp_path):
-    suite = AttackSuite([FineTuningStrategy(epochs=1, batch_size=10)], tmp_path, seeds=[0], measured_epochs=[0, 1])
+    dream_booth = load_sweep("denoiser")[-1]
+    assert dream_booth.adapter == "lora" and dream_booth.original_weight == 1, "original images preserve the prior"
+    sweep = [strategy.with_changes(epochs=1, batch_size=10) for strategy in (FineTuningStrategy(), dream_booth)]
+    suite = AttackSuite(sweep, tmp_path, seeds=[0], measured_epochs=[0, 1])
     data = images(1)
     results = suite.run(
         protected=dit(),
         original=dit(),
         restricted_dataset=data.select(range(30)),
         eval_dataset=data.select(range(30, 48)),
+        original_dataset=images(3),
         original_eval_dataset=images(2),
     )
-    assert not any(run.failed for run in results.runs) and results.metric == "mse"
+    assert not [run for run in results.runs if run.error] and results.metric == "mse"
 
 
 def test_images_without_labels_are_given_the_null_label():
