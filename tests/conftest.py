@@ -6,13 +6,18 @@ import gc
 import importlib.util
 import os
 import shutil
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    import datasets
+    from points import TinyNet
+
+# Imports that take seconds stand where they are used: pytest-xdist reads this file before it starts its processes.
 
 # timm and torchvision are an extra; a browser is no Python package.
 collect_ignore = [] if importlib.util.find_spec("timm") else ["models/test_timm.py"]
@@ -24,17 +29,11 @@ except ImportError:
     pass
 except RuntimeError:
     # One that was built for another torch cannot load its operators. Nothing here calls them; they only have to exist.
+    import torch
+
     operators = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from points import TinyNet, make_points  # noqa: E402
-
-from sophon_hf.data.domain import build_domain  # noqa: E402
-from sophon_hf.tasks.base import infer_task  # noqa: E402
-from sophon_hf.tasks.classification import ClassificationTask  # noqa: E402
-
-torch.set_num_threads(1)
 
 # They start first, longest first, so that no process is left alone with one of them at the end.
 SLOWEST = (
@@ -64,6 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(place)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_garbage_in_modules():
     """What is imported stays, and is much: each `Trainer.train` and each full collection would search it."""
@@ -73,23 +79,36 @@ def _no_garbage_in_modules():
 
 @pytest.fixture
 def model() -> TinyNet:
+    import torch
+    from points import TinyNet
+
     torch.manual_seed(0)
     return TinyNet()
 
 
 @pytest.fixture
 def points() -> datasets.Dataset:
+    from points import make_points
+
     return make_points(1)
 
 
 @pytest.fixture
 def domain(model, points):
+    from sophon_hf.data.domain import build_domain
+    from sophon_hf.tasks.base import infer_task
+
     return build_domain(points, infer_task(model).inputs(model), name="restricted")
 
 
 @pytest.fixture
 def float64_domain():
+    import torch
     from naive_suppression import Net
+    from points import make_points
+
+    from sophon_hf.data.domain import build_domain
+    from sophon_hf.tasks.classification import ClassificationTask
 
     torch.set_default_dtype(torch.float64)
     return build_domain(make_points(1, 100), ClassificationTask().inputs(Net()))
@@ -161,4 +180,6 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _float32():
     yield
+    import torch
+
     torch.set_default_dtype(torch.float32)

@@ -222,6 +222,7 @@ def config(tmp_path) -> dict:
         "K": 1,
         "N": 1,
         "l_NTR": 1,
+        "simulated_examples": 3,
         "per_device_train_batch_size": 10,
         "save_strategy": "no",
         "eval_strategy": "no",
@@ -238,7 +239,7 @@ def test_from_a_folder_to_a_report(tmp_path, config, capsys):
     attacks = tmp_path / "protected" / "attacks"
     sweep = [{"initialization": start, "learning_rate": 0.01, "batch_size": 10} for start in ("direct", "new_head")]
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    budget = {"sweep": str(tmp_path / "sweep.json"), "epochs": 1, "seeds": [0, 1]}
+    budget = {"sweep": str(tmp_path / "sweep.json"), "epochs": 1, "seeds": [0]}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**config, **budget, "original_classes": ["a", "b"]}))
     benign = write_domain(tmp_path / "benign", (1, 5, 9), 2)
@@ -259,19 +260,19 @@ def test_from_a_folder_to_a_report(tmp_path, config, capsys):
     model, loaded = (ResNetForImageClassification.from_pretrained(path) for path in (source, protected))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
 
-    # Half of 60 images is the adversary's; two models and scratch, two seeds, and five folds beside each run.
-    assert plan.splitlines()[0] == "10 runs, 180 optimizer steps, 1,800 images"
+    # Half of 60 images is the adversary's; two models and scratch, and five folds beside each run.
+    assert plan.splitlines()[0] == "5 runs, 90 optimizer steps, 900 images"
     assert plan.count("3 steps a run") == 2
 
     assert "**Recovered transfer**: " in attacking
-    assert len(list((attacks / "runs").iterdir())) == 10
+    assert len(list((attacks / "runs").iterdir())) == 5
     results = json.loads((attacks / "results.json").read_text())
     assert set(results["original_metric"]) == {"original", "protected"}
     assert all(cell["error"] is None for cell in results["runs"])
     assert results["facts"]["training_examples"] == results["facts"]["validation_examples"] == 30
     assert all(cell["curve"]["step"] == [0, 2, 3] for cell in results["runs"])
     assert set(results["benign"]) == {"protected", "original", "scratch", "difference"}
-    assert len(list((attacks / "benign" / "runs").iterdir())) == 10
+    assert len(list((attacks / "benign" / "runs").iterdir())) == 5
     assert "Benign fine-tunability, protected minus original: " in attacking
     assert reporting and attacking.endswith(reporting), "the report tells again what was found"
     assert (attacks / "report" / "index.html").exists()

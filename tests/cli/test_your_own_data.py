@@ -35,6 +35,7 @@ SHORT = {
     "K": 1,
     "N": 1,
     "l_NTR": 1,
+    "simulated_examples": 3,
     "strategy_space": {"initializations": ["direct"], "learning_rates": [1e-3], "batch_sizes": [8]},
     "per_device_train_batch_size": 8,
     "eval_steps": 2,

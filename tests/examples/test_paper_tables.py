@@ -53,7 +53,7 @@ def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         for split, rows in data.items():
             rows.select(range(100)).to_parquet(tmp_path / name / f"{split}.parquet")
-    config = SCALES["small"].config | {"max_steps": 1, "K": 1, "eval_steps": 1}
+    config = SCALES["small"].config | {"max_steps": 1, "K": 1, "eval_steps": 1, "simulated_examples": 3}
     models = {"CAFormer": SCALES["small"].models["ResNet-18"]}
     tiny = replace(
         SCALES["small"],

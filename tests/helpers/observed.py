@@ -16,6 +16,7 @@ def config(tmp_path, **changes) -> SophonConfig:
     settings = {
         "max_steps": 3,
         "K": 3,
+        "simulated_examples": 3,
         "strategy_space": SPACE,
         "per_device_train_batch_size": 16,
         "eval_strategy": "no",

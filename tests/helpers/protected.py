@@ -19,6 +19,7 @@ def build(output: Path, model: nn.Module | None = None, **changes) -> SophonTrai
     settings = {
         "max_steps": 6,
         "K": 2,
+        "simulated_examples": 3,
         "per_device_train_batch_size": 8,
         "eval_steps": 2,
         "save_steps": 3,

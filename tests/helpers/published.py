@@ -54,6 +54,7 @@ def make_trainer(kind: str, output_dir, model=None, **settings) -> SophonTrainer
         **{
             "max_steps": 2,
             "K": 2,
+            "simulated_examples": 3,
             "strategy_space": SPACE,
             "per_device_train_batch_size": 8,
             "eval_steps": 2,

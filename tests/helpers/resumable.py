@@ -52,6 +52,7 @@ def build(output_dir, callbacks=(), **changes):
     settings = dict(
         max_steps=7,
         K=2,
+        simulated_examples=3,
         l_NTR=2,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=8,

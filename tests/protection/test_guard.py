@@ -114,7 +114,7 @@ def test_its_adversaries_are_measured_in_batches_of_the_evaluation(tmp_path):
     """Else an evaluation of large images needs memory for all of them at once."""
     model, sizes = fitted(), []
     model.body.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    args = guarded(tmp_path, max_steps=1, tolerance=1.0, per_device_eval_batch_size=20)
+    args = guarded(tmp_path, max_steps=1, tolerance=1.0, per_device_eval_batch_size=20, simulated_examples=50)
     held_out = {"original": make_points(3), "restricted": make_points(4)}
     trainer = SophonTrainer(model, make_points(1), make_points(2), args, eval_dataset=held_out)
     trainer.train()
