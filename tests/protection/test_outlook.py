@@ -29,15 +29,21 @@ def protect(tmp_path, restricted: datasets.Dataset, original: datasets.Dataset) 
     return trainer
 
 
-def test_the_gap_is_the_difference_of_means_in_standard_deviations(tmp_path):
-    near, far = pictures(0), pictures(3, seed=1)
-    trainer = protect(tmp_path, far, near)
+NEAR, FAR = pictures(0), pictures(3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> SophonTrainer:
+    return protect(tmp_path_factory.mktemp("far"), FAR, NEAR)
+
+
+def test_the_gap_is_the_difference_of_means_in_standard_deviations(trainer, tmp_path):
     torch.manual_seed(0)
     model, seen = small_classifier().eval(), []
     first = model.get_submodule(trainer.structure.blocks[0])
     first.register_forward_hook(lambda _, inputs, output: seen.append(output.detach().numpy()))
     found = []
-    for domain in (near, far):
+    for domain in (NEAR, FAR):
         model(torch.tensor(np.array(domain["pixel_values"])).float())
         maps = seen[-1]
         half = maps.shape[-1] // 2
@@ -46,11 +52,10 @@ def test_the_gap_is_the_difference_of_means_in_standard_deviations(tmp_path):
     difference = found[0].mean(0) - found[1].mean(0)
     variance = (found[0].var(0, ddof=1) + found[1].var(0, ddof=1)) / 2
     assert trainer.guard.state.gap == pytest.approx(np.sqrt((difference**2 / variance).mean()), rel=1e-3)
-    assert trainer.guard.state.gap > 5 * protect(tmp_path / "near", pictures(0, seed=1), near).guard.state.gap
+    assert trainer.guard.state.gap > 5 * protect(tmp_path, pictures(0, seed=1), NEAR).guard.state.gap
 
 
-def test_a_protection_measures_the_pair_before_its_first_iteration(tmp_path):
-    trainer = protect(tmp_path, pictures(1), pictures(0))
+def test_a_protection_measures_the_pair_before_its_first_iteration(trainer):
     state = trainer.guard.state
     assert 0 <= state.early <= 1 and 0 <= state.scratch <= 1 and state.gap > 0
     assert "Before protection, 10 examples take an adversary to accuracy " in trainer.guard.outlook

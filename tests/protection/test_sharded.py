@@ -19,8 +19,6 @@ from sophon_hf.models.loading import hash_state
 
 # The run as a user would write it. Each process saves what it ends with; the test reads `build` from it too.
 SCRIPT = """
-import copy
-import functools
 import os
 import sys
 
@@ -138,7 +136,6 @@ def pictures(seed, classes, kind="vit"):
     return datasets.Dataset.from_dict({"pixel_values": x.numpy(), "label": y.tolist()}, features)
 
 
-@functools.cache
 def fitted(kind):
     torch.manual_seed(0)
     model, data = MODELS[kind][0](), pictures(2, 3).with_format("torch")[:]
@@ -159,7 +156,7 @@ def build(output_dir, kind="vit", classes=3, fsdp=None, sharded=True, **changes)
     if sharded:
         settings |= dict(fsdp=True, fsdp_config={"transformer_layer_cls_to_wrap": [MODELS[kind][1]], **(fsdp or {})})
     args = SophonConfig(output_dir, **{**settings, **changes})
-    return SophonTrainer(copy.deepcopy(fitted(kind)), pictures(1, classes, kind), pictures(2, 3, kind), args)
+    return SophonTrainer(fitted(kind), pictures(1, classes, kind), pictures(2, 3, kind), args)
 
 
 def run(trainer, path, **options):
