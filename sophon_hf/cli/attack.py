@@ -84,7 +84,7 @@ def _tell_plan(
         processor = load_processor(options.model, model)
         agree_on_padding(model, processor)
         task = load_task(options.model, model)
-        needs = task.inputs(model)
+        needs, named = task.inputs(model), columns(options)
         # Rows that lie apart, since the first may be all of one class.
         rows = np.unique(np.linspace(0, len(training) - 1, EVALUATION_BATCH).astype(int))
         domain = build_domain(
@@ -92,9 +92,8 @@ def _tell_plan(
             needs,
             processor,
             name="restricted",
-            input_column=columns(options)["input_columns"]["restricted"],
-            label=options.restricted_label,
-            classes=number_classes("restricted", [training, test], needs, options.restricted_label),
+            input_column=named["input_columns"]["restricted"],
+            classes=number_classes("restricted", [training, test], needs, named["label_columns"]["restricted"]),
         )
         sizes = [min(strategy.batch_size, len(domain)) for strategy in suite.strategies]
         seconds = attack_seconds(model, task, domain, (min(sizes), max(sizes)), plan, len(test))

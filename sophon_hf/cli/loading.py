@@ -45,7 +45,8 @@ def load_split(options: argparse.Namespace, domain: str, test: bool = False) -> 
             told[f"{domain}_test_split"],
             test=test,
             test_share=options.test_share,
-            column=told[f"{domain}_label"],
+            column=columns(options)["label_columns"][domain],
+            label_set=told[f"{domain}_label"] if len(told[f"{domain}_label"] or ()) > 1 else None,
             skip_unreadable=options.skip_unreadable,
             inputs=told[f"{domain}_input"],
             classes={old: new or old for old, new in names},
@@ -79,7 +80,7 @@ def load_half(options: argparse.Namespace, defender: bool) -> datasets.Dataset |
     if dataset is None or not options.adversary_half:
         return dataset
     with _named(options, "restricted"):
-        halves = split_domain(dataset, column=options.restricted_label)
+        halves = split_domain(dataset, column=columns(options)["label_columns"]["restricted"])
     return halves[0] if defender else halves[1]
 
 
@@ -161,12 +162,14 @@ def load_metric(options: argparse.Namespace) -> str | Metric | None:
 def columns(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags name by domain, as "input_columns" (two of text make one input) and "label_columns".
 
-    An input column that a caption was encoded with is no longer there, and counts as not named.
+    An input column that a caption was encoded with is no longer there, and counts as not named, as several label
+    columns, which `load_split` has joined, do.
     """
     told = vars(options)
     domains = [domain for domain in ("original", "restricted", "benign") if domain in told]
     named = {domain: None if told[f"{domain}_caption"] else told[f"{domain}_input"] for domain in domains}
+    labels = {domain: told[f"{domain}_label"] for domain in domains}
     return {
         "input_columns": {name: given[0] if given and len(given) == 1 else given for name, given in named.items()},
-        "label_columns": {domain: told[f"{domain}_label"] for domain in domains},
+        "label_columns": {name: given[0] if given and len(given) == 1 else None for name, given in labels.items()},
     }

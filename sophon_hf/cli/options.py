@@ -96,7 +96,11 @@ def _reading_flags(domain: str, commands: str) -> dict[str, _Flag]:
         f"{domain}_input": _Flag(
             commands, f"input column of --{domain}, where it is not clear, or two columns of text", "list[str]"
         ),
-        f"{domain}_label": _Flag(commands, f"label column of --{domain}, where it is not clear"),
+        f"{domain}_label": _Flag(
+            commands,
+            f"label column of --{domain}, where it is not clear, or one of ones and zeros a label",
+            "list[str]",
+        ),
         f"{domain}_caption": _Flag(
             commands, f"caption column of --{domain}, for a text-to-image pipeline, whose own parts encode it"
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def load_part(
     test_share: float = 0.2,
     seed: int = 0,
     column: str | None = None,
+    label_set: Sequence[str] | None = None,
     classes: Mapping[object, str] | None = None,
     **reading: Any,
 ) -> datasets.Dataset:
@@ -43,6 +44,7 @@ def load_part(
             with all copies of a picture, sound or text on one side.
         seed: Decides which examples.
         column: The label column, where it is not found by itself.
+        label_set: Columns of ones and zeros, one for each label that an example may have; they become `labels`.
         classes: Which are kept, and what they are called then, as of `select_classes`; all as they are where None.
         reading: `skip_unreadable`, `inputs` and `pixel_range`, as of `load_domain`.
 
@@ -56,6 +58,8 @@ def load_part(
         # A source of several splits is not cut: the one that is meant has a name of its own.
         whole = list(loaded) == [split]
     dataset = take_split(loaded, source, test_split if test and not whole else split, label=column, **reading)
+    if label_set is not None:
+        dataset, column = _with_label_sets(dataset, label_set), "labels"
     if classes:
         dataset = select_classes(dataset, classes, column)
     if not whole:
@@ -87,6 +91,29 @@ def load_part(
         len(dataset),
     )
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), kept))
+
+
+def _with_label_sets(dataset: datasets.Dataset, columns: Sequence[str]) -> datasets.Dataset:
+    """Replace columns of ones and zeros by one of lists, `labels`: of the labels that an example has.
+
+    Raises:
+        ValueError: There is no such column, or it holds anything else.
+    """
+    if unknown := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(f"There is no column {unknown[0]!r}; the data set has {dataset.column_names}.")
+    sets: list[list[int]] = [[] for _ in range(len(dataset))]
+    for number, column in enumerate(columns):
+        for row, value in enumerate(dataset.with_format(None)[column]):
+            if value not in (0, 1):
+                raise ValueError(
+                    f"Column {column!r} holds {value!r} at row {row}: of several label columns each holds 1 (true) "
+                    "where an example has the label, else 0 (false)."
+                )
+            if value:
+                sets[row].append(number)
+    feature = datasets.List(datasets.ClassLabel(names=list(columns)))
+    others = [column for column in ("labels", *columns) if column in dataset.column_names]
+    return dataset.remove_columns(others).add_column("labels", sets, feature=feature)
 
 
 def hash_row(row: Mapping[str, Any], label: str | None, words: bool = False) -> str:

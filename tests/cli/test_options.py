@@ -85,7 +85,8 @@ def test_one_file_serves_all_commands(tmp_path):
     assert {options.output_dir for options in found.values()} == {"x"}
     for command in ("protect", "attack", "audit"):
         options = found[command]
-        assert (options.model, options.original, options.restricted, options.original_label) == ("m", "o", "r", "fine")
+        assert (options.model, options.original, options.restricted) == ("m", "o", "r")
+        assert options.original_label == ["fine"]
         assert options.adversary_half is False
     assert found["protect"].alpha == 1e-3 and "alpha" not in found["attack"]
     assert found["attack"].restricted_test_split == found["audit"].restricted_test_split == "validation"

@@ -19,7 +19,7 @@ from PIL import Image
 from published import unet
 from transformers import ViTImageProcessor
 
-from sophon_hf.cli.loading import load_split
+from sophon_hf.cli.loading import columns, load_split
 from sophon_hf.cli.main import main
 from sophon_hf.cli.options import read_options
 
@@ -197,3 +197,20 @@ def test_flags_rename_classes_and_give_a_range(tmp_path):
     options = read_options("attack", [*told, "--restricted_pixel_range", "0"])
     with pytest.raises(ValueError, match=r"restricted_pixel_range is \[0.0\], but takes two numbers: what is black"):
         load_split(options, "restricted")
+
+
+def test_several_label_columns_are_the_labels_of_an_example(tmp_path):
+    path, marks = tmp_path / "mine.csv", ["1,0", "0,0", "1,1", "0,1"]
+    path.write_text("\n".join(["text,toxic,threat", *(f"{WORDS[i % 8]} {i},{marks[i % 4]}" for i in range(40))]))
+    told = ["--model", "m", "--original", str(path), "--restricted", str(path)]
+    options = read_options("attack", [*told, "--restricted_label", "toxic", "threat"])
+    part = load_split(options, "restricted", test=True)
+    assert part.column_names == ["text", "labels"] and part.features["labels"].feature.names == ["toxic", "threat"]
+    rows = [int(text.split()[1]) for text in part["text"]]
+    assert part["labels"][:] == [[[0], [], [0, 1], [1]][row % 4] for row in rows]
+    assert sorted(row % 4 for row in rows) == [0, 0, 1, 1, 2, 2, 3, 3], "stratified by the sets of labels"
+    assert columns(options)["label_columns"]["restricted"] is None
+    for other, said in (("rude", "There is no column 'rude'"), ("text", "'text' holds 'red 0' at row 0: of several")):
+        options = read_options("attack", [*told, "--restricted_label", "toxic", other])
+        with pytest.raises(ValueError, match=said):
+            load_split(options, "restricted")
