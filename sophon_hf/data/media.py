@@ -67,12 +67,15 @@ def with_media(dataset: datasets.Dataset, folder: str | None) -> datasets.Datase
                 dataset = dataset.cast_column(column, media)
         if not any(isinstance(feature, dict) for feature in dataset.features.values()):
             return dataset
-        known = {column: dataset.features[column] for column in media_columns(dataset.features)}
-        for column, feature in known.items():
-            dataset = dataset.cast_column(column, type(feature)())  # One that is not decoded would be flattened, too.
-        dataset = dataset.flatten(max_depth=2)  # One level: it counts from 1, to below this.
-        for column, feature in known.items():
-            dataset = dataset.cast_column(column, feature)
+        # `flatten` would take pictures apart, and refuses sounds.
+        kept = dataset.select_columns(media_columns(dataset.features))
+        flat = dataset.remove_columns(kept.column_names).flatten(max_depth=2)  # One level: it counts from 1 to below.
+        if kept.column_names:
+            joined = datasets.concatenate_datasets([flat, kept], axis=1)
+            info = dataset.info.copy()
+            info.features = joined.features
+            flat = datasets.Dataset(joined.data, info, split=dataset.split)
+        dataset = flat
 
 
 def _media_of(cell: Any, folder: str | None) -> datasets.Image | datasets.Audio | None:

@@ -32,7 +32,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from sophon_hf.data.domain import build_domain
 from sophon_hf.data.labels import select_classes
-from sophon_hf.data.loading import load_domain
+from sophon_hf.data.loading import hub_source, load_domain, remember_source
 from sophon_hf.data.splits import load_part
 
 
@@ -177,6 +177,19 @@ def test_fields_of_a_column_have_names_and_are_no_input_beside_columns(tmp_path)
     assert named.preprocessor.columns == ("note.by",)
     train, test = load_splits(path, column="note.class")
     assert (len(train), len(test)) == (8, 2), "what tells examples apart is not their notes"
+
+
+def test_fields_beside_sounds_and_pictures_leave_them_and_their_source_alone():
+    columns = {"note": [{"by": "me", "n": i} for i in range(4)], "row": list(range(4))}
+    for media in (sounds([np.ones(9, np.float32)] * 4), pictures([picture("RGB", seed=i) for i in range(4)])):
+        column = media.column_names[0]
+        for name, values in columns.items():
+            media = media.add_column(name, values)
+        remember_source(media, "alice/mine", "0" * 40)
+        flat = load_domain(media.select([2, 0]))
+        assert set(flat.column_names) == {column, "label", "note.by", "note.n", "row"}
+        assert flat.features[column] == media.features[column] and hub_source(flat) == ("alice/mine", "0" * 40)
+        assert (flat["row"][:], flat["note.n"][:]) == ([2, 0], [2, 0])
 
 
 def test_pictures_are_found_beside_their_texts(tmp_path):
