@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from transformers import (
-    PoolFormerConfig,
-    PoolFormerForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
@@ -20,6 +21,9 @@ from transformers import (
 
 from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks.sweeps import load_sweep
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from pairs import ResNet20
 
 PAPER = load_sweep("paper")[0]
 
@@ -64,6 +68,7 @@ class Scale:
         validation_share: Share of the adversary's half that chooses attacks.
         seeds: Of the attacks.
         pretraining: Steps of the classifiers and of the diffusion model, and their Adam's rate.
+        weights: The paper's name of a model -> a file beside the data's folder, in place of pre-training.
         ntl_steps: Updates of NTL.
         config: Fields of `SophonConfig`; the paper's where left out.
         adapt: What becomes of an attack of the paper.
@@ -78,6 +83,7 @@ class Scale:
     seeds: list[int]
     pretraining: tuple[int, int, float]
     ntl_steps: int
+    weights: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     adapt: Callable[[FineTuningStrategy], FineTuningStrategy] = lambda strategy: strategy
 
@@ -122,18 +128,16 @@ def _small_resnet(depths: list[int], layer_type: str = "basic", factor: int = 1)
     )
 
 
-def _small_metaformer(num_labels: int) -> nn.Module:
-    config = PoolFormerConfig(
-        num_encoder_blocks=3,
-        depths=[1, 1, 1],
-        hidden_sizes=[32, 64, 128],
-        patch_sizes=[7, 3, 3],
-        strides=[4, 2, 2],
-        padding=[2, 1, 1],
-        drop_path_rate=0.0,
-        num_labels=num_labels,
-    )
-    return PoolFormerForImageClassification(config)
+class SmallResNet20(ResNet20):
+    """ResNet-20 on images in [0, 1]: it normalises them as its weights expect."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits."""
+        mean, deviation = (
+            torch.tensor(values, device=pixel_values.device)[:, None, None]
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+        return super().forward((pixel_values - mean) / deviation)
 
 
 def _unet(size: int, widths: tuple[int, ...], layers: int, groups: int) -> Callable[[int], nn.Module]:
@@ -148,8 +152,8 @@ def _unet(size: int, widths: tuple[int, ...], layers: int, groups: int) -> Calla
 
 
 def _small_attack(attack: FineTuningStrategy) -> FineTuningStrategy:
-    """300 images give few steps, so batches are a tenth, and rates ten (Adam) or a hundred times as large."""
-    factor = {"adam": 10, "adadelta": 1}.get(attack.optimizer, 100)
+    """500 images give few steps, so batches are a tenth as large, and rates three times (Adadelta's is relative)."""
+    factor = 1 if attack.optimizer == "adadelta" else 3
     return attack.with_changes(learning_rate=factor * attack.learning_rate, batch_size=attack.batch_size // 10)
 
 
@@ -184,38 +188,41 @@ SCALES = {
     ),
     "small": Scale(
         domains={
-            "ImageNette": ("tiny_imagenet_20", "train", "test"),
-            "CIFAR-10": ("cifar10", "train", "test"),
-            "CINIC": ("cifar100_20", "train", "test"),
-            "MNIST": ("mnist", "train", "test"),
+            "ImageNette": ("cifar10", "train", "test"),
+            "CIFAR-10": ("mnist", "train", "test"),
+            "CINIC": ("tiny_imagenet_20", "train", "test"),
+            "STL": ("face_ages", "train", "test"),
             "SVHN": ("fashion_mnist", "train", "test"),
             "CIFAR-100": ("cifar100_20", "train", "test"),
             "CelebA": ("celeba_faces", "train", "test"),
         },
         models={
-            "CAFormer": _small_metaformer,
+            "CAFormer": SmallResNet20,
             "ResNet-50": _small_resnet([1, 1, 1], "bottleneck", factor=4),
             "ResNet-34": _small_resnet([2, 2, 2]),
             "ResNet-18": _small_resnet([1, 1, 1]),
-            "VGG": lambda num_labels: Vgg(num_labels, width=8),
+            "VGG": lambda num_labels: Vgg(num_labels, width=16),
             "UNet": _unet(16, (16, 32), 1, 8),
         },
         image_size=32,
         diffusion_size=16,
-        examples=(300, 1000),
+        examples=(500, 1000),
         validation_share=0.03,
         seeds=[0, 1, 2],
-        pretraining=(1500, 500, 3e-3),
+        pretraining=(3000, 500, 3e-3),
         ntl_steps=400,
+        weights={"CAFormer": "weights/resnet20_cifar10.safetensors"},
         config={
             "K": 20,
-            "max_steps": 80,
-            "alpha": 3e-3,
-            "beta": 2e-3,
+            "max_steps": 200,
+            "alpha": 1e-3,
+            "beta": 5e-4,
             "l_NTR": 4,
             "eval_steps": 20,
             "per_device_train_batch_size": 64,
-            "strategy_space": {"learning_rates": [1e-3, 3e-3, 1e-2], "batch_sizes": [20]},
+            "simulated_examples": 100,
+            "strategy_space": {"learning_rates": [1e-4, 1e-3, 1e-2], "batch_sizes": [20]},
+            "bf16": True,
         },
         adapt=_small_attack,
     ),

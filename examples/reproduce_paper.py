@@ -3,8 +3,8 @@
     SOPHON_DATA=DIR python examples/reproduce_paper.py --table 1
     accelerate launch examples/reproduce_paper.py --table 1 --scale paper
 
-`small` takes minutes a table on one core: small models, 300 images for the adversary, and the folders of DIR (cifar10,
-tiny_imagenet_20, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a
+`small` takes about an hour a table on one core: a ResNet-20, 500 images for the adversary, and the folders of DIR
+(cifar10, mnist, ...) in place of the paper's domains. `paper` downloads the paper's data sets from the Hub and needs a
 GPU, the models of timm (`pip install -e '.[timm]'` in a clone), and days. What either changes is written down in
 `paper_tables.py` and in the record, which goes to benchmarks/results/. Interrupted, it goes on where it was.
 """
@@ -35,7 +35,7 @@ from sophon_hf import AttackSuite, DiffusionTask, SophonConfig, SophonTrainer, l
 from sophon_hf.attacks.results import AttackResults
 from sophon_hf.attacks.sweeps import scratch
 from sophon_hf.data.domain import build_domain
-from sophon_hf.data.labels import at_most
+from sophon_hf.data.labels import at_most, select_classes
 from sophon_hf.finetuning.loop import pretrain
 from sophon_hf.finetuning.strategy import FineTuningStrategy
 from sophon_hf.protection.ntl import train_ntl
@@ -54,16 +54,13 @@ def domain(scale: Scale, name: str, size: int, data: Path) -> tuple[datasets.Dat
         if not (data / source).is_dir():
             sys.exit(
                 f"There is no folder {data / source}: set --data or SOPHON_DATA to a folder with the data that "
-                "benchmarks/results/paper_tables.md lists (cifar10/, tiny_imagenet_20/, ...)."
+                "benchmarks/results/paper_tables.md lists (cifar10/, mnist/, ...)."
             )
         source = str(data / source)
     if test is None:
         measured, training = split_domain(load_domain(source, train), share=0.2)
     else:
         training, measured = load_domain(source, train), load_domain(source, test)
-    count = scale.examples[1]
-    if count is not None:
-        measured = at_most(measured, count)
     return _plain(training, size), _plain(measured, size)
 
 
@@ -75,7 +72,9 @@ def _plain(dataset: datasets.Dataset, size: int) -> datasets.Dataset:
     return dataset.map(lambda row: {"image": ImageOps.fit(row["image"].convert("RGB"), (size, size))})
 
 
-def pretrained(scale: Scale, experiment: Experiment, original: datasets.Dataset, work: Path) -> tuple[nn.Module, Task]:
+def pretrained(
+    scale: Scale, experiment: Experiment, original: datasets.Dataset, work: Path, data: Path
+) -> tuple[nn.Module, Task]:
     """The model of the original domain, from `work` where it is there already."""
     torch.manual_seed(0)
     diffusion = experiment.model == "UNet"
@@ -83,8 +82,12 @@ def pretrained(scale: Scale, experiment: Experiment, original: datasets.Dataset,
     model = scale.models[experiment.model](labels).to(DEVICE)
     task = DiffusionTask() if diffusion else infer_task(model)
     file = work / f"{experiment.model}-{experiment.original}.safetensors"
+    if experiment.model in scale.weights:
+        file = data.parent / scale.weights[experiment.model]
     if file.exists():
         load_model(model, file)
+    elif experiment.model in scale.weights:
+        sys.exit(f"There is no {file}: benchmarks/results/paper_tables.md says where these weights come from.")
     else:
         steps, rate = scale.pretraining[diffusion], scale.pretraining[2]
         pretrain(model, task, build_domain(original, task.inputs(model), name="original"), steps, learning_rate=rate)
@@ -94,10 +97,10 @@ def pretrained(scale: Scale, experiment: Experiment, original: datasets.Dataset,
 
 
 def protected(
-    scale: Scale, experiment: Experiment, parts: dict[str, datasets.Dataset], work: Path
+    scale: Scale, experiment: Experiment, parts: dict[str, datasets.Dataset], work: Path, data: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model after Algorithm 1, from `work` where it is there already, and what the guard says of it."""
-    model, task = pretrained(scale, experiment, parts["original"], work)
+    model, task = pretrained(scale, experiment, parts["original"], work, data)
     folder = work / f"{experiment.model}-{experiment.original}-{experiment.restricted}"
     done = folder / "guard.json"
     if done.exists():
@@ -126,17 +129,25 @@ def run(
     size = scale.diffusion_size if experiment.model == "UNet" else scale.image_size
     original, original_test = domain(scale, experiment.original, size, options.data)
     restricted, test = domain(scale, experiment.restricted, size, options.data)
+    if "label" in restricted.features:
+        # A direct attack keeps the model's outputs, so there are no more classes than these.
+        names = restricted.features["label"].names[: original.features["label"].num_classes]
+        restricted, test = select_classes(restricted, names), select_classes(test, names)
     defender, adversary = split_domain(restricted)
     parts = {"original": original, "defender": defender}
     for name in list(parts):
         parts[f"{name}_validation"], parts[name] = split_domain(parts[name], share=0.1)
+    if experiment.model in scale.weights:  # They have seen all training images.
+        parts["original_validation"], original_test = split_domain(original_test, share=0.2)
+    if scale.examples[1] is not None:
+        test, original_test = at_most(test, scale.examples[1]), at_most(original_test, scale.examples[1])
     original, defender = parts["original"], parts["defender"]
     validation, adversary = split_domain(adversary, share=scale.validation_share)
-    model, guard = protected(scale, experiment, parts, options.work)
-    before, task = pretrained(scale, experiment, original, options.work)
+    model, guard = protected(scale, experiment, parts, options.work, options.data)
+    before, task = pretrained(scale, experiment, original, options.work, options.data)
     baselines = {}
     if with_ntl:
-        baselines["ntl"], _ = pretrained(scale, experiment, original, options.work)
+        baselines["ntl"], _ = pretrained(scale, experiment, original, options.work, options.data)
         needs = task.inputs(before)
         halves = (build_domain(original, needs, name="original"), build_domain(defender, needs, name="restricted"))
         train_ntl(baselines["ntl"], task, *halves, steps=scale.ntl_steps)
@@ -147,6 +158,7 @@ def run(
         measured_epochs=EPOCHS,
         examples=scale.examples[0],
         task=task,
+        bf16=scale.config.get("bf16", False),
     )
     results = suite.run(
         protected=model,
@@ -245,6 +257,7 @@ def main() -> None:
         "test_examples": results.test_examples,
         "config": scale.config,
         "pretraining_steps": scale.pretraining[:2],
+        "weights": scale.weights,
         "ntl_steps": scale.ntl_steps,
         "guard": guards,
         "seeds": scale.seeds,

@@ -45,11 +45,11 @@ def test_a_scale_knows_every_model_and_adapts_every_attack(scale):
             for attack in experiment.attacks.values():
                 assert isinstance(SCALES[scale].adapt(attack), FineTuningStrategy)
     everything = {e.restricted for table in TABLES.values() for e in table.experiments}
-    assert everything - set(SCALES[scale].domains) == ({"STL", "FFHQ"} if scale == "small" else set())
+    assert everything - set(SCALES[scale].domains) == ({"MNIST", "FFHQ"} if scale == "small" else set())
 
 
 def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
-    for name, data in (("tiny_imagenet_20", printed_letters(120)), ("cifar10", handwritten_digits())):
+    for name, data in (("cifar10", printed_letters(120)), ("mnist", handwritten_digits())):
         (tmp_path / name).mkdir()
         for split, rows in data.items():
             rows.select(range(100)).to_parquet(tmp_path / name / f"{split}.parquet")
@@ -63,6 +63,7 @@ def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
         seeds=[0],
         pretraining=(2, 2, 1e-3),
         ntl_steps=1,
+        weights={},
         config=config,
         adapt=lambda attack: attack.with_changes(batch_size=20),
     )
@@ -80,7 +81,7 @@ def test_a_table_from_folders_to_a_record(tmp_path, monkeypatch, capsys):
 
 
 def test_without_data_the_end_is_one_line_that_says_what_to_set(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="There is no folder .*cifar10: set --data or SOPHON_DATA"):
+    with pytest.raises(SystemExit, match="There is no folder .*mnist: set --data or SOPHON_DATA"):
         reproduce_paper.domain(SCALES["small"], "CIFAR-10", 32, tmp_path / "data")
     monkeypatch.setattr(pairs, "DATA", tmp_path / "data")
     with pytest.raises(SystemExit, match="There is no .*cifar10: set SOPHON_DATA"):
