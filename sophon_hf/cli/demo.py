@@ -42,9 +42,11 @@ def run(output_dir: str | Path = "demo-output", seed: int = 0, scale: float = 1.
     workers = min(2, os.cpu_count() or 1)
     # What one process does not need the other's result for runs in two; finished attacks are files that both read.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        # The first draws while this process does, the second while it pre-trains: no more than two at once for long.
+        pool.submit(_draw)
         pair = _pair()
-        for _ in range(workers):
-            pool.submit(_draw)  # While this process pre-trains.
+        if workers > 1:
+            pool.submit(_draw)
         pair.pretrained().save_pretrained(output_dir / "original")
         seeds = pair.seeds[: max(1, round(len(pair.seeds) * scale))]
         print(f"Protecting the model twice, by the preset `representation` and by Algorithm 1 (seed {seed}) ...")
