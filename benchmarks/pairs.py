@@ -23,6 +23,8 @@ from sophon_hf.tasks.base import infer_task
 from sophon_hf.tasks.evaluation import evaluate_model, to_device
 
 DATA = Path(os.environ.get("SOPHON_DATA", "data"))
+# What the weights of the ResNet-20 take images to be normalised by, channel by channel.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ResidualBlock(nn.Module):
@@ -215,7 +217,7 @@ def _normalised(dataset: datasets.Dataset) -> datasets.Dataset:
         import numpy as np
 
         pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in rows["image"]]) / 255
-        pixels = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+        pixels = (pixels - np.float32(MEAN)) / np.float32(DEVIATION)
         return {"pixel_values": pixels.transpose(0, 3, 1, 2)}
 
     features = datasets.Features(

@@ -23,7 +23,7 @@ from sophon_hf import FineTuningStrategy
 from sophon_hf.attacks.sweeps import load_sweep
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from pairs import ResNet20
+from pairs import DEVIATION, MEAN, ResNet20
 
 PAPER = load_sweep("paper")[0]
 
@@ -134,8 +134,7 @@ class SmallResNet20(ResNet20):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits."""
         mean, deviation = (
-            torch.tensor(values, device=pixel_values.device)[:, None, None]
-            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (MEAN, DEVIATION)
         )
         return super().forward((pixel_values - mean) / deviation)
 
